@@ -1,0 +1,62 @@
+# make train                                  the quickstart: fine-tune a real model on real text, then see `make help`
+# make train CONFIG=configs/eli5.yaml         another recipe
+# make train ARGS="--max_steps 50"            any flag of train.py
+
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+ARGS   ?=
+RUNS   ?= runs
+BIN    := .venv/bin
+# A recipe that names a file of the quickstart gets it made first.
+PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
+
+.PHONY: help install train tensorboard test lint clean
+.DELETE_ON_ERROR:
+
+help: install
+	@echo 'make train                             the quickstart (about 5 minutes on 2 CPU cores)'
+	@echo 'make train CONFIG=configs/eli5.yaml    another recipe, see configs/'
+	@echo 'make train ARGS="--max_steps 50"       any flag of train.py, see $(BIN)/python train.py --help'
+	@echo 'make tensorboard                       the curves of all runs, on http://localhost:6006'
+	@echo 'make test, make lint                   the tests and the linter'
+
+install: .venv/installed
+
+# --resume: a run that was interrupted goes on, a finished one says so; on an empty directory it changes nothing.
+train: .venv/installed $(PREPARED)
+	@$(BIN)/python train.py --config $(CONFIG) --resume $(ARGS)
+
+tensorboard: .venv/installed
+	$(BIN)/tensorboard --logdir $(RUNS)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed; name one with PYTHON=python3.11' >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/installed-quickstart: .venv/installed quickstart/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r quickstart/requirements.txt
+	@touch $@
+
+# A directory's time changes with its content, so what is made once is ordered after its tools, not dated by them.
+quickstart/smollm2: | .venv/installed-quickstart
+	$(BIN)/python quickstart/prepare_model.py $@
+
+quickstart/text.jsonl: | .venv/installed
+	$(BIN)/python quickstart/prepare_text.py $@

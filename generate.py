@@ -1,0 +1,232 @@
+"""Prompt -> text.
+
+    python generate.py --prompt "The with statement is used"            # the newest finished run under runs/
+    python generate.py --model distilgpt2 --prompt "One" "Two" --greedy --max_new_tokens 40
+    python generate.py --prompts_file prompts.txt --num_samples 3       # one prompt a line; also from stdin
+    python generate.py                                                  # interactive, in a terminal
+
+The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from config import Count, Range, Seed, UserError, flag, parse, require, run
+from model import (
+    Precision,
+    autocast,
+    load_pretrained,
+    load_tokenizer_by_name,
+    position_limit,
+    resolve_precision,
+    select_device,
+)
+
+
+@dataclass
+class SamplingConfig:
+    max_new_tokens: Count = flag(100, "tokens to make at most; an end-of-text token ends a text sooner")
+    temperature: Annotated[float, Range(above=0, below=100)] = flag(0.8, "below 1 prefers likely tokens")
+    top_k: Annotated[int, Range(least=0)] = flag(50, "choose among the K likeliest tokens; 0 for all")
+    top_p: Annotated[float, Range(above=0, most=1)] = flag(0.95, "among the likeliest that have probability P together")
+    greedy: bool = flag(False, "always take the likeliest token")
+    num_samples: Count = flag(1, "texts a prompt")
+
+    def rules(self) -> list[tuple[bool, str]]:
+        rule = f"--num_samples {self.num_samples}: --greedy makes the same text each time; drop one of them"
+        return [(not (self.greedy and self.num_samples > 1), rule)]
+
+
+@dataclass
+class GenerateConfig(SamplingConfig):
+    model: str | None = flag(None, "Hub id or directory of a model; default: the newest finished run under runs/")
+    model_revision: str | None = flag(None, "a branch, tag or commit of the Hub model")
+    prompt: list[str] = flag([], "one or more texts to continue")
+    prompts_file: str | None = flag(None, "a file with one prompt a line")
+    batch_size: Count = flag(16, "texts made at once")
+    seed: Seed = flag(42, "of the sampling")
+    precision: Precision = flag("fp32", "fp32 is exact; auto is the fastest that the device does well")
+
+    def rules(self) -> list[tuple[bool, str]]:
+        rule = "--prompt and --prompts_file exclude each other; give one of them"
+        return [*super().rules(), (not (self.prompt and self.prompts_file), rule)]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    sampling: SamplingConfig,
+    batch_size: int = 16,
+    streamer: TextStreamer | None = None,
+) -> Iterator[str]:
+    """Yields ``num_samples`` continuations for each prompt, in the order of the prompts, without the prompts.
+
+    Prompts of a batch are padded on the left and masked, so that under greedy decoding each gets what it would get
+    alone; for an architecture that cannot do without its pads only prompts of one length share a batch. Raises
+    UserError where prompt and new tokens exceed the model's positions. The model is left in its mode.
+    """
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    limit, longest = position_limit(model), max(map(len, encoded), default=0)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"--max_new_tokens {sampling.max_new_tokens}: the model holds {limit} positions and the longest prompt "
+            f"takes {longest}; lower it or shorten the prompt"
+        )
+    options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    if not sampling.greedy:
+        options = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "num_return_sequences": sampling.num_samples,
+        }
+    training = model.training
+    model.eval()
+    for batch in _batches(encoded, max(1, batch_size // sampling.num_samples), model):
+        width = max(map(len, batch))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch])  # (batch, width)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        made = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            **options,
+        )
+        for i, row in enumerate(made.tolist()):
+            prompt = batch[i // sampling.num_samples]
+            # Decoded together with the prompt: alone, some tokenizers would drop the first space.
+            before, whole = (_decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
+            yield whole[len(before) :]
+    model.train(training)
+
+
+def _batches(encoded: list[list[int]], size: int, model: PreTrainedModel) -> Iterator[list[list[int]]]:
+    """Runs of neighbouring prompts, at most ``size``."""
+    mixed = len({len(row) for row in encoded}) > 1 and _masks_pads(model)
+    batch: list[list[int]] = []
+    for row in encoded:
+        if batch and (len(batch) == size or not (mixed or len(row) == len(batch[0]))):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _masks_pads(model: PreTrainedModel) -> bool:
+    """Whether masked tokens on the left leave the next token's logits as they are."""
+    rows = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(rows, (1, 4), generator=torch.Generator().manual_seed(0)).to(model.device)
+    mask = torch.ones_like(ids)
+    padded = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(mask, (3, 0))
+    alone, beside = (
+        model.generate(
+            tokens,
+            attention_mask=visible,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        ).logits[0]
+        for tokens, visible in ((ids, mask), padded)
+    )
+    return bool((alone - beside).abs().max() <= 1e-3 * alone.abs().max())
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The prompt's ids with the tokenizer's own special tokens before it, but none after it."""
+    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    while len(ids) > len(plain) and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        ids.pop()
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    require((bool(ids) or start is not None, "--prompt: an empty prompt needs a tokenizer with an end-of-text token"))
+    return ids or [start]  # an empty prompt: the beginning of a document
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def newest_finished_run(runs: Path) -> Path:
+    """The model directory of the run under ``runs`` that finished last. Raises UserError where there is none."""
+    finished = []
+    for metrics in runs.glob("*/metrics.jsonl"):
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        if lines and json.loads(lines[-1]).get("final") and (metrics.parent / "model").is_dir():
+            finished.append((metrics.stat().st_mtime, metrics.parent / "model"))
+    if not finished:
+        raise UserError(f"no finished run under {runs}/; run `make train` first or give --model")
+    return max(finished)[1]
+
+
+def _read_prompts(config: GenerateConfig) -> list[str]:
+    if config.prompt:
+        return config.prompt
+    if config.prompts_file:
+        try:
+            text = Path(config.prompts_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file {config.prompts_file}: cannot be read ({error})") from error
+    else:
+        text = sys.stdin.read()
+    prompts = [line for line in text.splitlines() if line.strip()]
+    require((bool(prompts), "no prompt: give --prompt, --prompts_file, or one prompt a line on stdin"))
+    return prompts
+
+
+def main() -> None:
+    config, _ = parse([GenerateConfig], __doc__)
+    interactive = not config.prompt and not config.prompts_file and sys.stdin.isatty()
+    prompts = [] if interactive else _read_prompts(config)
+    transformers.utils.logging.disable_progress_bar()
+
+    device = select_device()
+    precision = resolve_precision(config.precision, device)
+    name = config.model or str(newest_finished_run(Path("runs")))
+    if not config.model:
+        print(f"model: {name}", file=sys.stderr)
+    tokenizer = load_tokenizer_by_name(name, "--model", config.model_revision)
+    model = load_pretrained(name, revision=config.model_revision).to(device)
+    torch.manual_seed(config.seed)
+
+    def answer(prompts: list[str]) -> None:
+        alone = len(prompts) * config.num_samples == 1
+        streamer = TextStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if alone:
+            print(prompts[0], end="", flush=True)
+        with autocast(device, precision):
+            texts = generate(model, tokenizer, prompts, config, config.batch_size, streamer if alone else None)
+            for i, text in enumerate(texts):
+                if not alone:
+                    print(("\n" if i else "") + prompts[i // config.num_samples] + text, flush=True)
+
+    if prompts:
+        answer(prompts)
+    while interactive:
+        try:
+            answer([input("\nprompt> ")])
+        except (EOFError, KeyboardInterrupt):
+            print()
+            break
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,290 @@
+"""The tokenizer, the causal language model, its loss, and the proof that it is causal.
+
+tokenizer = load_tokenizer(config, train_documents)
+model = load_model(config, tokenizer).to(device)       # float32 master weights, pretrained or from scratch
+check_model(model, tokenizer, block_size=128)          # positions, vocabulary, causality
+nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels that are not -100
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from config import UserError, flag, one_line, require
+from data import IGNORED_LABEL, Documents
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
+
+
+@dataclass
+class ModelConfig:
+    model: str | None = flag(None, "Hub id or local directory of a pretrained model")
+    model_revision: str | None = flag(None, "a branch, tag or commit of the Hub model")
+    model_config: str | None = flag(None, "from scratch instead: a directory or JSON file with a model's config.json")
+    model_overrides: str | None = flag(None, """keys to change in the model's config: '{"n_layer": 4}'""")
+    tokenizer: str | None = flag(
+        None, "Hub id or local directory (default: the model's); train:N makes a byte-level BPE of N tokens"
+    )
+
+    def rules(self) -> list[tuple[bool, str]]:
+        both = f"--model {self.model} and --model_config {self.model_config} exclude each other; give one of them"
+        none = "no model: give --model (pretrained) or --model_config (from scratch)"
+        return [
+            (bool(self.model) != bool(self.model_config), both if self.model else none),
+            (
+                _vocab_size(self.tokenizer) is not False,
+                f"--tokenizer {self.tokenizer}: train:N needs N of at least 257 (256 bytes and {END_OF_TEXT})",
+            ),
+            (
+                _overrides(self.model_overrides) is not None,
+                f"--model_overrides {self.model_overrides}: must be a JSON object, such as '{{\"n_layer\": 4}}'",
+            ),
+        ]
+
+
+def _overrides(text: str | None) -> dict[str, Any] | None:
+    """The parsed overrides, or None where the text is not a JSON object."""
+    try:
+        value = json.loads(text) if text else {}
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _vocab_size(tokenizer: str | None) -> int | bool | None:
+    """N of ``train:N``, None for any other tokenizer, False for a bad N."""
+    if tokenizer is None or not tokenizer.startswith("train:"):
+        return None
+    number = tokenizer.removeprefix("train:")
+    return int(number) if number.isdecimal() and int(number) >= 257 else False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, or trains one on ``documents`` (the training part, never what is held out)."""
+    size = _vocab_size(config.tokenizer)
+    if size:
+        return _train_tokenizer(size, documents)
+    if config.tokenizer:
+        return load_tokenizer_by_name(config.tokenizer, "--tokenizer")
+    if config.model:
+        return load_tokenizer_by_name(config.model, "--model", config.model_revision)
+    source = Path(config.model_config)
+    return load_tokenizer_by_name(str(source.parent if source.is_file() else source), "--model_config")
+
+
+def load_tokenizer_by_name(name: str, flag_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"{flag_name} {name}: no tokenizer can be loaded from it ({one_line(error)}); "
+            f"give --tokenizer: a Hub id, a local directory, or train:8192"
+        ) from error
+    if len(tokenizer) == 0:
+        raise UserError(f"{flag_name} {name}: the tokenizer in it is empty; give --tokenizer")
+    return tokenizer
+
+
+def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text can be written with it, so there is no unknown token."""
+    key = hashlib.sha256(f"{documents.fingerprint}\n{size}".encode()).hexdigest()[:32]
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / "trained_tokenizers" / f"{key}.json"
+    if cached.exists():
+        tokenizer = Tokenizer.from_file(str(cached))
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((piece for pieces in documents for piece in pieces), trainer)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
+            tokenizer.save(f"{directory}/tokenizer.json")
+            os.replace(f"{directory}/tokenizer.json", cached)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Returns the model in float32: pretrained, or freshly initialized for a vocabulary of the tokenizer's size."""
+    name, flag_name = (config.model, "--model") if config.model else (config.model_config, "--model_config")
+    overrides = _overrides(config.model_overrides)
+    if config.model_config and config.tokenizer:  # a config knows only the tokenizer that it was published with
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        fitting = {"vocab_size": len(tokenizer)} | {key: getattr(tokenizer, key) for key in special}
+        overrides = fitting | overrides
+    try:
+        settings, unknown = AutoConfig.from_pretrained(
+            name, revision=config.model_revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{flag_name} {name}: no model config can be loaded from it ({one_line(error)})") from error
+    require(
+        (not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
+    )
+    if config.model:
+        return load_pretrained(name, settings, config.model_revision)
+    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+
+
+def load_pretrained(
+    name: str, settings: PreTrainedConfig | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Loads weights from safetensors alone: a pickle can run code."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=settings,
+            revision=revision,
+            dtype=dtype,  # transformers 5 would load in the checkpoint's own
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"--model {name}: no causal language model can be loaded from it ({one_line(error)}); "
+            f"give a Hub id or a directory with config.json and model.safetensors"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        print(f"warning: {name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
+    return model
+
+
+def next_token_nll(
+    model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "sum"
+) -> torch.Tensor:
+    """Negative log-likelihood in nats of each label given the tokens before it, summed in float32.
+
+    input_ids and labels are (batch, sequence), not shifted; labels of -100 are skipped. The model's own ``labels=``
+    loss is never used: it is a mean, which accumulation cannot add up, and ten architectures forget the shift.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting labels spares a copy of the logits
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
+    )
+
+
+def count_predicted(labels: torch.Tensor) -> int:
+    """The number of labels that `next_token_nll` sums over: the first token of a block has nothing to predict it."""
+    return int((labels[:, 1:] != IGNORED_LABEL).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Raises UserError unless the model can hold the blocks and the vocabulary, and is causal."""
+    limit, rows = position_limit(model), model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    require(
+        (
+            limit is None or block_size <= limit,
+            f"--block_size {block_size}: {model.config.model_type} holds at most {limit} positions; "
+            f"give --block_size {limit} or less",
+        ),
+        (
+            largest < rows,
+            f"--tokenizer {tokenizer.name_or_path}: its largest id is {largest}, but the model's embedding has {rows} "
+            f"rows; use the tokenizer that belongs to the model",
+        ),
+    )
+    check_causal(model, block_size)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens a sequence may have, or None where the architecture sets no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa's family counts positions from the padding id on, which costs padding_idx + 1 of them.
+        if isinstance(module, torch.nn.Embedding) and "position" in name and module.padding_idx is not None:
+            limit = min(limit or module.num_embeddings, module.num_embeddings - module.padding_idx - 1)
+    return limit if limit and limit > 0 else None
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, block_size: int) -> None:
+    """Raises UserError if a later token changes the logits of an earlier one.
+
+    A model that sees the token it has to predict trains to a beautiful and worthless loss.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(rows, (1, block_size), generator=generator)
+    half = max(1, block_size // 2)
+    other = ids.clone()
+    other[:, half:] = (ids[:, half:] + torch.randint(1, rows, (1, block_size - half), generator=generator)) % rows
+    training = model.training
+    model.eval()
+    earlier, same = (
+        model(input_ids=probe.to(model.device), use_cache=False).logits[:, :half].float() for probe in (ids, other)
+    )
+    model.train(training)
+    leak = (earlier - same).abs().max() / earlier.abs().max().clamp_min(1e-6)
+    if not leak <= 1e-4:
+        raise UserError(
+            f"{model.config.model_type} is not causal here: changing later tokens moves earlier logits by {leak:.1e} "
+            f"of their size, so its loss would be worthless; make it a decoder with "
+            f"--model_overrides '{{\"is_decoder\": true}}', or choose a causal architecture"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where and in which precision
+
+
+def select_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> str:
+    """Turns ``auto`` into the fastest precision that the device computes natively: fp32, bf16 or fp16."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: a CPU has no fast float16; give bf16, fp32 or auto")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which forward passes run; master weights stay float32."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()

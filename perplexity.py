@@ -1,0 +1,106 @@
+r"""Perplexity of any causal language model on any text.
+
+    python perplexity.py --model runs/quickstart/model --files notes.txt
+    python perplexity.py --model distilgpt2 --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 \
+                         --dataset_split test --block_size 1024 --stride 512
+
+Prints, one a line: `tokens` that were predicted, `loss` (their mean negative log-likelihood in nats), `perplexity`
+(exp of it) and `bits_per_byte` (the summed loss in bits over the UTF-8 bytes of the text). By default the text is cut
+into blocks of --block_size tokens, as in training, and the first token of a block is not predicted. With --stride N a
+window slides on by N tokens, so that each token is predicted once with at least block_size - N tokens before it.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import datasets
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import Count, flag, parse, require, run
+from data import SlidingWindows, TextConfig, group_texts, load_all_documents, make_loader, tokenize
+from model import (
+    Precision,
+    autocast,
+    check_model,
+    count_predicted,
+    load_pretrained,
+    load_tokenizer_by_name,
+    next_token_nll,
+    resolve_precision,
+    select_device,
+)
+
+
+@dataclass
+class PerplexityConfig(TextConfig):
+    model: str | None = flag(None, "Hub id or local directory of the model to measure")
+    model_revision: str | None = flag(None, "a branch, tag or commit of the Hub model")
+    files: list[str] = flag([], "paths or globs of the text: .txt .jsonl .json .csv .parquet .arrow, also .gz")
+    stride: Count | None = flag(None, "slide a window of --block_size tokens on by N tokens instead of cutting blocks")
+    batch_size: Count = flag(8, "blocks a forward pass; does not change the result")
+    precision: Precision = flag("fp32", "fp32 is exact; auto is the fastest that the device does well")
+
+    def rules(self) -> list[tuple[bool, str]]:
+        return [
+            (self.model is not None, "no model: give --model, a Hub id or a directory"),
+            (bool(self.files) != bool(self.dataset), "give the text with either --files or --dataset"),
+            (
+                (self.stride or 1) <= self.block_size,
+                f"--stride {self.stride}: must be at most --block_size {self.block_size}, or tokens would be skipped",
+            ),
+        ]
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, loader: DataLoader, precision: str = "fp32") -> tuple[float, int]:
+    """Returns (nll_sum in nats, num_tokens) over everything that ``loader`` yields.
+
+    ``loader`` yields {"input_ids", "labels"}, both (batch, sequence) int64. Perplexity is exp(nll_sum / num_tokens):
+    sums over tokens do not depend on how blocks were batched. The model keeps its mode and its random state.
+    """
+    device = next(model.parameters()).device
+    nll_sum = torch.zeros((), dtype=torch.float64, device=device)
+    num_tokens = 0
+    training = model.training
+    model.eval()
+    for batch in tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty()):
+        num_tokens += count_predicted(batch["labels"])
+        input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
+        with autocast(device, precision):
+            # Token by token, so that the sum is taken in float64 in any order.
+            nll_sum += next_token_nll(model, input_ids, labels, reduction="none").double().sum()
+    model.train(training)
+    return nll_sum.item(), num_tokens
+
+
+def main() -> None:
+    config, _ = parse([PerplexityConfig], __doc__)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+    device = select_device()
+    precision = resolve_precision(config.precision, device)
+    documents = load_all_documents(config, config.files)
+    tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
+    stream = tokenize(documents, tokenizer)
+    require((len(stream) >= 2, f"the text has {len(stream)} tokens; at least 2 are needed to predict one"))
+    model = load_pretrained(config.model, revision=config.model_revision).to(device)
+    check_model(model, tokenizer, config.block_size)
+
+    if config.stride:
+        blocks = SlidingWindows(stream, config.block_size, config.stride)
+    else:
+        blocks = group_texts(stream, config.block_size)
+    nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
+    print(f"tokens: {num_tokens}")
+    print(f"loss: {nll_sum / num_tokens:.6f}")
+    print(f"perplexity: {math.exp(nll_sum / num_tokens):.4f}")
+    print(f"bits_per_byte: {nll_sum / math.log(2) / stream.num_bytes:.6f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,210 @@
+"""What a run tells: metrics.jsonl, TensorBoard and the terminal; the model card and the upload to the Hub."""
+
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from config import UserError, one_line
+
+
+class RunLog:
+    """Writes each record to metrics.jsonl, TensorBoard and stdout: a bar on a terminal, else plain lines.
+
+    Records after ``step`` that an interrupted run left behind are removed, so that a resumed run shows one curve.
+    """
+
+    def __init__(self, run_dir: Path, step: int, max_steps: int):
+        self._metrics = run_dir / "metrics.jsonl"
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+        temporary = self._metrics.with_suffix(".writing")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.replace(self._metrics)
+        self._file = open(self._metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 open as long as the run
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self.terminal = sys.stdout.isatty()
+        self._bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, disable=not self.terminal)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def train(self, step: int, max_steps: int, seconds_left: float, **values: Any) -> None:
+        self._write(step, "train", values)
+        if self.terminal:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
+        else:
+            print(
+                f"step {step}/{max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+                f"grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
+                f"{duration(seconds_left)} left",
+                flush=True,
+            )
+
+    def evaluation(self, step: int, **values: Any) -> None:
+        self._write(step, "eval", values)
+        self.say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        # TensorBoard renders Markdown; an indented block shows the text as it is.
+        lines = (prompt + text).splitlines()
+        self._board.add_text(f"sample: {prompt}", "\n".join("    " + line for line in lines), step)
+        self.say(f"sample: {prompt}{text}")
+
+    def hyperparameters(self, values: dict[str, Any], final: dict[str, float]) -> None:
+        """Hyperparameters with the final metrics, under the tags of the curves that they end."""
+        plain = {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()
+        }
+        for summary in hparams(plain, {f"eval/{key}": value for key, value in final.items()}):
+            self._board.file_writer.add_summary(summary)
+
+    def say(self, text: str) -> None:
+        if self.terminal:
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+    def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        for key, value in values.items():
+            if key != "final":
+                self._board.add_scalar(f"{split}/{key}", value, step)
+        self._board.flush()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line that was being written when the run died is left out."""
+    path, records = run_dir / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharing
+
+
+def model_card(
+    model_type: str, settings: dict[str, Any], evaluations: list[dict[str, Any]], facts: dict[str, Any]
+) -> ModelCard:
+    """The README.md of a trained model: data, hyperparameters, metrics, how to use it."""
+    base = settings["model"]
+    source = settings["dataset"] or ", ".join(settings["train_files"])
+    hub_base = base if base and not Path(base).exists() else None
+    hub_data = settings["dataset"] if settings["dataset"] and not Path(settings["dataset"]).exists() else None
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=hub_base,
+        datasets=[hub_data] if hub_data else None,
+        tags=["causal-lm", model_type],
+    )
+    rows = "\n".join(f"| {e['step']} | {e['loss']:.4f} | {e['perplexity']:.2f} |" for e in evaluations)
+    hyperparameters = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items() if value not in (None, []))
+    origin = f"fine-tuned from `{base}`" if base else f"a `{model_type}` trained from scratch"
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+# {Path(settings["output_dir"]).name}
+
+A causal language model, {origin}, on `{source}` (text column `{settings["text_column"]}`).
+
+## Use
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="PATH_OR_ID")
+print(generator("Once upon a time")[0]["generated_text"])
+```
+
+## Data
+
+{facts["train_documents"]:,} documents with {facts["train_tokens"]:,} tokens to train on, {facts["eval_documents"]:,}
+documents with {facts["eval_tokens"]:,} tokens held out; blocks of {settings["block_size"]} tokens.
+
+## Metrics
+
+Mean negative log-likelihood in nats a predicted token on the held-out text, and its exponential.
+
+| step | loss | perplexity |
+| ---: | ---: | ---: |
+{rows}
+
+## Hyperparameters
+
+AdamW, linear warmup and linear decay, {facts["max_steps"]} steps, precision {facts["precision"]}.
+
+| flag | value |
+| --- | --- |
+{hyperparameters}
+
+Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.
+""")
+
+
+def check_login(repo_id: str) -> None:
+    """Raises UserError where ``push`` could not work, before hours are spent on training."""
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"--push_to_hub {repo_id}: not logged in to the Hub ({one_line(error)}); "
+            f"run `hf auth login` or set HF_TOKEN, or leave the flag out and upload later"
+        ) from error
+
+
+def push(model_dir: Path, repo_id: str) -> str:
+    """Uploads model, tokenizer and card; returns the address. The token is the environment's or the saved login's."""
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=model_dir, commit_message="Upload model, tokenizer and card")
+        return f"{api.endpoint}/{repo_id}"
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"--push_to_hub {repo_id}: the upload failed ({one_line(error)}); the model is safe in {model_dir}, "
+            f"upload it with `hf upload {repo_id} {model_dir}`"
+        ) from error
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,575 @@
+"""Fine-tune a causal language model, or train one from scratch. The loop is written out: read `main` top to bottom.
+
+    python train.py --config configs/quickstart.yaml
+    python train.py --model distilgpt2 --train_files 'notes/*.txt' --max_steps 500
+    python train.py --model_config configs/gpt2-small.json --tokenizer train:8192 --train_files corpus.jsonl
+    python train.py --config configs/quickstart.yaml --resume               # go on where it was stopped
+    python train.py --config configs/quickstart.yaml --dry_run              # what would happen, and does it fit
+
+Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
+"""
+
+import math
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import checkpoint
+import report
+from config import Count, Range, Seed, UserError, flag, parse, require, run
+from data import (
+    DataConfig,
+    Position,
+    group_texts,
+    load_documents,
+    make_loader,
+    tokenize,
+    tokenizer_fingerprint,
+    training_batches,
+)
+from generate import SamplingConfig, generate
+from model import (
+    ModelConfig,
+    Precision,
+    autocast,
+    check_model,
+    count_predicted,
+    load_model,
+    load_tokenizer,
+    next_token_nll,
+    resolve_precision,
+    select_device,
+)
+from perplexity import evaluate
+
+RUN_CONTENT = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model")
+
+
+@dataclass
+class TrainConfig:
+    batch_size: Count = flag(8, "blocks a micro-batch")
+    grad_accum_steps: Count = flag(1, "micro-batches an update")
+    max_steps: Count | None = flag(None, "updates in all; wins over --num_epochs")
+    num_epochs: Annotated[float, Range(above=0, below=1e6)] = flag(3.0, "passes over the training text")
+    learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-5, "the peak, reached after the warmup")
+    weight_decay: Annotated[float, Range(least=0, below=10)] = flag(
+        0.01, "of AdamW, on matrices and embeddings, not on biases and norms"
+    )
+    warmup_steps: Annotated[int, Range(least=0)] = flag(0, "updates over which the learning rate rises from zero")
+    warmup_ratio: Annotated[float, Range(least=0, below=1)] | None = flag(None, "the same as a part of all updates")
+    max_grad_norm: Annotated[float, Range(least=0, below=1e9)] = flag(
+        1.0, "gradients are scaled down to this norm; 0 switches clipping off"
+    )
+    precision: Precision = flag(
+        "auto", "of the arithmetic; weights are float32. auto: the fastest the device does well"
+    )
+    compile: Literal["auto", "on", "off"] = flag(
+        "auto", "torch.compile; auto: where the run is long enough to pay for it"
+    )
+    seed: Seed = flag(42, "of initialization, order of the data, dropout, and the held-out part")
+    eval_every: Count = flag(500, "updates between evaluations; there is one at the start and one at the end as well")
+    save_every: Count = flag(500, "updates between checkpoints; there is one at the end as well")
+    log_every: Count = flag(10, "updates between records of the training loss")
+    sample_prompt: list[str] = flag([], "prompts to continue at each evaluation, to watch the model learn")
+    output_dir: str | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
+    resume: bool = flag(False, "go on from the newest checkpoint in the output directory, or start if there is none")
+    overwrite: bool = flag(False, "delete the run that is in the output directory; wins over --resume")
+    keep_checkpoints: Count = flag(2, "newest checkpoints to keep")
+    push_to_hub: str | None = flag(
+        None, "a Hub repo id to upload the model to; the login is `hf auth login`'s or HF_TOKEN"
+    )
+    dry_run: bool = flag(False, "print the plan, run one largest forward and backward pass, write nothing")
+
+    def rules(self) -> list[tuple[bool, str]]:
+        rule = f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps} exclude each other"
+        return [(self.warmup_ratio is None or self.warmup_steps == 0, rule)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+
+
+def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """The learning rate of the update that follows ``step`` updates.
+
+    Linear from 0 to ``peak`` over the warmup, then linear to 0 at ``max_steps``, as
+    `transformers.get_linear_schedule_with_warmup` has it.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * (max_steps - step) / max(1, max_steps - warmup_steps)
+
+
+def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices and embeddings only; parameters that ask for it (Mamba's) are spared too."""
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
+            (decayed if decays else spared).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    micro_batches: list[dict[str, torch.Tensor]],
+    learning_rate: float,
+    max_grad_norm: float = 1.0,
+    precision: str = "fp32",
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """One optimizer update on the mean loss over all predicted tokens of all ``micro_batches``.
+
+    Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64. Dividing every micro-batch's sum by the
+    tokens of the whole update makes 4 x 2 equal 1 x 8, also where blocks differ in length. Returns the loss in nats a
+    token, the gradient norm before clipping (both on the device, without a sync) and the number of predicted tokens.
+    Where loss or norm is not finite, the weights stay as they are.
+    """
+    device = next(model.parameters()).device
+    num_tokens = sum(count_predicted(batch["labels"]) for batch in micro_batches)
+    loss = torch.zeros((), device=device)
+    for batch in micro_batches:
+        input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
+        with autocast(device, precision):
+            share = next_token_nll(model, input_ids, labels) / max(1, num_tokens)
+        scaler.scale(share).backward()
+        loss += share.detach()
+
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if not scaler.is_enabled():  # the scaler skips overflows of fp16 by the same means
+        optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # fused AdamW then does nothing
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, num_tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What resuming needs
+
+
+def training_state(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint: weights, AdamW's moments under the names of their parameters, random states."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{names[parameter]}:{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    generators = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    return {"weights": _weights(model), "optimizer": moments, "random": generators}
+
+
+def restore_state(
+    tensors: dict[str, dict[str, torch.Tensor]],
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    with torch.no_grad():
+        for name, weight in _weights(model).items():
+            weight.copy_(tensors["weights"][name])
+    parameters = dict(model.named_parameters())
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition(":")
+        optimizer.state[parameters[name]][moment] = value.to(device)
+    torch.set_rng_state(tensors["random"]["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random"]["cuda"], device)
+
+
+def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, tied ones once (under the first of their names)."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        n for n, _ in model.named_parameters()
+    }
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _python_random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {"python": [version, internal, gauss], "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
+
+
+def _restore_python_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM until the step in progress is done; a second SIGINT interrupts at once."""
+
+    number: int | None = None
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class NonFiniteError(UserError):
+    exit_code = 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    data_config, model_config, config, config_file = parse([DataConfig, ModelConfig, TrainConfig], __doc__)
+    run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
+    config.output_dir = str(run_dir)
+    holds_run = check_run_dir(run_dir, config)
+    if config.push_to_hub and not config.dry_run:
+        report.check_login(config.push_to_hub)
+    if not sys.stdout.isatty():
+        datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    device = select_device()
+    precision = resolve_precision(config.precision, device)
+    settings = {**vars(model_config), **vars(data_config), **vars(config)}
+
+    # Text -> tokens -> blocks.
+    train_documents, eval_documents = load_documents(data_config, config.seed)
+    tokenizer = load_tokenizer(model_config, train_documents)
+    train_stream, eval_stream = tokenize(train_documents, tokenizer), tokenize(eval_documents, tokenizer)
+    for name, stream, needed in (("training", train_stream, data_config.block_size), ("evaluation", eval_stream, 2)):
+        require((len(stream) >= needed, f"the {name} text has {len(stream)} tokens; {needed} or more are needed"))
+    train_blocks = group_texts(train_stream, data_config.block_size)
+    eval_loader = make_loader(group_texts(eval_stream, data_config.block_size), config.batch_size)
+    updates_per_epoch = math.ceil(math.ceil(len(train_blocks) / config.batch_size) / config.grad_accum_steps)
+    max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
+    warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
+    require((warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it"))
+
+    # A run that is already there: finished, to be resumed, or to be replaced.
+    resumed = None
+    if config.resume and holds_run and not config.overwrite and not config.dry_run:
+        resumed = checkpoint.newest(run_dir / "checkpoints")
+        if resumed is None:
+            print(f"{run_dir}: the run there was stopped before its first checkpoint; starting over")
+    state, tensors = checkpoint.load(resumed) if resumed else ({}, {})
+    identity = {
+        "model": model_config.model or model_config.model_config,
+        "model_overrides": model_config.model_overrides,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "training text": train_stream.sha256,
+        "evaluation text": eval_stream.sha256,
+        **{name: settings[name] for name in ("block_size", "batch_size", "grad_accum_steps", "seed")},
+    }
+    if resumed:
+        check_same_run(run_dir, state, identity, settings)
+        if state["step"] >= max_steps:
+            print(
+                f"{run_dir}: this run is finished ({state['step']} of {max_steps} steps, evaluation loss at best "
+                f"{state['best_loss']:.4f}). To train longer give a larger --max_steps; to start anew, --overwrite."
+            )
+            return finish(run_dir, config)
+
+    # Model.
+    transformers.set_seed(config.seed)
+    model = load_model(model_config, tokenizer).to(device)
+    check_model(model, tokenizer, data_config.block_size)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
+    compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
+    step_model = torch.compile(model) if compiled else model  # shares its weights with `model`
+    optimizer = make_optimizer(model, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    for name, text in (
+        (
+            "model",
+            f"{identity['model']}: {model.config.model_type}, {num_parameters / 1e6:.1f} M parameters, "
+            f"{'pretrained' if model_config.model else 'from scratch'}",
+        ),
+        (
+            "training",
+            f"{train_stream.num_documents:,} documents, {len(train_stream):,} tokens, "
+            f"{len(train_blocks):,} blocks of {data_config.block_size}",
+        ),
+        (
+            "held out",
+            f"{eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, "
+            f"{len(eval_loader.dataset):,} blocks",
+        ),
+        (
+            "steps",
+            f"{max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks "
+            f"({max_steps / updates_per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, "
+            f"{warmup_steps} to warm up",
+        ),
+        ("device", f"{device_name(device)}, {precision}{', compiled' if compiled else ''}"),
+        ("output", str(run_dir)),
+    ):
+        print(f"{name:<10}{text}")
+    sys.stdout.flush()
+    if config.dry_run:
+        return dry_run(step_model, optimizer, scaler, train_blocks, config, precision, device)
+
+    # The run's directory. Until here nothing was written.
+    position, step, tokens_seen, best_loss = Position(), 0, 0, math.inf
+    if resumed:
+        restore_state(tensors, model, optimizer, device)
+        _restore_python_random_state(state["random"])
+        scaler.load_state_dict(state["scaler"])
+        position, step = Position(**state["position"]), state["step"]
+        tokens_seen, best_loss = state["tokens_seen"], state["best_loss"]
+        print(f"resuming from {resumed} at step {step}")
+    else:
+        remove_run(run_dir)
+    del tensors
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(run_dir / "config.yaml", settings)
+    log = report.RunLog(run_dir, step, max_steps)
+    stop = StopSignal()
+
+    def evaluate_and_sample(final: bool = False) -> float:
+        nll_sum, num_predicted = evaluate(step_model, eval_loader, precision)
+        loss = nll_sum / num_predicted
+        log.evaluation(
+            step,
+            loss=loss,
+            perplexity=report.perplexity(loss),
+            tokens=num_predicted,
+            **({"final": True} if final else {}),
+        )
+        with torch.random.fork_rng(), autocast(device, precision):  # the training's random numbers stay untouched
+            torch.manual_seed(config.seed)
+            for prompt in config.sample_prompt:
+                log.sample(step, prompt, next(generate(model, tokenizer, [prompt], SamplingConfig(max_new_tokens=60))))
+        return loss
+
+    def save_checkpoint() -> None:
+        checkpoint.save(
+            run_dir / "checkpoints" / f"step-{step:06}",
+            training_state(model, optimizer, device),
+            {
+                "step": step,
+                "position": vars(position),
+                "tokens_seen": tokens_seen,
+                "best_loss": best_loss,
+                "scaler": scaler.state_dict(),
+                "random": _python_random_state(),
+                "identity": identity,
+                "settings": settings,
+            },
+        )
+        checkpoint.prune(run_dir / "checkpoints", config.keep_checkpoints)
+
+    # The loop.
+    if step == 0:
+        evaluate_and_sample()
+    model.train()
+    batches = training_batches(train_blocks, config.batch_size, config.grad_accum_steps, config.seed, position)
+    failed_step = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
+    seconds, tokens_timed, started = 0.0, 0, time.perf_counter()
+    while step < max_steps:
+        micro_batches, position = next(batches)
+        learning_rate = learning_rate_at(step, config.learning_rate, warmup_steps, max_steps)
+        loss, grad_norm, num_predicted = train_step(
+            step_model, optimizer, scaler, micro_batches, learning_rate, config.max_grad_norm, precision
+        )
+        step += 1
+        tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+        tokens_seen, tokens_timed = tokens_seen + tokens, tokens_timed + tokens
+        finite = torch.isfinite(loss) if scaler.is_enabled() else torch.isfinite(loss + grad_norm)
+        failed_step = torch.where((failed_step == 0) & ~finite, step, failed_step)
+        log.step()
+
+        last = step == max_steps
+        logs, evaluates = step % config.log_every == 0 or step == 1 or last, step % config.eval_every == 0 or last
+        saves = step % config.save_every == 0 or last or stop.number is not None
+        if (logs or evaluates or saves) and failed_step.item():  # the one host sync of a log interval
+            raise NonFiniteError(
+                f"step {failed_step.item():.0f}: the loss or its gradient was not finite (loss {loss.item()}), and the "
+                f"weights were left as they were before it; lower --learning_rate {config.learning_rate:g} or look at "
+                f"the text, and resume from the last checkpoint"
+            )
+        if logs:
+            seconds += time.perf_counter() - started
+            speed = tokens_timed / seconds
+            log.train(
+                step,
+                max_steps,
+                (max_steps - step) * block_tokens / speed,
+                loss=loss.item(),
+                tokens=num_predicted,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm.item(),
+                tokens_per_second=speed,
+                tokens_seen=tokens_seen,
+                epoch=position.epoch + position.blocks / len(train_blocks),
+                memory_gib=report.peak_memory_gib(device),
+            )
+            seconds, tokens_timed, started = 0.0, 0, time.perf_counter()
+        if not (evaluates or saves):
+            continue
+        seconds += time.perf_counter() - started
+        if evaluates:
+            eval_loss = evaluate_and_sample(final=last)
+            if eval_loss < best_loss:
+                best_loss = eval_loss
+                save_model(run_dir, model, tokenizer, settings, train_stream, eval_stream, max_steps, precision)
+        if saves:
+            save_checkpoint()
+        if stop.number is not None and not last:
+            log.close()
+            print(f"stopped by {signal.Signals(stop.number).name} at step {step}; saved. Go on with --resume.")
+            sys.exit(128 + stop.number)
+        started = time.perf_counter()
+
+    evaluations = [record for record in report.read_metrics(run_dir) if record["split"] == "eval"]
+    first, best = evaluations[0], min(evaluations[1:], key=lambda record: record["loss"])
+    log.hyperparameters(settings, {key: best[key] for key in ("loss", "perplexity")})
+    log.close()
+    print(f"held-out perplexity {first['perplexity']:.2f} before, {best['perplexity']:.2f} after (step {best['step']})")
+    if best["loss"] >= first["loss"]:
+        print("warning: training did not improve on the model it started from; try another --learning_rate")
+    finish(run_dir, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paragraphs of `main` that would hide the loop
+
+
+def check_run_dir(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether ``run_dir`` holds a run. Raises UserError where a new one may not go there."""
+    require((not run_dir.exists() or run_dir.is_dir(), f"--output_dir {run_dir}: is a file; give a directory"))
+    holds_run = any((run_dir / name).exists() for name in RUN_CONTENT)
+    allowed = config.resume or config.overwrite or config.dry_run
+    require(
+        (
+            allowed or not holds_run,
+            f"--output_dir {run_dir}: holds another run; go on with --resume, delete it with --overwrite, "
+            f"or give another directory",
+        )
+    )
+    return holds_run
+
+
+def remove_run(run_dir: Path) -> None:
+    for name in RUN_CONTENT:
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_same_run(run_dir: Path, state: dict, identity: dict, settings: dict) -> None:
+    """Raises UserError where resuming would be another run; says what else was changed."""
+    for name, before in state["identity"].items():
+        if identity[name] != before:
+            shown = (f"{str(value)[:16]}" for value in (before, identity[name]))
+            raise UserError(
+                f"--resume: {name} was {next(shown)} and is now {next(shown)}, so this is not the run in {run_dir}; "
+                f"give what it was made with (see {run_dir}/config.yaml), another --output_dir, or --overwrite"
+            )
+    free = {"max_steps", "num_epochs", "eval_every", "save_every", "log_every", "output_dir", "resume", "overwrite"}
+    free |= {"keep_checkpoints", "push_to_hub", "dry_run", "sample_prompt", *identity}
+    for name, value in settings.items():
+        if name not in free and state["settings"].get(name) != value:
+            print(f"note: --{name} was {state['settings'].get(name)} and is {value} from here on")
+
+
+def write_config(path: Path, settings: dict[str, Any]) -> None:
+    """The resolved settings as YAML that --config reads."""
+    once = ("resume", "overwrite", "dry_run", "push_to_hub")
+    kept = {key: value for key, value in settings.items() if key not in once and value not in (None, [])}
+    made_with = ", ".join(f"{name} {version}" for name, version in report.versions().items())
+    path.write_text(
+        f"# made with {made_with}\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}", encoding="utf-8"
+    )
+
+
+def should_compile(choice: str, device: torch.device, flops: float) -> bool:
+    """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
+    has_compiler = device.type == "cuda" or any(map(shutil.which, ("g++", "c++", "clang++")))
+    require((choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off"))
+    # Compiling costs about a minute and saves about a quarter of a step. The decision must not depend on a measured
+    # time, or two runs with one seed could differ; so it assumes a slow machine's rate and wants ten minutes of work.
+    slow_rate = 1e14 if device.type == "cuda" else 2e11
+    return choice == "on" or (choice == "auto" and has_compiler and flops > 600 * slow_rate)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None:
+    """One forward and backward pass and update on a full batch of full blocks; its learning rate is zero."""
+    batch = next(iter(make_loader(blocks, config.batch_size, range(min(config.batch_size, len(blocks))))))
+    started = time.perf_counter()
+    model.train()
+    loss, _, _ = train_step(model, optimizer, scaler, [batch], 0.0, config.max_grad_norm, precision)
+    print(
+        f"{'dry run':<10}loss {loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
+        f"{report.peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"
+    )
+
+
+def save_model(
+    run_dir: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    train_stream,
+    eval_stream,
+    max_steps: int,
+    precision: str,
+) -> None:
+    """Writes model/: weights, tokenizer and card, usable with `from_pretrained`."""
+    evaluations = [record for record in report.read_metrics(run_dir) if record["split"] == "eval"]
+    facts = {
+        "train_documents": train_stream.num_documents,
+        "train_tokens": len(train_stream),
+        "eval_documents": eval_stream.num_documents,
+        "eval_tokens": len(eval_stream),
+        "max_steps": max_steps,
+        "precision": precision,
+    }
+
+    def write(directory: Path) -> None:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        report.model_card(model.config.model_type, settings, evaluations, facts).save(directory / "README.md")
+
+    checkpoint.write_directory(run_dir / "model", write)
+
+
+def finish(run_dir: Path, config: TrainConfig) -> None:
+    """Uploads where asked to, and says where everything is."""
+    if config.push_to_hub:
+        print(f"uploaded  {report.push(run_dir / 'model', config.push_to_hub)}")
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    print(f"model     {run_dir}/model")
+    print(f"curves    {python} -m tensorboard.main --logdir {run_dir.parent}     (or: make tensorboard)")
+    print(f'next      {python} generate.py --model {run_dir}/model --prompt "..."')
+
+
+if __name__ == "__main__":
+    run(main)
