@@ -105,8 +105,9 @@ def load_tokenizer_by_name(name: str, flag_name: str, revision: str | None = Non
             f"{flag_name} {name}: no tokenizer can be loaded from it ({one_line(error)}); "
             f"give --tokenizer: a Hub id, a local directory, or train:8192"
         ) from error
-    if len(tokenizer) == 0:
-        raise UserError(f"{flag_name} {name}: the tokenizer in it is empty; give --tokenizer")
+    # Without its vocabulary file a tokenizer loads silently, with its special tokens alone.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"{flag_name} {name}: there is no tokenizer in it; give --tokenizer: a Hub id or train:8192")
     return tokenizer
 
 
@@ -131,6 +132,8 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
         with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
             tokenizer.save(f"{directory}/tokenizer.json")
             os.replace(f"{directory}/tokenizer.json", cached)
+    if tokenizer.get_vocab_size() < size:
+        print(f"warning: --tokenizer train:{size}: the text yields only {tokenizer.get_vocab_size()} tokens")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 

@@ -11,7 +11,6 @@ import argparse
 import ast
 import contextlib
 import json
-import platform
 import re
 import sys
 import sysconfig
@@ -57,8 +56,8 @@ def modules() -> Iterator[tuple[str, list[Section]]]:
         if SKIPPED.isdisjoint(name):
             with contextlib.suppress(OSError, SyntaxError, ValueError):
                 tree = ast.parse(path.read_bytes())
-                opening = ("", paragraphs(ast.get_docstring(tree)))
-                yield ".".join(name).removesuffix(".__init__"), [opening, *described(tree)]
+                title = ".".join(name).removesuffix(".__init__")
+                yield title, [("", paragraphs(ast.get_docstring(tree))), *described(tree)]
 
 
 def records(sources: list[tuple[str, list[Section]]]) -> list[dict]:
@@ -95,15 +94,14 @@ def main() -> int:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
-            part = Path(work, out.name)
-            part.write_bytes(lines.encode("utf-8", errors="replace"))
-            part.replace(out)
+            Path(work, out.name).write_bytes(lines.encode("utf-8", errors="replace"))
+            Path(work, out.name).replace(out)
     except OSError as error:
         print(f"prepare_text.py: {error}", file=sys.stderr)
         return 2
     print(f"Wrote {out}: {len(made)} records, {out.stat().st_size:,} bytes")
-    python = f"{platform.python_implementation()} {platform.python_version()}, PSF License Version 2"
-    print(f"From {len(topics)} help topics and {len(library)} modules of {python}")
+    version = sys.version.split()[0]
+    print(f"From {len(topics)} help topics and {len(library)} modules of Python {version}, PSF License Version 2")
     return 0
 
 

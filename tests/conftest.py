@@ -1,0 +1,109 @@
+"""Everything here runs offline, on the CPU, on text and models that the tests make themselves."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Before any Hugging Face library is imported: a cache of our own, and no network.
+CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
+os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ.pop("HF_TOKEN", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+
+from data import Rows, TextFiles  # noqa: E402
+from model import ModelConfig, load_tokenizer  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the a model token text of loss learns writes reads and in but never é 東京 x = 1 def return (self) : , . \n \n\n".split(" ")
+
+
+def make_text(num_words: int, seed: int = 0) -> str:
+    """Text of a few words, with newlines, code and letters beyond ASCII."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(num_words))
+
+
+def write_jsonl(path: Path, num_documents: int, seed: int = 0, words: int = 60) -> Path:
+    """Nested records in ELI5's shape."""
+    rows = (
+        {"title": f"q{i}", "answers": {"text": [make_text(words, seed + 2 * i), make_text(words // 2, seed + 2 * i + 1)]}}
+        for i in range(num_documents)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_script(*args: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = "", timeout: float = 120):
+    """Runs ``python SCRIPT ARGS`` as people do and returns the finished process with its stdout and stderr as text."""
+    script, *rest = map(str, args)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tiny_gpt2(vocab_size: int, dropout: float = 0.0, **settings) -> GPT2LMHeadModel:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        **settings,
+    )
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(make_text(8000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def jsonl_file(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("jsonl") / "rows.jsonl", 60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text_file):
+    return load_tokenizer(ModelConfig(tokenizer="train:320"), TextFiles(((str(text_file), 0, None),)))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer) -> Path:
+    """A tiny GPT-2 with its tokenizer, as `from_pretrained` reads it; dropout 0.1 in training."""
+    path = tmp_path_factory.mktemp("model") / "tiny-gpt2"
+    tiny_gpt2(len(tokenizer), dropout=0.1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def rows(jsonl_file) -> Rows:
+    from datasets import Dataset
+
+    return Rows(Dataset.from_json(str(jsonl_file)), "answers.text")

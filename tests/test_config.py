@@ -1,0 +1,81 @@
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+
+from config import Count, Range, UserError, flag, parse
+
+
+@dataclass
+class Settings:
+    batch_size: Count = flag(8, "blocks")
+    learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-5, "peak")
+    max_steps: Count | None = flag(None, "100% of the updates")
+    compile: Literal["auto", "on", "off"] = flag("auto", "mode")
+    files: list[str] = flag([], "files")
+    overrides: str | None = flag(None, "JSON")
+    resume: bool = flag(False, "go on")
+    separator: str = flag(" ", "between")
+
+    def rules(self):
+        return [(self.batch_size != 13, "--batch_size 13: unlucky")]
+
+
+def read(*argv, yaml=None, tmp_path=None):
+    if yaml is not None:
+        (tmp_path / "c.yaml").write_text(yaml)
+        argv = (*argv, "--config", str(tmp_path / "c.yaml"))
+    return parse([Settings], "", list(argv))[0]
+
+
+def test_precedence_and_yaml_types(tmp_path):
+    text = 'batch_size: 4\nlearning_rate: 1e-4\ncompile: on\nfiles: [a, "b c"]\nresume: true\nseparator: "\\n\\n"\n'
+    text += "max_steps:\noverrides: {n_layer: 4, eps: 1e-5}\n"
+    settings = read("--batch_size", "2", "--files", "z", yaml=text, tmp_path=tmp_path)
+    assert settings == Settings(
+        2, 1e-4, None, "on", ["z"], '{"n_layer": 4, "eps": 1e-05}', True, "\n\n"
+    )  # flags beat the file, the file beats defaults
+    assert read(yaml=text, tmp_path=tmp_path).files == ["a", "b c"]
+    assert read() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("argv", "yaml", "words"),
+    [
+        (["--bach_size", "2"], None, ["--bach_size", "did you mean --batch_size"]),
+        (["--batch", "2"], None, ["--batch"]),  # no abbreviations: a later flag could make them mean something else
+        (["--batch_size", "two"], None, ["--batch_size", "'two'"]),
+        (["--batch_size", "0"], None, ["--batch_size 0", "at least 1"]),
+        (["--max_steps", "-1"], None, ["--max_steps -1", "at least 1"]),
+        (["--learning_rate", "nan"], None, ["--learning_rate nan", "above 0"]),
+        (["--learning_rate", "1"], None, ["--learning_rate 1.0", "below 1"]),
+        (["--compile", "maybe"], None, ["--compile", "'maybe'"]),
+        (["--batch_size", "13"], None, ["unlucky"]),
+        (["stray"], None, ["'stray'"]),
+        ([], "bach_size: 2", ["c.yaml", "'bach_size'", "did you mean batch_size"]),
+        ([], "batch_size: two", ["--batch_size", "'two'"]),
+        ([], "batch_size: [", ["c.yaml", "not valid YAML"]),
+        ([], "- batch_size", ["c.yaml", "mapping"]),
+        (["--config", "missing.yaml"], None, ["missing.yaml", "No such file"]),
+    ],
+)
+def test_wrong_settings_say_what_is_wrong(argv, yaml, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        read(*argv, yaml=yaml, tmp_path=tmp_path)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_bad_values_are_named_at_once():
+    with pytest.raises(UserError) as error:
+        read("--batch_size", "0", "--learning_rate", "-1")
+    assert [line.split()[0] for line in str(error.value).splitlines()] == ["--batch_size", "--learning_rate"]
+
+
+def test_help_names_each_flag_and_default_once(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batch_size BATCH_SIZE blocks (default: 8)" in text
+    assert "--batch-size" not in text and "100% of the updates" in text

@@ -1,0 +1,125 @@
+import os
+import pty
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, run_script, tiny_gpt2
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+
+from config import UserError
+from generate import SamplingConfig, generate
+from model import load_pretrained
+
+PROMPTS = ["the model", "a", "token text of loss learns writes", "def return (self) :", "x = 1 \n"]
+GREEDY = SamplingConfig(max_new_tokens=12, greedy=True)
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return load_pretrained(str(model_dir))
+
+
+def test_batched_with_left_padding_equals_alone(model, tokenizer):
+    together = list(generate(model, tokenizer, PROMPTS, GREEDY))
+    assert together == [next(generate(model, tokenizer, [prompt], GREEDY)) for prompt in PROMPTS]
+    assert len(set(together)) > 1 and all(together)
+
+
+def test_an_architecture_that_cannot_hide_its_pads_is_not_padded(tokenizer):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bart",
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        init_std=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    together = list(generate(model, tokenizer, PROMPTS, GREEDY))
+    assert together == [next(generate(model, tokenizer, [prompt], GREEDY)) for prompt in PROMPTS]
+
+
+def test_equals_the_pipeline(model_dir, model, tokenizer):
+    pipe = pipeline("text-generation", model=str(model_dir), device="cpu")
+    for prompt, text in zip(PROMPTS, generate(model, tokenizer, PROMPTS, GREEDY), strict=True):
+        made = pipe(prompt, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
+        assert made == text
+
+
+def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=3)
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return list(generate(model, tokenizer, PROMPTS[:2], sampling))
+
+    first = sample(0)
+    assert len(first) == 6 and len(set(first)) == 6
+    assert sample(0) == first != sample(1)
+
+
+def test_top_k_of_one_is_greedy(model, tokenizer):
+    sampling = SamplingConfig(max_new_tokens=12, top_k=1)
+    assert list(generate(model, tokenizer, PROMPTS, sampling)) == list(generate(model, tokenizer, PROMPTS, GREEDY))
+
+
+def test_too_long_for_the_model(tokenizer):
+    model = tiny_gpt2(len(tokenizer))
+    with pytest.raises(UserError, match="--max_new_tokens 63: the model holds 64 positions"):
+        list(generate(model, tokenizer, ["the model"], SamplingConfig(max_new_tokens=63)))
+    assert len(list(generate(model, tokenizer, [""], SamplingConfig(max_new_tokens=63, greedy=True)))) == 1
+
+
+def test_commands(model_dir, model, tokenizer, tmp_path):
+    texts = dict(zip(PROMPTS, generate(model, tokenizer, PROMPTS, GREEDY), strict=True))
+    flags = ("generate.py", "--model", model_dir, "--greedy", "--max_new_tokens", 12)
+    alone = run_script(*flags, "--prompt", PROMPTS[0], cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout == PROMPTS[0] + texts[PROMPTS[0]] + "\n"
+    assert alone.stderr == ""
+    lines = [prompt for prompt in PROMPTS if "\n" not in prompt]
+    expected = "\n".join(f"{prompt}{texts[prompt]}\n" for prompt in lines)
+    assert run_script(*flags, cwd=tmp_path, stdin="\n".join(lines) + "\n\n").stdout == expected
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    assert run_script(*flags, "--prompts_file", "prompts.txt", "--batch_size", 2, cwd=tmp_path).stdout == expected
+
+
+def test_no_finished_run_and_no_prompt(tmp_path):
+    done = run_script("generate.py", "--prompt", "a", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("generate.py: error: no finished run under runs/")
+    done = run_script("generate.py", cwd=tmp_path)
+    assert done.returncode == 2 and "no prompt" in done.stderr
+
+
+def test_interactive_in_a_terminal(model_dir, tmp_path):
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), "--model", str(model_dir), "--greedy", "--max_new_tokens", "5"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=tmp_path,
+    )
+    os.close(terminal)
+    shown = b""
+    watchdog = threading.Timer(90, process.kill)
+    watchdog.start()
+    answers = [b"the model\n", b"a\n", b"\x04"]
+    try:
+        while data := os.read(controller, 1024):
+            shown += data
+            if answers and shown.count(b"prompt> ") == 4 - len(answers):
+                os.write(controller, answers.pop(0))
+    except OSError:  # a terminal whose other side is gone ends so on Linux
+        pass
+    watchdog.cancel()
+    assert process.wait(timeout=10) == 0
+    assert shown.count(b"prompt> ") == 3 and b"the model" in shown.split(b"prompt> ")[1]

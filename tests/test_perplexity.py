@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script
+
+from data import SlidingWindows, group_texts, make_loader, tokenize
+from model import load_pretrained
+from perplexity import evaluate
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return load_pretrained(str(model_dir)).train()
+
+
+@pytest.fixture
+def blocks(rows, tokenizer):
+    blocks = group_texts(tokenize(rows, tokenizer), 64)
+    assert len(blocks.stream) % 64 != 0  # the last block is short
+    return blocks
+
+
+def test_equals_a_plain_loop_and_does_not_depend_on_the_batch_size(model, blocks):
+    nll, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for i in range(len(blocks)):
+            ids = blocks[i]["input_ids"][None]
+            logits = model(input_ids=ids).logits.double()
+            nll += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+            count += ids.shape[1] - 1
+    model.train()
+    random_state = torch.get_rng_state()
+    for batch_size in (1, 3, 8, 100):
+        nll_sum, num_tokens = evaluate(model, make_loader(blocks, batch_size))
+        assert num_tokens == count
+        assert math.exp(nll_sum / num_tokens) == pytest.approx(math.exp(nll / count), rel=1e-6)
+    assert model.training and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_sliding_window_scores_each_token_with_what_stands_before_it(model, blocks):
+    stream, block_size, stride = blocks.stream, 32, 12
+    ids = torch.from_numpy(stream[:])
+    nll = 0.0
+    model.eval()
+    with torch.no_grad():
+        for place in range(1, len(ids)):
+            # The first window that reaches the token scores it.
+            start = max(0, math.ceil((place + 1 - block_size) / stride)) * stride
+            logits = model(input_ids=ids[None, start:place]).logits[0, -1].double()
+            nll -= F.log_softmax(logits, -1)[ids[place]].item()
+            if place == 400:
+                break
+    class Head:
+        def __len__(self):
+            return 401
+
+        def __getitem__(self, place):
+            return stream[: 401][place]
+
+    windows = SlidingWindows(Head(), block_size, stride)
+    nll_sum, num_tokens = evaluate(model, make_loader(windows, 5))
+    assert num_tokens == 400
+    assert nll_sum == pytest.approx(nll, rel=1e-6)
+
+
+def test_command(model_dir, text_file, model, tokenizer, tmp_path):
+    done = run_script("perplexity.py", "--model", model_dir, "--files", text_file, "--block_size", 32, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    values = {name: float(value) for name, value in (line.split(": ") for line in done.stdout.splitlines())}
+    ids = tokenizer(text_file.read_text(encoding="utf-8"))["input_ids"] + [0]
+    assert list(values) == ["tokens", "loss", "perplexity", "bits_per_byte"]
+    assert values["tokens"] == len(ids) - math.ceil(len(ids) / 32)
+    assert values["perplexity"] == pytest.approx(math.exp(values["loss"]), rel=1e-4)
+    bits = values["loss"] * values["tokens"] / math.log(2) / len(text_file.read_bytes())
+    assert values["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    assert done.stderr == ""

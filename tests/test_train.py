@@ -1,0 +1,230 @@
+"""The loop against the Trainer, against itself with other batch shapes, and against what can go wrong."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_gpt2
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+
+from data import Position, collate, group_texts, make_loader, tokenize, training_batches
+from train import learning_rate_at, make_optimizer, restore_state, train_step, training_state
+
+STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
+
+
+def no_scaler():
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture
+def blocks(rows, tokenizer):
+    return group_texts(tokenize(rows, tokenizer), 32)
+
+
+def test_equals_the_trainer(blocks, tokenizer, tmp_path):
+    """The same model, blocks, order, warmup, decay, clipping and accumulation give the same losses and weights."""
+    batches = list(make_loader(blocks, 4, range(4 * 2 * STEPS % len(blocks) + 8)))  # full blocks alone
+    batches = [batches[i % (len(batches) - 1)] for i in range(2 * STEPS)]
+
+    ours = tiny_gpt2(len(tokenizer))
+    optimizer, scaler = make_optimizer(ours, DECAY), no_scaler()
+    our_losses = []
+    for step in range(STEPS):
+        rate = learning_rate_at(step, PEAK, WARMUP, STEPS)
+        loss, _, _ = train_step(ours, optimizer, scaler, batches[2 * step : 2 * step + 2], rate, CLIP)
+        our_losses.append(loss.item())
+
+    class Losses(TrainerCallback):
+        def __init__(self):
+            self.values = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                self.values.append(logs["loss"])
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    theirs = tiny_gpt2(len(tokenizer))
+    losses = Losses()
+    # The Trainer divides by all labels, also by each block's first one, which nothing predicts: its loss of blocks of
+    # 32 is 31/32 of the mean. Ignoring the first label changes no prediction and makes it count as we do.
+    rows = [
+        {"input_ids": ids.tolist(), "labels": [-100, *labels[1:].tolist()]}
+        for batch in batches
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    trainer = InOrder(
+        model=theirs,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=STEPS,
+            learning_rate=PEAK,
+            warmup_steps=WARMUP,
+            weight_decay=DECAY,
+            max_grad_norm=CLIP,
+            lr_scheduler_type="linear",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=lambda items: collate([{k: torch.tensor(v) for k, v in item.items()} for item in items]),
+        callbacks=[losses],
+    )
+    trainer.train()
+
+    assert len(losses.values) == STEPS and our_losses[0] - our_losses[-1] > 0.5
+    assert our_losses == pytest.approx(losses.values, abs=1e-5)
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        gap = (parameter - reference[name]).abs()
+        if name.endswith("attn.c_attn.bias"):
+            # Softmax ignores what all keys have in common, so the gradient of a key's bias is zero but for rounding,
+            # and AdamW divides it by its own size: its values are noise of the size of the learning rate.
+            query, key, value = gap.chunk(3)
+            assert key.max() < 0.1
+            gap = torch.cat([query, value])
+        assert gap.max() < 1e-5, name
+
+
+def test_learning_rate_is_the_schedule_of_transformers():
+    for warmup in (0, 1, 10):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+        schedule = get_linear_schedule_with_warmup(optimizer, warmup, STEPS)
+        for step in range(STEPS):
+            assert learning_rate_at(step, PEAK, warmup, STEPS) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+            optimizer.step()
+            schedule.step()
+    assert learning_rate_at(STEPS, PEAK, 10, STEPS) == 0
+
+
+def updated(micro_batches, vocab_size, steps=3):
+    model = tiny_gpt2(vocab_size)
+    optimizer = make_optimizer(model, DECAY)
+    for _ in range(steps):
+        loss, norm, tokens = train_step(model, optimizer, no_scaler(), micro_batches, 1e-3, CLIP)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), loss.item(), norm.item(), tokens
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_accumulation_does_not_change_the_update(blocks, tokenizer, short):
+    items = [blocks[i] for i in range(7)] + [blocks[len(blocks) - 1 if short else 7]]
+    assert (len(items[-1]["input_ids"]) < 32) == short
+    shapes = [[collate(items[i : i + size]) for i in range(0, 8, size)] for size in (4, 2, 8, 1)]  # 2x4, 4x2, 1x8, 8x1
+    (weights, loss, norm, tokens), *others = (updated(shape, len(tokenizer)) for shape in shapes)
+    assert tokens == sum(len(item["labels"]) - 1 for item in items)
+    for other_weights, other_loss, other_norm, other_tokens in others:
+        assert (weights - other_weights).abs().max() < 1e-6
+        assert (other_loss, other_norm) == (pytest.approx(loss, abs=1e-6), pytest.approx(norm, rel=1e-5))
+        assert other_tokens == tokens
+
+
+def test_loss_is_the_mean_over_the_tokens_of_the_update(blocks, tokenizer):
+    items = [blocks[0], blocks[len(blocks) - 1]]
+    model = tiny_gpt2(len(tokenizer))
+    sums = [model(input_ids=i["input_ids"][None], labels=i["labels"][None]).loss * (len(i["labels"]) - 1) for i in items]
+    expected = sum(sums) / sum(len(item["labels"]) - 1 for item in items)
+    loss, _, _ = train_step(model, make_optimizer(model, 0), no_scaler(), [collate([i]) for i in items], 0.0)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_decay_spares_biases_and_norms(tokenizer):
+    model = tiny_gpt2(len(tokenizer))
+    model.transformer.h[0].mlp.c_fc.weight._no_weight_decay = True
+    decayed, spared = make_optimizer(model, DECAY).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == DECAY and spared["weight_decay"] == 0
+    spared = {names[parameter] for parameter in spared["params"]}
+    assert spared == {n for n in names.values() if n.endswith("bias") or ".ln_" in n} | {"transformer.h.0.mlp.c_fc.weight"}
+    assert len(decayed["params"]) + len(spared) == len(names)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_bitwise(blocks, tokenizer):
+    model = tiny_gpt2(len(tokenizer))
+    optimizer = make_optimizer(model, DECAY)
+    batch = collate([blocks[0]])
+    train_step(model, optimizer, no_scaler(), [batch], 1e-3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    loss, _, _ = train_step(model, optimizer, no_scaler(), [batch], 1e-3)
+    hook.remove()
+    assert math.isnan(loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for state, saved in zip(optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(state[key], saved[key]) for key in saved)
+    train_step(model, optimizer, no_scaler(), [batch], 1e-3)  # and it goes on
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_follow_float32(blocks, tokenizer, precision):
+    batch = collate([blocks[i] for i in range(4)])
+    losses = {}
+    for name in ("fp32", precision):
+        model = tiny_gpt2(len(tokenizer))
+        optimizer, scaler = make_optimizer(model, DECAY), torch.amp.GradScaler("cpu", enabled=name == "fp16")
+        losses[name] = [train_step(model, optimizer, scaler, [batch], 1e-3, 1.0, name)[0].item() for _ in range(10)]
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.01)
+    assert losses[precision] != losses["fp32"]
+
+
+def test_fp16_overflow_is_skipped_by_the_scaler(blocks, tokenizer):
+    model = tiny_gpt2(len(tokenizer))
+    optimizer, scaler = make_optimizer(model, DECAY), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = model.lm_head.weight.clone()
+    train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
+    assert torch.equal(model.lm_head.weight, before) and scaler.get_scale() == 2.0**39
+
+
+def test_compiled_shares_weights_and_numbers(blocks, tokenizer):
+    batch = collate([blocks[i] for i in range(2)])
+    plain, model = tiny_gpt2(len(tokenizer)), tiny_gpt2(len(tokenizer))
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = [train_step(plain, make_optimizer(plain, 0), no_scaler(), [batch], 1e-3)[0].item() for _ in range(2)]
+    optimizer = make_optimizer(model, 0)
+    assert train_step(compiled, optimizer, no_scaler(), [batch], 1e-3)[0].item() == pytest.approx(expected[0], abs=1e-5)
+    assert torch.allclose(model.lm_head.weight, model.transformer.wte.weight)
+    assert not torch.equal(model.lm_head.weight, tiny_gpt2(len(tokenizer)).lm_head.weight)
+
+
+def test_state_is_taken_up_to_the_bit(blocks, tokenizer):
+    """With dropout: a restored model, optimizer and random state go on exactly as the ones they were saved from."""
+
+    def start():
+        model = tiny_gpt2(len(tokenizer), dropout=0.1).train()
+        return model, make_optimizer(model, DECAY)
+
+    def go_on(model, optimizer, position, steps):
+        batches = training_batches(blocks, 4, 2, 3, position)
+        for _ in range(steps):
+            update, position = next(batches)
+            train_step(model, optimizer, no_scaler(), update, 1e-3)
+        return position
+
+    cpu = torch.device("cpu")
+    model, optimizer = start()
+    torch.manual_seed(5)
+    position = go_on(model, optimizer, Position(), 4)
+    saved = {
+        group: {name: tensor.clone() for name, tensor in content.items()}
+        for group, content in training_state(model, optimizer, cpu).items()
+    }
+    go_on(model, optimizer, position, 4)
+    again, again_optimizer = start()
+    torch.manual_seed(99)
+    restore_state(saved, again, again_optimizer, cpu)
+    go_on(again, again_optimizer, position, 4)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert "lm_head.weight" not in saved["weights"]  # tied to the embedding, saved once
