@@ -10,8 +10,8 @@ The texts go to stdout, everything else to stderr. One prompt is streamed as it 
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -66,13 +66,12 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     sampling: SamplingConfig,
-    batch_size: int = 16,
     streamer: TextStreamer | None = None,
-) -> Iterator[str]:
-    """Yields ``num_samples`` continuations for each prompt, in the order of the prompts, without the prompts.
+) -> list[str]:
+    """Returns ``num_samples`` continuations for each prompt, in the order of the prompts, without the prompts.
 
-    Prompts of a batch are padded on the left and masked, so that under greedy decoding each gets what it would get
-    alone; for an architecture that cannot do without its pads only prompts of one length share a batch. Raises
+    Prompts are padded on the left and masked, so that under greedy decoding each gets what it would get
+    alone; where an architecture cannot overlook its pads only prompts of one length share a batch. Raises
     UserError where prompt and new tokens exceed the model's positions. The model is left in its mode.
     """
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
@@ -91,9 +90,10 @@ def generate(
             "top_p": sampling.top_p,
             "num_return_sequences": sampling.num_samples,
         }
+    texts = []
     training = model.training
     model.eval()
-    for batch in _batches(encoded, max(1, batch_size // sampling.num_samples), model):
+    for batch in _batches(encoded, model):
         width = max(map(len, batch))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch])  # (batch, width)
@@ -110,24 +110,19 @@ def generate(
             prompt = batch[i // sampling.num_samples]
             # Decoded together with the prompt: alone, some tokenizers would drop the first space.
             before, whole = (_decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
-            yield whole[len(before) :]
+            texts.append(whole[len(before) :])
     model.train(training)
+    return texts
 
 
-def _batches(encoded: list[list[int]], size: int, model: PreTrainedModel) -> Iterator[list[list[int]]]:
-    """Runs of neighbouring prompts, at most ``size``."""
-    mixed = len({len(row) for row in encoded}) > 1 and _masks_pads(model)
-    batch: list[list[int]] = []
-    for row in encoded:
-        if batch and (len(batch) == size or not (mixed or len(row) == len(batch[0]))):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _batches(encoded: list[list[int]], model: PreTrainedModel) -> list[list[list[int]]]:
+    """All prompts together, or runs of neighbours of one length where lengths cannot be mixed."""
+    if len({len(row) for row in encoded}) == 1 or _overlooks_pads(model):
+        return [encoded]
+    return [list(run) for _, run in groupby(encoded, len)]
 
 
-def _masks_pads(model: PreTrainedModel) -> bool:
+def _overlooks_pads(model: PreTrainedModel) -> bool:
     """Whether masked tokens on the left leave the next token's logits as they are."""
     rows = model.get_input_embeddings().num_embeddings
     ids = torch.randint(rows, (1, 4), generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -205,24 +200,22 @@ def main() -> None:
     model = load_pretrained(name, revision=config.model_revision).to(device)
     torch.manual_seed(config.seed)
 
-    def answer(prompts: list[str]) -> None:
-        alone = len(prompts) * config.num_samples == 1
-        streamer = TextStreamer(
-            tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        if alone:
+    def answer(prompts: list[str], streamed: bool) -> None:
+        streamer = None
+        if streamed:
             print(prompts[0], end="", flush=True)
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with autocast(device, precision):
-            texts = generate(model, tokenizer, prompts, config, config.batch_size, streamer if alone else None)
-            for i, text in enumerate(texts):
-                if not alone:
-                    print(("\n" if i else "") + prompts[i // config.num_samples] + text, flush=True)
+            texts = generate(model, tokenizer, prompts, config, streamer)
+        for i, text in enumerate([] if streamed else texts):
+            print(prompts[i // config.num_samples] + text + "\n", flush=True)
 
-    if prompts:
-        answer(prompts)
+    batch_size = max(1, config.batch_size // config.num_samples)
+    for start in range(0, len(prompts), batch_size):
+        answer(prompts[start : start + batch_size], streamed=len(prompts) * config.num_samples == 1)
     while interactive:
         try:
-            answer([input("\nprompt> ")])
+            answer([input("\nprompt> ")], streamed=config.num_samples == 1)
         except (EOFError, KeyboardInterrupt):
             print()
             break

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import datasets
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -153,7 +154,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
         settings, unknown = AutoConfig.from_pretrained(
             name, revision=config.model_revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{flag_name} {name}: no model config can be loaded from it ({one_line(error)})") from error
     require(
         (not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")

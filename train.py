@@ -49,6 +49,7 @@ from model import (
     load_model,
     load_tokenizer,
     next_token_nll,
+    position_limit,
     resolve_precision,
     select_device,
 )
@@ -295,6 +296,11 @@ def main() -> None:
     transformers.set_seed(config.seed)
     model = load_model(model_config, tokenizer).to(device)
     check_model(model, tokenizer, data_config.block_size)
+    limit = position_limit(model) or math.inf
+    sampling = SamplingConfig(max_new_tokens=min(60, limit // 2))
+    for prompt in config.sample_prompt:
+        fits = len(tokenizer(prompt)["input_ids"]) + sampling.max_new_tokens <= limit
+        require((fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it"))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
     compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
@@ -362,7 +368,7 @@ def main() -> None:
         with torch.random.fork_rng(), autocast(device, precision):  # the training's random numbers stay untouched
             torch.manual_seed(config.seed)
             for prompt in config.sample_prompt:
-                log.sample(step, prompt, next(generate(model, tokenizer, [prompt], SamplingConfig(max_new_tokens=60))))
+                log.sample(step, prompt, generate(model, tokenizer, [prompt], sampling)[0])
         return loss
 
     def save_checkpoint() -> None:

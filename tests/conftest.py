@@ -21,7 +21,8 @@ from data import Rows, TextFiles  # noqa: E402
 from model import ModelConfig, load_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-WORDS = "the a model token text of loss learns writes reads and in but never é 東京 x = 1 def return (self) : , . \n \n\n".split(" ")
+WORDS = ["the", "a", "model", "token", "text", "of", "loss", "learns", "writes", "reads", "and", "in", "but", "never"]
+WORDS += ["é", "東京", "x = 1", "def", "return", "(self):", ",", ".", "\n", "\n\n"]
 
 
 def make_text(num_words: int, seed: int = 0) -> str:
@@ -33,7 +34,10 @@ def make_text(num_words: int, seed: int = 0) -> str:
 def write_jsonl(path: Path, num_documents: int, seed: int = 0, words: int = 60) -> Path:
     """Nested records in ELI5's shape."""
     rows = (
-        {"title": f"q{i}", "answers": {"text": [make_text(words, seed + 2 * i), make_text(words // 2, seed + 2 * i + 1)]}}
+        {
+            "title": f"q{i}",
+            "answers": {"text": [make_text(words, seed + 2 * i), make_text(words // 2, seed + 2 * i + 1)]},
+        }
         for i in range(num_documents)
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -4,10 +4,12 @@ import stat
 import pytest
 import torch
 
-import checkpoint
 from checkpoint import NoCheckpointError, load, newest, prune, save, verify, write_directory
 
-TENSORS = {"weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)}, "optimizer": {"a:step": torch.ones(())}}
+TENSORS = {
+    "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)},
+    "optimizer": {"a:step": torch.ones(())},
+}
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -80,9 +82,9 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_crash_between_the_renames_loses_nothing(tmp_path, monkeypatch):
     target = tmp_path / "model"
     write_directory(target, lambda directory: (directory / "a").write_text("old"))
-    renamed = []
+    real, renamed = type(target).rename, []
 
-    def rename(self, other, real=type(target).rename):
+    def rename(self, other):
         renamed.append(self.name)
         if len(renamed) == 2:
             raise OSError("crash")
@@ -92,4 +94,3 @@ def test_a_crash_between_the_renames_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="crash"):
         write_directory(target, lambda directory: (directory / "a").write_text("new"))
     assert (target / "a").read_text() == "old"
-    assert checkpoint.MANIFEST == "manifest.json"

@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -86,7 +87,9 @@ FAMILIES = {
     # Llama's and T5's way: the first word gets a space that no word in the middle of a text gets.
     "metaspace": lambda: _trained(
         models.Unigram(),
-        trainers.UnigramTrainer(vocab_size=120, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False),
+        trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        ),
         pre_tokenizers.Metaspace(),
         decoders.Metaspace(),
     ),
@@ -158,7 +161,9 @@ def test_every_format_gives_the_same_documents(tmp_path):
 def test_nested_columns_are_joined(rows, jsonl_file):
     answers = [json.loads(line)["answers"]["text"] for line in jsonl_file.read_text().splitlines()]
     assert texts(rows) == [" ".join(answer) for answer in answers]  # the guide's way
-    config = DataConfig(train_files=[str(jsonl_file)], text_column="answers.text", text_separator="\n\n", max_documents=3)
+    config = DataConfig(
+        train_files=[str(jsonl_file)], text_column="answers.text", text_separator="\n\n", max_documents=3
+    )
     config.eval_files = [str(jsonl_file)]
     assert texts(load_documents(config, 0)[0]) == ["\n\n".join(answer) for answer in answers[:3]]
 
@@ -236,7 +241,7 @@ def test_each_block_is_seen_once_an_epoch_and_order_can_be_taken_up_anywhere(row
         batches = training_batches(blocks, 4, grad_accum_steps, 7, position)
         return [next(batches) for _ in range(count)]
 
-    per_epoch = -(-(-(-len(blocks) // 4)) // grad_accum_steps)
+    per_epoch = math.ceil(math.ceil(len(blocks) / 4) / grad_accum_steps)
     two_epochs = updates(Position(), 2 * per_epoch)
     assert two_epochs[per_epoch - 1][1] == Position(1) and two_epochs[-1][1] == Position(2)
     epochs = []

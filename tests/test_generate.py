@@ -22,9 +22,17 @@ def model(model_dir):
     return load_pretrained(str(model_dir))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode(model, tokenizer, training):
+    model.train(training)
+    generate(model, tokenizer, PROMPTS, GREEDY)
+    assert model.training == training
+    model.eval()
+
+
 def test_batched_with_left_padding_equals_alone(model, tokenizer):
-    together = list(generate(model, tokenizer, PROMPTS, GREEDY))
-    assert together == [next(generate(model, tokenizer, [prompt], GREEDY)) for prompt in PROMPTS]
+    together = generate(model, tokenizer, PROMPTS, GREEDY)
+    assert together == [generate(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS]
     assert len(set(together)) > 1 and all(together)
 
 
@@ -43,8 +51,8 @@ def test_an_architecture_that_cannot_hide_its_pads_is_not_padded(tokenizer):
         init_std=0.5,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    together = list(generate(model, tokenizer, PROMPTS, GREEDY))
-    assert together == [next(generate(model, tokenizer, [prompt], GREEDY)) for prompt in PROMPTS]
+    together = generate(model, tokenizer, PROMPTS, GREEDY)
+    assert together == [generate(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS]
 
 
 def test_equals_the_pipeline(model_dir, model, tokenizer):
@@ -59,7 +67,7 @@ def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
 
     def sample(seed):
         torch.manual_seed(seed)
-        return list(generate(model, tokenizer, PROMPTS[:2], sampling))
+        return generate(model, tokenizer, PROMPTS[:2], sampling)
 
     first = sample(0)
     assert len(first) == 6 and len(set(first)) == 6
@@ -68,14 +76,14 @@ def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
 
 def test_top_k_of_one_is_greedy(model, tokenizer):
     sampling = SamplingConfig(max_new_tokens=12, top_k=1)
-    assert list(generate(model, tokenizer, PROMPTS, sampling)) == list(generate(model, tokenizer, PROMPTS, GREEDY))
+    assert generate(model, tokenizer, PROMPTS, sampling) == generate(model, tokenizer, PROMPTS, GREEDY)
 
 
 def test_too_long_for_the_model(tokenizer):
     model = tiny_gpt2(len(tokenizer))
     with pytest.raises(UserError, match="--max_new_tokens 63: the model holds 64 positions"):
-        list(generate(model, tokenizer, ["the model"], SamplingConfig(max_new_tokens=63)))
-    assert len(list(generate(model, tokenizer, [""], SamplingConfig(max_new_tokens=63, greedy=True)))) == 1
+        generate(model, tokenizer, ["the model"], SamplingConfig(max_new_tokens=63))
+    assert len(generate(model, tokenizer, [""], SamplingConfig(max_new_tokens=63, greedy=True))) == 1
 
 
 def test_commands(model_dir, model, tokenizer, tmp_path):
@@ -86,10 +94,10 @@ def test_commands(model_dir, model, tokenizer, tmp_path):
     assert alone.stdout == PROMPTS[0] + texts[PROMPTS[0]] + "\n"
     assert alone.stderr == ""
     lines = [prompt for prompt in PROMPTS if "\n" not in prompt]
-    expected = "\n".join(f"{prompt}{texts[prompt]}\n" for prompt in lines)
+    expected = "".join(f"{prompt}{texts[prompt]}\n\n" for prompt in lines)
     assert run_script(*flags, cwd=tmp_path, stdin="\n".join(lines) + "\n\n").stdout == expected
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    assert run_script(*flags, "--prompts_file", "prompts.txt", "--batch_size", 2, cwd=tmp_path).stdout == expected
+    assert run_script(*flags, "--prompts_file", "prompts.txt", "--batch_size", 3, cwd=tmp_path).stdout == expected
 
 
 def test_no_finished_run_and_no_prompt(tmp_path):

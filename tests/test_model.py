@@ -26,7 +26,9 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 
 def from_scratch(model_type: str, **settings):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, **settings}), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**TINY, **settings}), dtype=torch.float32
+    )
 
 
 def test_nll_is_the_shifted_cross_entropy():
@@ -73,7 +75,7 @@ def test_position_limits():
 def test_blocks_and_vocabulary_must_fit(tokenizer):
     model = tiny_gpt2(len(tokenizer))
     check_model(model, tokenizer, 64)
-    with pytest.raises(UserError, match="--block_size 65.*at most 64"):
+    with pytest.raises(UserError, match="at most 64 positions; give --block_size 64"):
         check_model(model, tokenizer, 65)
     with pytest.raises(UserError, match="embedding has 310 rows"):
         check_model(tiny_gpt2(310), tokenizer, 64)
@@ -124,7 +126,7 @@ def test_wrong_model_settings(settings, words):
 
 
 def test_models_that_cannot_be_loaded(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="--model no/such-model: no causal language model|no model config"):
+    with pytest.raises(UserError, match="--model no/such-model: no model config"):
         load_model(ModelConfig(model="no/such-model"), tokenizer)
     tiny_gpt2(300).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.safetensors"):

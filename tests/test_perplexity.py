@@ -53,12 +53,13 @@ def test_sliding_window_scores_each_token_with_what_stands_before_it(model, bloc
             nll -= F.log_softmax(logits, -1)[ids[place]].item()
             if place == 400:
                 break
+
     class Head:
         def __len__(self):
             return 401
 
         def __getitem__(self, place):
-            return stream[: 401][place]
+            return stream[:401][place]
 
     windows = SlidingWindows(Head(), block_size, stride)
     nll_sum, num_tokens = evaluate(model, make_loader(windows, 5))

@@ -131,7 +131,9 @@ def test_accumulation_does_not_change_the_update(blocks, tokenizer, short):
 def test_loss_is_the_mean_over_the_tokens_of_the_update(blocks, tokenizer):
     items = [blocks[0], blocks[len(blocks) - 1]]
     model = tiny_gpt2(len(tokenizer))
-    sums = [model(input_ids=i["input_ids"][None], labels=i["labels"][None]).loss * (len(i["labels"]) - 1) for i in items]
+    sums = [
+        model(input_ids=i["input_ids"][None], labels=i["labels"][None]).loss * (len(i["labels"]) - 1) for i in items
+    ]
     expected = sum(sums) / sum(len(item["labels"]) - 1 for item in items)
     loss, _, _ = train_step(model, make_optimizer(model, 0), no_scaler(), [collate([i]) for i in items], 0.0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
@@ -144,7 +146,9 @@ def test_decay_spares_biases_and_norms(tokenizer):
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == DECAY and spared["weight_decay"] == 0
     spared = {names[parameter] for parameter in spared["params"]}
-    assert spared == {n for n in names.values() if n.endswith("bias") or ".ln_" in n} | {"transformer.h.0.mlp.c_fc.weight"}
+    assert spared == {n for n in names.values() if n.endswith("bias") or ".ln_" in n} | {
+        "transformer.h.0.mlp.c_fc.weight"
+    }
     assert len(decayed["params"]) + len(spared) == len(names)
 
 

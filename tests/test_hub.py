@@ -1,0 +1,95 @@
+"""The Hub's road, with the real client libraries and a server on loopback that speaks the Hub's protocol."""
+
+import json
+
+import pytest
+from conftest import read_jsonl, run_script, write_jsonl
+from hub_server import HubServer
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, model_dir):
+    with HubServer(tmp_path_factory.mktemp("hub")) as hub:
+        hub.add_repo("someone/tiny-gpt2", model_dir)
+        data = tmp_path_factory.mktemp("data")
+        write_jsonl(data / "train.jsonl", 20)
+        write_jsonl(data / "test.jsonl", 5, seed=100)
+        hub.add_repo("someone/answers", data, repo_type="dataset")
+        yield hub
+
+
+def client(hub, home, **changes):
+    """The environment of a machine that sees only this Hub, with an empty cache."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    } | changes
+
+
+FLAGS = ["--model", "someone/tiny-gpt2", "--dataset", "someone/answers", "--text_column", "answers.text"]
+FLAGS += ["--block_size", "32", "--max_steps", "3", "--log_every", "1", "--learning_rate", "1e-3"]
+
+
+def test_train_from_ids_push_and_load_back(hub, tmp_path):
+    env = client(hub, tmp_path / "home", HF_TOKEN="hf_test")
+    done = run_script(
+        "train.py", *FLAGS, "--dataset_eval_split", "test", "--push_to_hub", "user/tuned", cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded  {hub.endpoint}/user/tuned" in done.stdout
+    assert "training  20 documents" in done.stdout and "held out  5 documents" in done.stdout
+    pushed = hub.files("user/tuned")
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()
+    assert pushed["model.safetensors"] == (tmp_path / "runs/train/model/model.safetensors").read_bytes()
+    card = pushed["README.md"].decode()
+    assert "base_model: someone/tiny-gpt2" in card and "- someone/answers" in card
+    for path in (tmp_path / "runs").rglob("*"):  # the token is nowhere
+        assert not path.is_file() or b"hf_test" not in path.read_bytes(), path
+
+    fresh = client(hub, tmp_path / "other-home")
+    made = run_script(
+        "generate.py", "--model", "user/tuned", "--prompt", "the model", "--greedy", cwd=tmp_path, env=fresh
+    )
+    assert made.returncode == 0, made.stderr
+    local = run_script("generate.py", "--prompt", "the model", "--greedy", cwd=tmp_path, env=fresh)
+    assert made.stdout == local.stdout and len(made.stdout) > 20
+    measured = run_script(
+        *("perplexity.py", "--model", "user/tuned", "--dataset", "someone/answers", "--dataset_split", "test"),
+        *("--text_column", "answers.text", "--block_size", 32, "--precision", "auto"),
+        cwd=tmp_path,
+        env=fresh,
+    )
+    assert measured.returncode == 0, measured.stderr
+    loss = float(measured.stdout.split("loss: ")[1].split()[0])
+    assert loss == pytest.approx(read_jsonl(tmp_path / "runs/train/metrics.jsonl")[-1]["loss"], abs=1e-5)
+
+
+def test_what_the_hub_refuses_is_said_before_training(hub, tmp_path):
+    env = client(hub, tmp_path / "home")
+    for change, words in (
+        (["--push_to_hub", "user/other"], "not logged in to the Hub"),
+        (["--dataset", "someone/nothing"], "--dataset someone/nothing"),
+        (["--model", "someone/nothing"], "--model someone/nothing"),
+        (["--dataset_revision", "nowhere"], "nowhere"),
+    ):
+        done = run_script("train.py", *FLAGS, *change, cwd=tmp_path, env=env)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert words in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dataset_that_is_a_script_and_no_network(hub, tmp_path):
+    folder = tmp_path / "script"
+    folder.mkdir()
+    (folder / "eli5.py").write_text("import datasets\n")
+    hub.add_repo("someone/eli5", folder, repo_type="dataset")
+    done = run_script("train.py", *FLAGS, "--dataset", "someone/eli5", cwd=tmp_path, env=client(hub, tmp_path / "home"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "script" in done.stderr and "dany0407/eli5_category" in done.stderr
+    away = client(hub, tmp_path / "empty", HF_ENDPOINT="http://127.0.0.1:9")
+    done = run_script("train.py", *FLAGS, cwd=tmp_path, env=away)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "network" in done.stderr and "--train_files" in done.stderr
+    assert json.dumps(away)

@@ -1,0 +1,317 @@
+"""train.py as people run it: a process, a run directory, TensorBoard, interruption and resumption."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, read_jsonl, run_script
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+STEPS = 24
+
+
+def flags(model_dir, jsonl_file, **changes):
+    """Dropout, accumulation, several epochs and a short last block: what makes resuming hard."""
+    settings = {
+        "model": model_dir,
+        "train_files": jsonl_file,
+        "text_column": "answers.text",
+        "block_size": 32,
+        "batch_size": 4,
+        "grad_accum_steps": 2,
+        "max_documents": 6,
+        "eval_fraction": 0.3,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.1,
+        "eval_every": 8,
+        "save_every": 6,
+        "log_every": 1,
+        "precision": "fp32",
+        "sample_prompt": "the model",
+    } | changes
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def weights_sha256(run_dir):
+    path = run_dir / "checkpoints" / f"step-{STEPS:06}"
+    return [hashlib.sha256((path / f"{n}.safetensors").read_bytes()).hexdigest() for n in ("weights", "optimizer")]
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, jsonl_file, tmp_path_factory):
+    """(the working directory, the finished process) of a run with the directory's default name."""
+    cwd = tmp_path_factory.mktemp("runs")
+    settings = dict(zip(*[iter(flags(model_dir, jsonl_file))] * 2, strict=True))
+    text = "".join(f"{key[2:]}: {value}\n" for key, value in settings.items())
+    (cwd / "small.yaml").write_text(text)
+    done = run_script("train.py", "--config", "small.yaml", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd, done
+
+
+def test_what_is_printed(finished):
+    _, done = finished
+    for pattern in (
+        r"model +.*tiny-gpt2: gpt2, 0\.0 M parameters, pretrained",
+        r"training +4 documents, [\d,]+ tokens, \d+ blocks of 32",
+        r"held out +2 documents",
+        r"steps +24 of 2 x 4 blocks",
+        r"device +CPU \(\d+ threads\), fp32",
+        r"output +runs/small",
+        r"step 0: evaluation loss \d+\.\d+, perplexity \d+\.\d+",
+        r"step 24/24  loss \d\.\d{4}  lr .*  grad_norm .*  [\d,]+ tokens/s  0:00 left",
+        r"held-out perplexity \d+\.\d+ before, \d+\.\d+ after",
+        r"model +runs/small/model",
+        r"curves +.*tensorboard",
+        r"next +.*generate\.py --model runs/small/model",
+    ):
+        assert re.search(rf"^{pattern}", done.stdout, re.MULTILINE), pattern
+    assert done.stderr == "" and "\r" not in done.stdout  # no bars and no noise where there is no terminal
+
+
+def test_metrics(finished):
+    cwd, _ = finished
+    records = read_jsonl(cwd / "runs/small/metrics.jsonl")
+    train = [record for record in records if record["split"] == "train"]
+    evals = [record for record in records if record["split"] == "eval"]
+    assert [record["step"] for record in train] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in evals] == [0, 8, 16, 24]
+    assert train[0]["learning_rate"] == 0 and max(r["learning_rate"] for r in train) == pytest.approx(1e-3)
+    names = {
+        "step",
+        "split",
+        "loss",
+        "tokens",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "tokens_seen",
+        "epoch",
+    }
+    assert names <= train[0].keys()
+    for record in evals:
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss"]), rel=1e-9)
+        assert record["tokens"] == evals[0]["tokens"]
+    assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["final"] is True
+    assert train[-1]["loss"] < train[0]["loss"]
+
+
+def test_tensorboard(finished):
+    cwd, _ = finished
+    events = EventAccumulator(str(cwd / "runs/small/tensorboard"))
+    events.Reload()
+    records = read_jsonl(cwd / "runs/small/metrics.jsonl")
+    for split, key in (
+        ("train", "loss"),
+        ("train", "learning_rate"),
+        ("train", "grad_norm"),
+        ("train", "tokens_per_second"),
+        ("train", "memory_gib"),
+        ("eval", "loss"),
+        ("eval", "perplexity"),
+    ):
+        curve = [(event.step, event.value) for event in events.Scalars(f"{split}/{key}")]
+        assert curve == [(r["step"], pytest.approx(r[key], rel=1e-5)) for r in records if r["split"] == split]
+    (sample,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("sample")]
+    assert [event.step for event in events.Tensors(sample)] == [0, 8, 16, 24]
+    assert b"the model" in events.Tensors(sample)[0].tensor_proto.string_val[0]
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"learning_rate" in hparams and b"tiny-gpt2" in hparams
+
+
+def test_the_tensorboard_server_shows_the_run(finished):
+    cwd, _ = finished
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", str(port), "--host", "127.0.0.1"],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline, tags = time.time() + 60, {}
+        while time.time() < deadline and not tags:
+            time.sleep(0.3)
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/scalars/tags", timeout=5) as answer:
+                    tags = json.load(answer)
+            except OSError:
+                assert server.poll() is None
+        assert {"train/loss", "eval/perplexity"} <= tags["small/tensorboard"].keys()
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def test_the_model_is_usable_everywhere(finished, tokenizer):
+    cwd, _ = finished
+    path = cwd / "runs/small/model"
+    model, loaded = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert loaded("the model")["input_ids"] == tokenizer("the model")["input_ids"]
+    text = pipeline("text-generation", model=str(path), device="cpu")("the model", max_new_tokens=8, do_sample=False)
+    done = run_script("generate.py", "--prompt", "the model", "--greedy", "--max_new_tokens", 8, cwd=cwd)
+    assert done.stdout == text[0]["generated_text"] + "\n" and done.stderr == "model: runs/small/model\n"
+    card = (path / "README.md").read_text()
+    final = read_jsonl(cwd / "runs/small/metrics.jsonl")[-1]
+    for words in (
+        "pipeline_tag: text-generation",
+        "answers.text",
+        "`learning_rate` | 0.001",
+        f"{final['perplexity']:.2f}",
+    ):
+        assert words in card
+    assert (path / "model.safetensors").exists() and not list(path.glob("*.bin"))
+    best = load_file(cwd / f"runs/small/checkpoints/step-{STEPS:06}/weights.safetensors")
+    assert torch.equal(model.transformer.wte.weight, best["transformer.wte.weight"])  # the last evaluation was the best
+
+
+def test_checkpoints_are_kept_as_asked(finished):
+    cwd, _ = finished
+    assert sorted(os.listdir(cwd / "runs/small/checkpoints")) == ["step-000018", "step-000024"]
+    files = set(os.listdir(cwd / "runs/small/checkpoints/step-000024"))
+    assert {name.rpartition(".")[2] for name in files} == {"safetensors", "json"}  # nothing that unpickles
+
+
+def test_a_finished_run_is_neither_lost_nor_a_riddle(finished):
+    cwd, _ = finished
+    before = weights_sha256(cwd / "runs/small"), (cwd / "runs/small/metrics.jsonl").read_bytes()
+    refused = run_script("train.py", "--config", "small.yaml", cwd=cwd)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "runs/small: holds another run" in refused.stderr and "--overwrite" in refused.stderr
+    again = run_script("train.py", "--config", "small.yaml", "--resume", cwd=cwd)
+    assert again.returncode == 0 and "this run is finished (24 of 24 steps" in again.stdout
+    assert "generate.py --model runs/small/model" in again.stdout
+    assert (weights_sha256(cwd / "runs/small"), (cwd / "runs/small/metrics.jsonl").read_bytes()) == before
+
+
+def test_the_written_config_repeats_the_run_bit_for_bit(finished):
+    cwd, _ = finished
+    written = yaml.safe_load((cwd / "runs/small/config.yaml").read_text())
+    assert written["learning_rate"] == 1e-3 and written["seed"] == 42 and written["output_dir"] == "runs/small"
+    done = run_script("train.py", "--config", "runs/small/config.yaml", "--output_dir", "again", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert weights_sha256(cwd / "again") == weights_sha256(cwd / "runs/small")
+    before, after = (
+        [{k: v for k, v in r.items() if k not in ("tokens_per_second", "memory_gib")} for r in read_jsonl(path)]
+        for path in (cwd / "runs/small/metrics.jsonl", cwd / "again/metrics.jsonl")
+    )
+    assert before == after
+
+
+def start_until(step, arguments, cwd):
+    """Starts train.py and returns the process once it has logged ``step``."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, code, tmp_path):
+    cwd, _ = finished
+    arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / "cut")]
+    process = start_until(9, arguments, cwd)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    if number != signal.SIGKILL:
+        assert f"stopped by {signal.Signals(number).name} at step" in out
+    # What a run that dies while writing leaves behind.
+    with open(tmp_path / "cut/metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "split": "train", "loss"')
+    done = run_script("train.py", *arguments, "--resume", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert weights_sha256(tmp_path / "cut") == weights_sha256(cwd / "runs/small")
+    # One clean curve: no gap, no step twice, in metrics.jsonl and in TensorBoard.
+    expected = [(r["step"], r["split"], r["loss"]) for r in read_jsonl(cwd / "runs/small/metrics.jsonl")]
+    assert [(r["step"], r["split"], r["loss"]) for r in read_jsonl(tmp_path / "cut/metrics.jsonl")] == expected
+    events = EventAccumulator(str(tmp_path / "cut/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 8, 16, 24]
+
+
+def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, model_dir, jsonl_file, tmp_path):
+    cwd, _ = finished
+    subprocess.run(["cp", "-r", str(cwd / "runs/small"), str(tmp_path / "copy")], check=True)
+    arguments = ("train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume")
+    for change, words in (
+        (("--batch_size", 2), "batch_size was 4 and is now 2"),
+        (("--text_separator", "\n"), "training text was"),
+    ):
+        done = run_script(*arguments, *change, cwd=cwd)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    done = run_script(*arguments, "--max_steps", STEPS + 2, "--weight_decay", 0.2, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "note: --weight_decay was 0.01 and is 0.2 from here on" in done.stdout
+    steps = [r["step"] for r in read_jsonl(tmp_path / "copy/metrics.jsonl") if r["split"] == "train"]
+    assert steps == list(range(1, STEPS + 3))
+    # Every checkpoint broken: never a silent fresh start.
+    for path in (tmp_path / "copy/checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    done = run_script(*arguments, cwd=cwd)
+    assert done.returncode == 3 and "no checkpoint there is intact" in done.stderr
+
+
+def test_dry_run_writes_nothing(finished, tmp_path):
+    cwd, _ = finished
+    done = run_script("train.py", "--config", "small.yaml", "--output_dir", tmp_path / "dry", "--dry_run", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"dry run +loss \d\.\d+, .* GiB of memory at the peak; nothing was written", done.stdout)
+    assert not (tmp_path / "dry").exists()
+
+
+def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "llama.json").write_text(json.dumps(config | {"intermediate_size": 64, "max_position_embeddings": 64}))
+    arguments = ["--model_config", "llama.json", "--tokenizer", "train:300", "--train_files", str(text_file)]
+    arguments += ["--block_size", "64", "--max_steps", "6", "--precision", "bf16", "--save_every", "2"]
+    done = run_script("train.py", *arguments, "--learning_rate", 1e-2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "llama.json: llama" in done.stdout and "from scratch" in done.stdout and "bf16" in done.stdout
+    # Decay of more than the whole weight turns and grows every weight at each step.
+    arguments += ["--overwrite", "--learning_rate", "0.9", "--weight_decay", "9", "--max_steps", "200"]
+    done = run_script("train.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match(r"train\.py: error: step \d+: the loss or its gradient was not finite", done.stderr)
+
+
+def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for change, words in (
+        (["--train_files", "missing.txt"], "missing.txt: no such file"),
+        (["--train_files", "empty.txt"], "the training text has"),
+        (["--train_files", str(ROOT / "Makefile")], "unknown format"),
+        (["--train_files", str(ROOT / "requirements.txt"), "--block_size", "65"], "at most 64 positions"),
+        (["--train_files", str(ROOT / "requirements.txt"), "--output_dir", "file"], "is a file"),
+    ):
+        done = run_script("train.py", "--model", model_dir, *change, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["empty.txt", "file"]
