@@ -27,7 +27,7 @@ train: .venv/installed $(PREPARED)
 	@$(BIN)/python train.py --config $(CONFIG) --resume $(ARGS)
 
 tensorboard: .venv/installed
-	$(BIN)/tensorboard --logdir $(RUNS)
+	$(BIN)/python -m tensorboard.main --logdir $(RUNS) $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

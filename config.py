@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
+import datasets
+import transformers
 import yaml
 from transformers import HfArgumentParser
 
@@ -79,12 +81,20 @@ def one_line(error: BaseException) -> str:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a script's ``main`` and turns a UserError into plain lines on stderr and its exit code."""
+    # What libraries say of their own accord would hide the one line that matters.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    if not sys.stdout.isatty():
+        datasets.disable_progress_bars()
     try:
         main()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(0)
 
 

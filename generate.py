@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from config import Count, Range, Seed, UserError, flag, parse, require, run
@@ -189,8 +188,6 @@ def main() -> None:
     config, _ = parse([GenerateConfig], __doc__)
     interactive = not config.prompt and not config.prompts_file and sys.stdin.isatty()
     prompts = [] if interactive else _read_prompts(config)
-    transformers.utils.logging.disable_progress_bar()
-
     device = select_device()
     precision = resolve_precision(config.precision, device)
     name = config.model or str(newest_finished_run(Path("runs")))

@@ -14,9 +14,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-import datasets
 import torch
-import transformers
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -79,9 +77,6 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, precision: str = "fp32"
 
 def main() -> None:
     config, _ = parse([PerplexityConfig], __doc__)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-
     device = select_device()
     precision = resolve_precision(config.precision, device)
     documents = load_all_documents(config, config.files)

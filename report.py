@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard and the terminal; the model card and the upload to the Hub."""
 
 import json
-import math
 import resource
 import sys
 from pathlib import Path
@@ -99,6 +98,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run_dir) if record["split"] == "eval"]
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
@@ -121,9 +124,7 @@ def versions() -> dict[str, str]:
 # Sharing
 
 
-def model_card(
-    model_type: str, settings: dict[str, Any], evaluations: list[dict[str, Any]], facts: dict[str, Any]
-) -> ModelCard:
+def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
     """The README.md of a trained model: data, hyperparameters, metrics, how to use it."""
     base = settings["model"]
     source = settings["dataset"] or ", ".join(settings["train_files"])
@@ -134,11 +135,11 @@ def model_card(
         pipeline_tag="text-generation",
         base_model=hub_base,
         datasets=[hub_data] if hub_data else None,
-        tags=["causal-lm", model_type],
+        tags=["causal-lm", facts["model_type"]],
     )
     rows = "\n".join(f"| {e['step']} | {e['loss']:.4f} | {e['perplexity']:.2f} |" for e in evaluations)
     hyperparameters = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items() if value not in (None, []))
-    origin = f"fine-tuned from `{base}`" if base else f"a `{model_type}` trained from scratch"
+    origin = f"fine-tuned from `{base}`" if base else f"a `{facts['model_type']}` trained from scratch"
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---
@@ -204,7 +205,3 @@ def push(model_dir: Path, repo_id: str) -> str:
             f"--push_to_hub {repo_id}: the upload failed ({one_line(error)}); the model is safe in {model_dir}, "
             f"upload it with `hf upload {repo_id} {model_dir}`"
         ) from error
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -30,6 +29,7 @@ import checkpoint
 import report
 from config import Count, Range, Seed, UserError, flag, parse, require, run
 from data import (
+    IGNORED_LABEL,
     DataConfig,
     Position,
     group_texts,
@@ -202,10 +202,8 @@ def restore_state(
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, tied ones once (under the first of their names)."""
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        n for n, _ in model.named_parameters()
-    }
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    once = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in once}
 
 
 def _python_random_state() -> dict[str, Any]:
@@ -248,9 +246,6 @@ def main() -> None:
     holds_run = check_run_dir(run_dir, config)
     if config.push_to_hub and not config.dry_run:
         report.check_login(config.push_to_hub)
-    if not sys.stdout.isatty():
-        datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     device = select_device()
     precision = resolve_precision(config.precision, device)
     settings = {**vars(model_config), **vars(data_config), **vars(config)}
@@ -308,32 +303,26 @@ def main() -> None:
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    for name, text in (
-        (
-            "model",
-            f"{identity['model']}: {model.config.model_type}, {num_parameters / 1e6:.1f} M parameters, "
-            f"{'pretrained' if model_config.model else 'from scratch'}",
-        ),
-        (
-            "training",
-            f"{train_stream.num_documents:,} documents, {len(train_stream):,} tokens, "
-            f"{len(train_blocks):,} blocks of {data_config.block_size}",
-        ),
-        (
-            "held out",
-            f"{eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, "
-            f"{len(eval_loader.dataset):,} blocks",
-        ),
-        (
-            "steps",
-            f"{max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks "
-            f"({max_steps / updates_per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, "
-            f"{warmup_steps} to warm up",
-        ),
-        ("device", f"{device_name(device)}, {precision}{', compiled' if compiled else ''}"),
-        ("output", str(run_dir)),
-    ):
-        print(f"{name:<10}{text}")
+    facts = {
+        "model_type": model.config.model_type,
+        "parameters": num_parameters,
+        "train_documents": train_stream.num_documents,
+        "train_tokens": len(train_stream),
+        "eval_documents": eval_stream.num_documents,
+        "eval_tokens": len(eval_stream),
+        "max_steps": max_steps,
+        "precision": precision,
+    }
+    print(f"""\
+model     {identity["model"]}: {facts["model_type"]}, {num_parameters / 1e6:.1f} M parameters, \
+{"pretrained" if model_config.model else "from scratch"}
+training  {train_stream.num_documents:,} documents, {len(train_stream):,} tokens, {len(train_blocks):,} blocks of \
+{data_config.block_size}
+held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_loader.dataset):,} blocks
+steps     {max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks \
+({max_steps / updates_per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {warmup_steps} to warm up
+device    {device_name(device)}, {precision}{", compiled" if compiled else ""}
+output    {run_dir}""")
     sys.stdout.flush()
     if config.dry_run:
         return dry_run(step_model, optimizer, scaler, train_blocks, config, precision, device)
@@ -355,16 +344,14 @@ def main() -> None:
     log = report.RunLog(run_dir, step, max_steps)
     stop = StopSignal()
 
-    def evaluate_and_sample(final: bool = False) -> float:
+    def evaluate_and_sample(**marks: bool) -> float:
         nll_sum, num_predicted = evaluate(step_model, eval_loader, precision)
         loss = nll_sum / num_predicted
-        log.evaluation(
-            step,
-            loss=loss,
-            perplexity=report.perplexity(loss),
-            tokens=num_predicted,
-            **({"final": True} if final else {}),
-        )
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {step}: the evaluation loss is {loss}; lower --learning_rate or look at the text"
+            )
+        log.evaluation(step, loss=loss, perplexity=math.exp(loss), tokens=num_predicted, **marks)
         with torch.random.fork_rng(), autocast(device, precision):  # the training's random numbers stay untouched
             torch.manual_seed(config.seed)
             for prompt in config.sample_prompt:
@@ -394,7 +381,7 @@ def main() -> None:
     model.train()
     batches = training_batches(train_blocks, config.batch_size, config.grad_accum_steps, config.seed, position)
     failed_step = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
-    seconds, tokens_timed, started = 0.0, 0, time.perf_counter()
+    tokens_timed, started = 0, time.perf_counter()
     while step < max_steps:
         micro_batches, position = next(batches)
         learning_rate = learning_rate_at(step, config.learning_rate, warmup_steps, max_steps)
@@ -402,7 +389,7 @@ def main() -> None:
             step_model, optimizer, scaler, micro_batches, learning_rate, config.max_grad_norm, precision
         )
         step += 1
-        tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
         tokens_seen, tokens_timed = tokens_seen + tokens, tokens_timed + tokens
         finite = torch.isfinite(loss) if scaler.is_enabled() else torch.isfinite(loss + grad_norm)
         failed_step = torch.where((failed_step == 0) & ~finite, step, failed_step)
@@ -413,17 +400,17 @@ def main() -> None:
         saves = step % config.save_every == 0 or last or stop.number is not None
         if (logs or evaluates or saves) and failed_step.item():  # the one host sync of a log interval
             raise NonFiniteError(
-                f"step {failed_step.item():.0f}: the loss or its gradient was not finite (loss {loss.item()}), and the "
-                f"weights were left as they were before it; lower --learning_rate {config.learning_rate:g} or look at "
-                f"the text, and resume from the last checkpoint"
+                f"step {failed_step.item():.0f}: the loss or its gradient was not finite, and its update was left out; "
+                f"lower --learning_rate {config.learning_rate:g} or mend the text; --resume takes the last checkpoint"
             )
+        paused = time.perf_counter()
         if logs:
-            seconds += time.perf_counter() - started
-            speed = tokens_timed / seconds
+            speed = tokens_timed / (paused - started)
+            tokens_timed, started = 0, paused
             log.train(
                 step,
                 max_steps,
-                (max_steps - step) * block_tokens / speed,
+                seconds_left=(max_steps - step) * block_tokens / speed,
                 loss=loss.item(),
                 tokens=num_predicted,
                 learning_rate=learning_rate,
@@ -433,27 +420,24 @@ def main() -> None:
                 epoch=position.epoch + position.blocks / len(train_blocks),
                 memory_gib=report.peak_memory_gib(device),
             )
-            seconds, tokens_timed, started = 0.0, 0, time.perf_counter()
-        if not (evaluates or saves):
-            continue
-        seconds += time.perf_counter() - started
         if evaluates:
-            eval_loss = evaluate_and_sample(final=last)
+            eval_loss = evaluate_and_sample(**({"final": True} if last else {}))
             if eval_loss < best_loss:
                 best_loss = eval_loss
-                save_model(run_dir, model, tokenizer, settings, train_stream, eval_stream, max_steps, precision)
+                save_model(run_dir, model, tokenizer, settings, facts)
         if saves:
             save_checkpoint()
         if stop.number is not None and not last:
             log.close()
             print(f"stopped by {signal.Signals(stop.number).name} at step {step}; saved. Go on with --resume.")
             sys.exit(128 + stop.number)
-        started = time.perf_counter()
+        started += time.perf_counter() - paused  # the speed is that of training alone
 
-    evaluations = [record for record in report.read_metrics(run_dir) if record["split"] == "eval"]
+    evaluations = report.evaluations(run_dir)
     first, best = evaluations[0], min(evaluations[1:], key=lambda record: record["loss"])
     log.hyperparameters(settings, {key: best[key] for key in ("loss", "perplexity")})
     log.close()
+    report.model_card(settings, facts, evaluations).save(run_dir / "model" / "README.md")
     print(f"held-out perplexity {first['perplexity']:.2f} before, {best['perplexity']:.2f} after (step {best['step']})")
     if best["loss"] >= first["loss"]:
         print("warning: training did not improve on the model it started from; try another --learning_rate")
@@ -538,30 +522,14 @@ def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None
 
 
 def save_model(
-    run_dir: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: dict[str, Any],
-    train_stream,
-    eval_stream,
-    max_steps: int,
-    precision: str,
+    run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, facts: dict
 ) -> None:
     """Writes model/: weights, tokenizer and card, usable with `from_pretrained`."""
-    evaluations = [record for record in report.read_metrics(run_dir) if record["split"] == "eval"]
-    facts = {
-        "train_documents": train_stream.num_documents,
-        "train_tokens": len(train_stream),
-        "eval_documents": eval_stream.num_documents,
-        "eval_tokens": len(eval_stream),
-        "max_steps": max_steps,
-        "precision": precision,
-    }
 
     def write(directory: Path) -> None:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        report.model_card(model.config.model_type, settings, evaluations, facts).save(directory / "README.md")
+        report.model_card(settings, facts, report.evaluations(run_dir)).save(directory / "README.md")
 
     checkpoint.write_directory(run_dir / "model", write)
 

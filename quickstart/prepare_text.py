@@ -4,7 +4,7 @@
 
 Each line is a record in the shape of the ELI5 data set, {"title": ..., "answers": {"text": [paragraphs]}}: one per
 help topic, and one per module of the standard library with its docstrings. Apart from the shortest, a paragraph
-occurs once in the file, so that records held out for evaluation do not repeat those trained on.
+occurs in one record only, so that records held out for evaluation do not repeat those trained on.
 """
 
 import argparse

@@ -62,20 +62,19 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def tiny_gpt2(vocab_size: int, dropout: float = 0.0, **settings) -> GPT2LMHeadModel:
+def tiny_gpt2(vocab_size: int, dropout: float = 0.0, n_positions: int = 64) -> GPT2LMHeadModel:
     torch.manual_seed(1)
     config = GPT2Config(
         vocab_size=vocab_size,
         n_layer=2,
         n_head=2,
         n_embd=32,
-        n_positions=64,
+        n_positions=n_positions,
         bos_token_id=0,
         eos_token_id=0,
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
-        **settings,
     )
     return GPT2LMHeadModel(config)
 

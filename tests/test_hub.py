@@ -1,7 +1,5 @@
 """The Hub's road, with the real client libraries and a server on loopback that speaks the Hub's protocol."""
 
-import json
-
 import pytest
 from conftest import read_jsonl, run_script, write_jsonl
 from hub_server import HubServer
@@ -49,11 +47,10 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
         assert not path.is_file() or b"hf_test" not in path.read_bytes(), path
 
     fresh = client(hub, tmp_path / "other-home")
-    made = run_script(
-        "generate.py", "--model", "user/tuned", "--prompt", "the model", "--greedy", cwd=tmp_path, env=fresh
-    )
+    flags = ("generate.py", "--prompt", "the model", "--greedy", "--max_new_tokens", 30)
+    made = run_script(*flags, "--model", "user/tuned", cwd=tmp_path, env=fresh)
     assert made.returncode == 0, made.stderr
-    local = run_script("generate.py", "--prompt", "the model", "--greedy", cwd=tmp_path, env=fresh)
+    local = run_script(*flags, cwd=tmp_path, env=fresh)
     assert made.stdout == local.stdout and len(made.stdout) > 20
     measured = run_script(
         *("perplexity.py", "--model", "user/tuned", "--dataset", "someone/answers", "--dataset_split", "test"),
@@ -88,8 +85,7 @@ def test_a_dataset_that_is_a_script_and_no_network(hub, tmp_path):
     done = run_script("train.py", *FLAGS, "--dataset", "someone/eli5", cwd=tmp_path, env=client(hub, tmp_path / "home"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "script" in done.stderr and "dany0407/eli5_category" in done.stderr
-    away = client(hub, tmp_path / "empty", HF_ENDPOINT="http://127.0.0.1:9")
+    away = client(hub, tmp_path / "empty", HF_HUB_OFFLINE="1")
     done = run_script("train.py", *FLAGS, cwd=tmp_path, env=away)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "network" in done.stderr and "--train_files" in done.stderr
-    assert json.dumps(away)

@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, read_jsonl, run_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, pipeline
 
 STEPS = 24
 
@@ -299,6 +299,22 @@ def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
     done = run_script("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
     assert re.match(r"train\.py: error: step \d+: the loss or its gradient was not finite", done.stderr)
+
+
+def test_a_bert_that_looks_ahead_is_refused_and_made_a_decoder(tokenizer, text_file, tmp_path):
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    arguments = ["train.py", "--model", "bert", "--train_files", text_file, "--max_steps", 1]
+    done = run_script(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "not causal" in done.stderr and "is_decoder" in done.stderr and not (tmp_path / "runs").exists()
+    done = run_script(*arguments, "--model_overrides", '{"is_decoder": true}', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_script("generate.py", "--prompt", "the model", "--max_new_tokens", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path):

@@ -1,0 +1,143 @@
+"""The README's commands, run as written in a copy of the project, beside a Hub of our own; and its tables of flags."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
+from hub_server import HubServer
+
+from data import DataConfig
+from generate import GenerateConfig
+from model import ModelConfig
+from perplexity import PerplexityConfig
+from train import TrainConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+# The flags that make a command short; all others stay as they are written.
+SHORTER = {
+    "make train": ' ARGS="--max_steps 2 --num_epochs 1"',
+    "make train CONFIG=configs/scratch.yaml": ' ARGS="--max_steps 3"',
+    "train.py": " --max_steps 2",
+    "generate.py": " --max_new_tokens 5",
+}
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, DataConfig, TrainConfig, GenerateConfig, PerplexityConfig])
+def test_tables_name_every_flag_with_its_default_and_meaning(kind):
+    for field in dataclasses.fields(kind):
+        (line,) = {line for line in README.splitlines() if line.startswith(f"| `--{field.name}` |")} & {
+            line for line in README.splitlines() if line.endswith(f"| {field.metadata['help'].replace('%%', '%')} |")
+        }
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = line.split(" | ")[1].strip('" ')
+        assert shown == ("off" if default is False else f"{default:g}" if isinstance(default, float) else
+                         "" if default in (None, [], " ") else str(default)), line  # fmt: skip
+
+
+def test_the_file_tree_names_every_file():
+    for path in [*ROOT.glob("*.py"), ROOT / "Makefile"]:
+        assert re.search(rf"^{path.name} ", README, re.MULTILINE), path.name
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tokenizer):
+    """A copy of the project whose quickstart is prepared with a tiny model, and the environment to run in."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "configs", root / "configs")
+    shutil.copytree(ROOT / "quickstart", root / "quickstart", ignore=shutil.ignore_patterns("smollm2", "*.jsonl"))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "Makefile"]:
+        shutil.copy2(path, root)
+    # The interpreter that runs the tests stands for the installed .venv: make must not install anything here.
+    (root / ".venv").mkdir()
+    (root / ".venv" / "bin").symlink_to(os.path.dirname(sys.executable))
+    for name in ("installed", "installed-dev", "installed-quickstart"):
+        (root / ".venv" / name).touch()
+    tiny = root / "quickstart/smollm2"
+    tiny_gpt2(len(tokenizer), n_positions=256).save_pretrained(tiny)
+    tokenizer.save_pretrained(tiny)
+    write_jsonl(root / "quickstart/text.jsonl", 60)
+    (root / "notes").mkdir()
+    for i in range(3):
+        (root / f"notes/{i}.txt").write_text(make_text(500, i), encoding="utf-8")
+    data = tmp_path_factory.mktemp("data")
+    write_jsonl(data / "train.jsonl", 40)
+    with HubServer(tmp_path_factory.mktemp("hub")) as hub:
+        hub.add_repo("distilbert/distilgpt2", tiny)
+        hub.add_repo("dany0407/eli5_category", data, repo_type="dataset")
+        yield (
+            root,
+            hub,
+            {
+                "HF_ENDPOINT": hub.endpoint,
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_TOKEN": "hf_test",
+                "HF_HOME": str(root / "hub-cache"),
+            },
+        )
+
+
+def test_commands_run_as_written(project):
+    root, hub, env = project
+    run = []
+    for command in COMMANDS:
+        if command in ("make test", "make lint", "make tensorboard"):
+            continue
+        script = re.search(r"(train|generate)\.py|make train( CONFIG=configs/scratch.yaml)?", command)
+        extra = SHORTER.get(script.group(), "") if script else ""
+        if 'ARGS="' in command:
+            command = command.replace('ARGS="', extra.strip().rstrip('"') + " ")
+        else:
+            command += extra
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=root,
+            env=os.environ | env,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "pip install" not in done.stdout and "prepare_" not in done.stdout
+        run.append(command)
+    assert len(run) == len(COMMANDS) - 3 >= 9
+    assert {"quickstart", "notes", "eli5", "scratch"} == {path.name for path in (root / "runs").iterdir()}
+    assert "model.safetensors" in hub.files("user/notes")
+    again = subprocess.run(
+        ["make", "train"], cwd=root, env=os.environ | env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert again.returncode == 0 and "installing" not in again.stdout
+
+
+def test_make_tensorboard(project):
+    root, _, env = project
+    assert "make tensorboard" in COMMANDS
+    server = subprocess.Popen(
+        ["make", "tensorboard", "ARGS=--port 0"],
+        cwd=root,
+        env=os.environ | env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        address = next(match.group() for line in server.stderr if (match := re.search(r"http://\S+:\d+/", line)))
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            with urllib.request.urlopen(f"{address}data/environment", timeout=20) as answer:
+                if answer.status == 200:
+                    break
+        assert "localhost" in address or "127.0.0.1" in address
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(timeout=20)
