@@ -15,7 +15,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,22 +95,24 @@ class Rows:
 
     def __iter__(self) -> Iterator[Iterator[str]]:
         head, *path = self.column.split(".")
-        row = 0
-        for batch in self.table.select_columns([head]).iter(batch_size=100):
-            for value in batch[head]:
-                yield iter([self._text(value, path, row)])
-                row += 1
+        values = (value for batch in self.table.select_columns([head]).iter(batch_size=100) for value in batch[head])
+        for i, value in enumerate(values):
+            text = self._join(value, path)
+            if text is None:
+                row = i if self.table._indices is None else self.table._indices.column(0)[i].as_py()
+                raise UserError(
+                    f"--text_column {self.column}: record {row + 1} holds {str(value)[:40]}, not text; take it out"
+                )
+            yield iter([text])
 
-    def _text(self, value: Any, path: list[str], row: int) -> str:
+    def _join(self, value: Any, path: list[str]) -> str | None:
+        """The text at ``path`` below ``value``, or None where something there is not text."""
         if isinstance(value, list):
-            return self.separator.join(self._text(item, path, row) for item in value)
-        if path and isinstance(value, dict):
-            return self._text(value[path[0]], path[1:], row)
-        if not isinstance(value, str):
-            raise UserError(
-                f"--text_column {self.column}: row {row} holds {value!r}, not text; filter such rows out of the data"
-            )
-        return value
+            parts = [self._join(item, path) for item in value]
+            return None if None in parts else self.separator.join(parts)
+        if path:
+            return self._join(value[path[0]], path[1:]) if isinstance(value, dict) else None
+        return value if isinstance(value, str) else None
 
     def select(self, indices: Sequence[int]) -> "Rows":
         return dataclasses.replace(self, table=self.table.select(indices))
@@ -311,7 +313,7 @@ class TokenStream:
         start, stop, _ = place.indices(len(self))
         first = np.searchsorted(self._starts, start, side="right") - 1
         parts = []
-        for row in islice(count(first), len(self._rows) - first):
+        for row in range(first, len(self._rows)):
             if self._starts[row] >= stop:
                 break
             parts.append(self._rows[row][max(0, start - self._starts[row]) : stop - self._starts[row]])

@@ -268,7 +268,7 @@ def test_iterating_leaves_the_global_random_state_alone(rows, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', ["row 1", "None"]),
+        ("a.jsonl", b'{"text": "a"}\n' * 20 + b'{"text": null}\n', ["record 21 ", "None"]),
         ("a.jsonl", b'{"other": "a"}\n', ["--text_column text", "there are other"]),
         ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8"]),
         ("a.txt.gz", b"no gzip", ["a.txt.gz", "cannot be read"]),
