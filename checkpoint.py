@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def newest(directory: Path) -> Path | None:
         damage = verify(path)
         if damage is None:
             return path
-        print(f"warning: {path}: {damage}; looking at the checkpoint before it")
+        print(f"warning: {path}: {damage}; looking at the checkpoint before it", file=sys.stderr)
     if paths:
         raise NoCheckpointError(f"{directory}: no checkpoint there is intact; start anew with --overwrite")
     return None

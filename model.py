@@ -9,6 +9,7 @@ nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels 
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -50,11 +52,12 @@ class ModelConfig:
 
     def rules(self) -> list[tuple[bool, str]]:
         both = f"--model {self.model} and --model_config {self.model_config} exclude each other; give one of them"
+        size = _vocab_size(self.tokenizer)
         none = "no model: give --model (pretrained) or --model_config (from scratch)"
         return [
             (bool(self.model) != bool(self.model_config), both if self.model else none),
             (
-                _vocab_size(self.tokenizer) is not False,
+                size is None or size >= 257,
                 f"--tokenizer {self.tokenizer}: train:N needs N of at least 257 (256 bytes and {END_OF_TEXT})",
             ),
             (
@@ -73,12 +76,12 @@ def _overrides(text: str | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _vocab_size(tokenizer: str | None) -> int | bool | None:
-    """N of ``train:N``, None for any other tokenizer, False for a bad N."""
+def _vocab_size(tokenizer: str | None) -> int | None:
+    """N of ``train:N`` (0 where N is no number), None for any other tokenizer."""
     if tokenizer is None or not tokenizer.startswith("train:"):
         return None
     number = tokenizer.removeprefix("train:")
-    return int(number) if number.isdecimal() and int(number) >= 257 else False
+    return int(number) if number.isdecimal() else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +137,10 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
             tokenizer.save(f"{directory}/tokenizer.json")
             os.replace(f"{directory}/tokenizer.json", cached)
     if tokenizer.get_vocab_size() < size:
-        print(f"warning: --tokenizer train:{size}: the text yields only {tokenizer.get_vocab_size()} tokens")
+        print(
+            f"warning: --tokenizer train:{size}: the text yields only {tokenizer.get_vocab_size()} tokens",
+            file=sys.stderr,
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
@@ -165,7 +171,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def load_pretrained(
-    name: str, settings: PreTrainedConfig | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
+    name: str, settings: PreTrainedConfig | None = None, revision: str | None = None
 ) -> PreTrainedModel:
     """Loads weights from safetensors alone: a pickle can run code."""
     try:
@@ -173,18 +179,21 @@ def load_pretrained(
             name,
             config=settings,
             revision=revision,
-            dtype=dtype,  # transformers 5 would load in the checkpoint's own
+            dtype=torch.float32,  # transformers 5 would load in the checkpoint's own
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"--model {name}: no causal language model can be loaded from it ({one_line(error)}); "
             f"give a Hub id or a directory with config.json and model.safetensors"
         ) from error
     if missing := sorted(report["missing_keys"]):
-        print(f"warning: {name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
+        print(
+            f"warning: {name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...",
+            file=sys.stderr,
+        )
     return model
 
 

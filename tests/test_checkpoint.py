@@ -46,7 +46,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_it_taken(name, damage, tmp_
             content[-3] ^= 1
         path.write_bytes({"truncate": content[:-1], "flip": content, "zero": bytes(len(content))}[damage])
     assert newest(tmp_path) == tmp_path / "step-000001"
-    assert "step-000002" in capsys.readouterr().out
+    assert "step-000002" in capsys.readouterr().err
     (tmp_path / "step-000001" / "state.json").unlink()
     with pytest.raises(NoCheckpointError) as error:
         newest(tmp_path)
