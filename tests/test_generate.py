@@ -100,11 +100,9 @@ def test_commands(model_dir, model, tokenizer, tmp_path):
     assert run_script(*flags, "--prompts_file", "prompts.txt", "--batch_size", 3, cwd=tmp_path).stdout == expected
 
 
-def test_no_finished_run_and_no_prompt(tmp_path):
+def test_no_finished_run(tmp_path):
     done = run_script("generate.py", "--prompt", "a", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("generate.py: error: no finished run under runs/")
-    done = run_script("generate.py", cwd=tmp_path)
-    assert done.returncode == 2 and "no prompt" in done.stderr
 
 
 def test_interactive_in_a_terminal(model_dir, tmp_path):
