@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from config import UserError, one_line
 
+NO_CURVES = ("tokens", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
+
 
 class RunLog:
     """Writes each record to metrics.jsonl, TensorBoard and stdout: a bar on a terminal, else plain lines.
@@ -62,9 +64,8 @@ class RunLog:
 
     def hyperparameters(self, values: dict[str, Any], final: dict[str, float]) -> None:
         """Hyperparameters with the final metrics, under the tags of the curves that they end."""
-        plain = {
-            key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()
-        }
+        given = {key: value for key, value in values.items() if value not in (None, [], False)}
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()}
         for summary in hparams(plain, {f"eval/{key}": value for key, value in final.items()}):
             self._board.file_writer.add_summary(summary)
 
@@ -82,7 +83,7 @@ class RunLog:
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         for key, value in values.items():
-            if key != "final":
+            if key not in NO_CURVES:
                 self._board.add_scalar(f"{split}/{key}", value, step)
         self._board.flush()
 
@@ -138,7 +139,8 @@ def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: lis
         tags=["causal-lm", facts["model_type"]],
     )
     rows = "\n".join(f"| {e['step']} | {e['loss']:.4f} | {e['perplexity']:.2f} |" for e in evaluations)
-    hyperparameters = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items() if value not in (None, []))
+    given = {key: value for key, value in settings.items() if value not in (None, [])}
+    hyperparameters = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in given.items())
     origin = f"fine-tuned from `{base}`" if base else f"a `{facts['model_type']}` trained from scratch"
     return ModelCard(f"""---
 {metadata.to_yaml()}

@@ -176,7 +176,7 @@ def test_the_model_is_usable_everywhere(finished, tokenizer):
     for words in (
         "pipeline_tag: text-generation",
         "answers.text",
-        "`learning_rate` | 0.001",
+        "`learning_rate` | `0.001`",
         f"{final['perplexity']:.2f}",
     ):
         assert words in card
@@ -321,7 +321,7 @@ def test_a_bert_that_looks_ahead_is_refused_and_made_a_decoder(tokenizer, text_f
 def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "file").write_text("")
-    flags = ["--model", str(model_dir), "--train_files"]
+    flags = ["--model", str(model_dir), "--block_size", "64", "--train_files"]
     done = run_script("train.py", *flags, "missing.txt", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "train.py: error: --train_files missing.txt: no such file; check the path\n"
