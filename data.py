@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -190,12 +191,7 @@ def _cut_place(text: str, target: int) -> int:
 
 def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]:
     """Returns the training and the evaluation documents. Raises UserError where they cannot be read."""
-    if config.dataset:
-        documents = _read_dataset(config, config.dataset_split)
-    else:
-        documents = _read_files("--train_files", config.train_files, config)
-    if config.max_documents:
-        documents = documents.select(range(min(config.max_documents, len(documents))))
+    documents = read_documents(config, "--train_files", config.train_files)
     if config.eval_files:
         return documents, _read_files("--eval_files", config.eval_files, config)
     if config.dataset_eval_split:
@@ -207,9 +203,9 @@ def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]
     return documents.select(np.sort(order[held_out:]).tolist()), documents.select(np.sort(order[:held_out]).tolist())
 
 
-def load_all_documents(config: TextConfig, files: list[str]) -> Documents:
-    """Returns the documents of ``files`` or, without files, of the configured dataset split."""
-    documents = _read_files("--files", files, config) if files else _read_dataset(config, config.dataset_split)
+def read_documents(config: TextConfig, flag_name: str, files: list[str]) -> Documents:
+    """Returns the first ``max_documents`` documents of ``files`` or, without files, of the configured dataset."""
+    documents = _read_files(flag_name, files, config) if files else _read_dataset(config, config.dataset_split)
     return documents.select(range(min(config.max_documents, len(documents)))) if config.max_documents else documents
 
 
@@ -219,30 +215,17 @@ def _read_dataset(config: TextConfig, split: str) -> Rows:
         if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             table = datasets.load_from_disk(path)
             if isinstance(table, datasets.DatasetDict):
-                if split not in table:
-                    raise UserError(f"--dataset_split {split}: {name} has the splits {', '.join(table)}; name one")
+                require((split in table, f"--dataset_split {split}: {name} has {', '.join(table)}; name one of these"))
                 table = table[split]
         else:
             table = datasets.load_dataset(name, config.dataset_config, split=split, revision=config.dataset_revision)
     except UserError:
         raise
-    except DatasetNotFoundError as error:
-        raise UserError(
-            f"--dataset {name}: neither a directory here nor a dataset on the Hub that this login may read "
-            f"({one_line(error)}); check the id, or give your own files with --train_files"
-        ) from error
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        raise UserError(
-            f"--dataset {name}: it consists of a Python script, and datasets >= 4 runs none; look for a Parquet "
-            f"copy on the Hub (dany0407/eli5_category for ELI5), or give your own files with --train_files"
-        ) from error
-    except (ConnectionError, OSError, ValueError, DatasetGenerationError) as error:
-        raise UserError(
-            f"--dataset {name}: cannot be loaded ({one_line(error)}); check id, split, revision and network, "
-            f"or give local files with --train_files"
-        ) from error
+    except (ConnectionError, OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        fix = "check id, split, revision, login and network, or give local files with --train_files"
+        if "scripts are no longer supported" in str(error):
+            fix = "look for a copy in Parquet on the Hub (for ELI5: dany0407/eli5_category), or use --train_files"
+        raise UserError(f"--dataset {name}: cannot be loaded ({one_line(error)}); {fix}") from error
     return _rows(table, config)
 
 
@@ -320,6 +303,12 @@ class TokenStream:
         return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
 
 
+TOKEN_ROW = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "sha256": datasets.Value("string")}
+    | {count: datasets.Value("int64") for count in ("num_documents", "num_bytes")}
+)
+
+
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """Tokenizes without special tokens; each document is followed by the end-of-text token. Cached by `datasets`."""
     end = end_of_text_id(tokenizer)
@@ -327,14 +316,7 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenS
     try:
         table = datasets.Dataset.from_generator(
             _token_rows,
-            features=datasets.Features(
-                {
-                    "input_ids": datasets.List(datasets.Value("int32")),
-                    "num_documents": datasets.Value("int64"),
-                    "num_bytes": datasets.Value("int64"),
-                    "sha256": datasets.Value("string"),
-                }
-            ),
+            features=TOKEN_ROW,
             gen_kwargs={"documents": documents, "tokenizer": tokenizer, "end": end},
             fingerprint=key[:32],
             writer_batch_size=1,  # rows are large: buffering a thousand of them would hold the corpus in memory
@@ -470,46 +452,33 @@ def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrained
 
 
 class Blocks(Dataset):
-    """Consecutive blocks of a token stream: item i is tokens [i * block_size, (i + 1) * block_size)."""
+    """Item i is tokens [i * stride, i * stride + block_size) of a stream; only the last one may be shorter.
 
-    def __init__(self, stream: TokenStream, block_size: int):
-        self.stream, self.block_size = stream, block_size
-
-    def __len__(self) -> int:
-        return -(-len(self.stream) // self.block_size)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """Returns input_ids and labels, both (block_size,) int64; only the very last block may be shorter."""
-        ids = torch.from_numpy(self.stream[i * self.block_size : (i + 1) * self.block_size])
-        return {"input_ids": ids, "labels": ids}
-
-
-class SlidingWindows(Dataset):
-    """Windows of up to ``block_size`` tokens, ``stride`` apart, in which only tokens not yet scored carry labels.
-
-    Each token but the first is predicted once, with at least block_size - stride tokens before it: the evaluation of
-    the guide "Perplexity of fixed-length models" of transformers.
+    With stride = block_size these are consecutive blocks. With a smaller stride they overlap, and only tokens that no
+    item before holds carry labels: each token but the first is predicted once, with at least block_size - stride tokens
+    before it (the evaluation of the guide "Perplexity of fixed-length models" of transformers).
     """
 
     def __init__(self, stream: TokenStream, block_size: int, stride: int):
         self.stream, self.block_size, self.stride = stream, block_size, stride
 
     def __len__(self) -> int:
-        return 1 + max(0, -(-(len(self.stream) - self.block_size) // self.stride))
+        beyond_first = max(0, len(self.stream) - self.block_size)
+        return min(1, len(self.stream)) + math.ceil(beyond_first / self.stride)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """Returns input_ids and labels, both (up to block_size,) int64."""
+        """Returns input_ids and labels, both (block_size,) int64."""
         start = i * self.stride
         ids = torch.from_numpy(self.stream[start : start + self.block_size])
         labels = ids.clone()
         if i > 0:
-            labels[: self.block_size - self.stride] = IGNORED_LABEL  # scored by the windows before
+            labels[: self.block_size - self.stride] = IGNORED_LABEL
         return {"input_ids": ids, "labels": labels}
 
 
-def group_texts(stream: TokenStream, block_size: int) -> Blocks:
+def group_texts(stream: TokenStream, block_size: int, stride: int | None = None) -> Blocks:
     """Groups all tokens into blocks: none is dropped, and the remainder is the last, short block."""
-    return Blocks(stream, block_size)
+    return Blocks(stream, block_size, stride or block_size)
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Count, flag, parse, require, run
-from data import SlidingWindows, TextConfig, group_texts, load_all_documents, make_loader, tokenize
+from data import TextConfig, group_texts, make_loader, read_documents, tokenize
 from model import (
     Precision,
     autocast,
@@ -79,17 +79,14 @@ def main() -> None:
     config, _ = parse([PerplexityConfig], __doc__)
     device = select_device()
     precision = resolve_precision(config.precision, device)
-    documents = load_all_documents(config, config.files)
+    documents = read_documents(config, "--files", config.files)
     tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
     stream = tokenize(documents, tokenizer)
     require((len(stream) >= 2, f"the text has {len(stream)} tokens; at least 2 are needed to predict one"))
     model = load_pretrained(config.model, revision=config.model_revision).to(device)
     check_model(model, tokenizer, config.block_size)
 
-    if config.stride:
-        blocks = SlidingWindows(stream, config.block_size, config.stride)
-    else:
-        blocks = group_texts(stream, config.block_size)
+    blocks = group_texts(stream, config.block_size, config.stride)
     nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")
     print(f"loss: {nll_sum / num_tokens:.6f}")

@@ -19,7 +19,6 @@ from data import (
     DataConfig,
     Position,
     Rows,
-    SlidingWindows,
     TextFiles,
     collate,
     group_texts,
@@ -224,7 +223,7 @@ def test_sliding_windows_score_each_token_once(rows, tokenizer):
     for block_size, stride in ((16, 5), (16, 16), (64, 1000), (10**6, 3)):
         if stride > block_size:
             continue
-        windows = SlidingWindows(stream, block_size, stride)
+        windows = group_texts(stream, block_size, stride)
         scored = torch.cat([w["labels"][w["labels"] != -100] for w in (windows[i] for i in range(len(windows)))])
         assert scored.tolist() == stream[:].tolist()
         if stride < block_size:  # every scored token but the first has enough before it

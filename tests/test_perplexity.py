@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_script
 
-from data import SlidingWindows, group_texts, make_loader, tokenize
+from data import group_texts, make_loader, tokenize
 from model import load_pretrained
 from perplexity import evaluate
 
@@ -61,7 +61,7 @@ def test_sliding_window_scores_each_token_with_what_stands_before_it(model, bloc
         def __getitem__(self, place):
             return stream[:401][place]
 
-    windows = SlidingWindows(Head(), block_size, stride)
+    windows = group_texts(Head(), block_size, stride)
     nll_sum, num_tokens = evaluate(model, make_loader(windows, 5))
     assert num_tokens == 400
     assert nll_sum == pytest.approx(nll, rel=1e-6)
