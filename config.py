@@ -65,11 +65,10 @@ def flag(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def require(*rules: tuple[bool, str]) -> None:
-    """Raises one UserError with the message of every rule that does not hold."""
-    broken = [message for holds, message in rules if not holds]
-    if broken:
-        raise UserError("\n".join(broken))
+def require(holds: bool, message: str) -> None:
+    """Raises a UserError with ``message`` unless the rule holds."""
+    if not holds:
+        raise UserError(message)
 
 
 def one_line(error: BaseException) -> str:
@@ -139,7 +138,8 @@ def parse(dataclass_types: list[type], description: str, argv: list[str] | None 
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0].lstrip('-'), names, '--')}; see --help")
     rules = [rule for instance in instances for rule in (*_ranges(instance), *instance.rules())]
-    require(*rules)
+    broken = [message for holds, message in rules if not holds]
+    require(not broken, "\n".join(broken))
     return *instances, Path(path) if path else None
 
 

@@ -215,7 +215,7 @@ def _read_dataset(config: TextConfig, split: str) -> Rows:
         if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             table = datasets.load_from_disk(path)
             if isinstance(table, datasets.DatasetDict):
-                require((split in table, f"--dataset_split {split}: {name} has {', '.join(table)}; name one of these"))
+                require(split in table, f"--dataset_split {split}: {name} has {', '.join(table)}; name one of these")
                 table = table[split]
         else:
             table = datasets.load_dataset(name, config.dataset_config, split=split, revision=config.dataset_revision)
@@ -233,15 +233,14 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
     paths = []
     for pattern in patterns:
         found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        require(
-            (bool(found), f"{name} {pattern}: no file matches; check the pattern and the directory"),
-            *((Path(path).exists(), f"{name} {path}: no such file; check the path") for path in found),
-            *((not Path(path).is_dir(), f"{name} {path}: a directory; give files, such as {path}/*") for path in found),
-        )
+        require(bool(found), f"{name} {pattern}: no file matches; check the pattern and the directory")
+        for path in found:
+            require(Path(path).exists(), f"{name} {path}: no such file; check the path")
+            require(not Path(path).is_dir(), f"{name} {path}: a directory; give files, such as {path}/*")
         paths += found
     kinds = {path: FORMATS.get(Path(path.removesuffix(".gz")).suffix.lower()) for path in paths}
     for path, kind in kinds.items():
-        require((kind is not None, f"{name} {path}: unknown format; known are {' '.join(FORMATS)} and these with .gz"))
+        require(kind is not None, f"{name} {path}: unknown format; known are {' '.join(FORMATS)} and these with .gz")
     if len(set(kinds.values())) > 1:
         raise UserError(f"{name}: files of several formats ({', '.join(sorted(set(kinds.values())))}); give one format")
     (kind,) = set(kinds.values())

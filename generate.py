@@ -8,7 +8,6 @@
 The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,6 +27,7 @@ from model import (
     resolve_precision,
     select_device,
 )
+from report import read_metrics
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     while len(ids) > len(plain) and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         ids.pop()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    require((bool(ids) or start is not None, "--prompt: an empty prompt needs a tokenizer with an end-of-text token"))
+    require(bool(ids) or start is not None, "--prompt: an empty prompt needs a tokenizer with an end-of-text token")
     return ids or [start]  # an empty prompt: the beginning of a document
 
 
@@ -161,8 +161,8 @@ def newest_finished_run(runs: Path) -> Path:
     """The model directory of the run under ``runs`` that finished last. Raises UserError where there is none."""
     finished = []
     for metrics in runs.glob("*/metrics.jsonl"):
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        if lines and json.loads(lines[-1]).get("final") and (metrics.parent / "model").is_dir():
+        records = read_metrics(metrics.parent)
+        if records and records[-1].get("final") and (metrics.parent / "model").is_dir():
             finished.append((metrics.stat().st_mtime, metrics.parent / "model"))
     if not finished:
         raise UserError(f"no finished run under {runs}/; run `make train` first or give --model")
@@ -180,7 +180,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
     else:
         text = sys.stdin.read()
     prompts = [line for line in text.splitlines() if line.strip()]
-    require((bool(prompts), "no prompt: give --prompt, --prompts_file, or one prompt a line on stdin"))
+    require(bool(prompts), "no prompt: give --prompt, --prompts_file, or one prompt a line on stdin")
     return prompts
 
 

@@ -162,9 +162,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{flag_name} {name}: no model config can be loaded from it ({one_line(error)})") from error
-    require(
-        (not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
-    )
+    require(not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
     if config.model:
         return load_pretrained(name, settings, config.model_revision)
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
@@ -225,18 +223,10 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bloc
     """Raises UserError unless the model can hold the blocks and the vocabulary, and is causal."""
     limit, rows = position_limit(model), model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
-    require(
-        (
-            limit is None or block_size <= limit,
-            f"--block_size {block_size}: {model.config.model_type} holds at most {limit} positions; "
-            f"give --block_size {limit} or less",
-        ),
-        (
-            largest < rows,
-            f"--tokenizer {tokenizer.name_or_path}: its largest id is {largest}, but the model's embedding has {rows} "
-            f"rows; use the tokenizer that belongs to the model",
-        ),
-    )
+    fits, largest_fits = limit is None or block_size <= limit, largest < rows
+    require(fits, f"--block_size {block_size}: {model.config.model_type} holds at most {limit} positions; lower it")
+    held = f"its largest id is {largest}, but the model's embedding has {rows} rows"
+    require(largest_fits, f"--tokenizer {tokenizer.name_or_path}: {held}; use the tokenizer that belongs to the model")
     check_causal(model, block_size)
 
 

@@ -82,7 +82,7 @@ def main() -> None:
     documents = read_documents(config, "--files", config.files)
     tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
     stream = tokenize(documents, tokenizer)
-    require((len(stream) >= 2, f"the text has {len(stream)} tokens; at least 2 are needed to predict one"))
+    require(len(stream) >= 2, f"the text has {len(stream)} tokens; at least 2 are needed to predict one")
     model = load_pretrained(config.model, revision=config.model_revision).to(device)
     check_model(model, tokenizer, config.block_size)
 

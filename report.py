@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import UserError, one_line
 
-NO_CURVES = ("tokens", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
+NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
 
 
 class RunLog:

@@ -255,13 +255,13 @@ def main() -> None:
     tokenizer = load_tokenizer(model_config, train_documents)
     train_stream, eval_stream = tokenize(train_documents, tokenizer), tokenize(eval_documents, tokenizer)
     for name, stream, needed in (("training", train_stream, data_config.block_size), ("evaluation", eval_stream, 2)):
-        require((len(stream) >= needed, f"the {name} text has {len(stream)} tokens; {needed} or more are needed"))
+        require(len(stream) >= needed, f"the {name} text has {len(stream)} tokens; {needed} or more are needed")
     train_blocks = group_texts(train_stream, data_config.block_size)
     eval_loader = make_loader(group_texts(eval_stream, data_config.block_size), config.batch_size)
     updates_per_epoch = math.ceil(math.ceil(len(train_blocks) / config.batch_size) / config.grad_accum_steps)
     max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
     warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
-    require((warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it"))
+    require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
 
     # A run that is already there: finished, to be resumed, or to be replaced.
     resumed = None
@@ -295,7 +295,7 @@ def main() -> None:
     sampling = SamplingConfig(max_new_tokens=min(60, limit // 2))
     for prompt in config.sample_prompt:
         fits = len(tokenizer(prompt)["input_ids"]) + sampling.max_new_tokens <= limit
-        require((fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it"))
+        require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
     compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
@@ -340,8 +340,8 @@ output    {run_dir}""")
         remove_run(run_dir)
     del tensors
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run_dir / "config.yaml", settings)
     log = report.RunLog(run_dir, step, max_steps)
+    write_config(run_dir / "config.yaml", settings)
     stop = StopSignal()
 
     def evaluate_and_sample(**marks: bool) -> float:
@@ -450,17 +450,15 @@ output    {run_dir}""")
 
 def check_run_dir(run_dir: Path, config: TrainConfig) -> bool:
     """Whether ``run_dir`` holds a run. Raises UserError where a new one may not go there."""
-    require((not run_dir.exists() or run_dir.is_dir(), f"--output_dir {run_dir}: is a file; give a directory"))
-    holds_run = any((run_dir / name).exists() for name in RUN_CONTENT)
-    allowed = config.resume or config.overwrite or config.dry_run
-    require(
-        (
-            allowed or not holds_run,
-            f"--output_dir {run_dir}: holds another run; go on with --resume, delete it with --overwrite, "
-            f"or give another directory",
-        )
-    )
-    return holds_run
+    present = [name for name in RUN_CONTENT if (run_dir / name).exists()]
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--output_dir {run_dir}: is a file; give a directory")
+    if present and "metrics.jsonl" not in present:  # --overwrite must never delete what no run has made
+        raise UserError(f"--output_dir {run_dir}: holds {', '.join(present)}, but no run; give another directory")
+    if present and not (config.resume or config.overwrite or config.dry_run):
+        fix = "go on with --resume, delete it with --overwrite, or give another directory"
+        raise UserError(f"--output_dir {run_dir}: holds another run; {fix}")
+    return bool(present)
 
 
 def remove_run(run_dir: Path) -> None:
@@ -498,7 +496,7 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
 def should_compile(choice: str, device: torch.device, flops: float) -> bool:
     """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
     has_compiler = device.type == "cuda" or any(map(shutil.which, ("g++", "c++", "clang++")))
-    require((choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off"))
+    require(choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off")
     # Compiling costs about a minute and saves about a quarter of a step. The decision must not depend on a measured
     # time, or two runs with one seed could differ; so it assumes a slow machine's rate and wants ten minutes of work.
     slow_rate = 1e14 if device.type == "cuda" else 2e11

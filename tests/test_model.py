@@ -75,7 +75,7 @@ def test_position_limits():
 def test_blocks_and_vocabulary_must_fit(tokenizer):
     model = tiny_gpt2(len(tokenizer))
     check_model(model, tokenizer, 64)
-    with pytest.raises(UserError, match="at most 64 positions; give --block_size 64"):
+    with pytest.raises(UserError, match="--block_size 65: gpt2 holds at most 64 positions"):
         check_model(model, tokenizer, 65)
     with pytest.raises(UserError, match="embedding has 310 rows"):
         check_model(tiny_gpt2(310), tokenizer, 64)

@@ -321,6 +321,7 @@ def test_a_bert_that_looks_ahead_is_refused_and_made_a_decoder(tokenizer, text_f
 def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "file").write_text("")
+    (tmp_path / "mine" / "model").mkdir(parents=True)
     flags = ["--model", str(model_dir), "--block_size", "64", "--train_files"]
     done = run_script("train.py", *flags, "missing.txt", cwd=tmp_path)
     assert done.returncode == 2
@@ -335,6 +336,7 @@ def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tm
         ([text, "empty.txt.gz"], "no such file"),
         ([text, "--block_size", "65"], "at most 64 positions"),
         ([text, "--output_dir", "file"], "is a file"),
+        ([text, "--output_dir", "mine", "--overwrite"], "mine: holds model, but no run"),
         ([text, "--warmup_steps", "5", "--max_steps", "5"], "--warmup_steps 5: the run has only 5 steps"),
         ([text, "--precision", "fp16"], "--precision fp16"),
         ([text, "--sample_prompt", "the model " * 40], "--sample_prompt the model"),
@@ -343,4 +345,4 @@ def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tm
         with pytest.raises(UserError) as error:
             train.main()
         assert words in str(error.value) and "\n" not in str(error.value)
-    assert sorted(os.listdir(tmp_path)) == ["empty.txt", "file"]
+    assert sorted(os.listdir(tmp_path)) == ["empty.txt", "file", "mine"]
