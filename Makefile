@@ -10,10 +10,12 @@ BIN    := .venv/bin
 # A recipe that names a file of the quickstart gets it made first.
 PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
 
-.PHONY: help install train tensorboard test lint clean
+.PHONY: all help install train tensorboard test lint clean
 .DELETE_ON_ERROR:
 
-help: install
+all: install help
+
+help:
 	@echo 'make train                             the quickstart (about 5 minutes on 2 CPU cores)'
 	@echo 'make train CONFIG=configs/eli5.yaml    another recipe, see configs/'
 	@echo 'make train ARGS="--max_steps 50"       any flag of train.py, see $(BIN)/python train.py --help'

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import UserError
+from config import UserError, warn
 
 MANIFEST = "manifest.json"
 
@@ -62,7 +61,7 @@ def newest(directory: Path) -> Path | None:
         damage = verify(path)
         if damage is None:
             return path
-        print(f"warning: {path}: {damage}; looking at the checkpoint before it", file=sys.stderr)
+        warn(f"{path}: {damage}; looking at the checkpoint before it")
     if paths:
         raise NoCheckpointError(f"{directory}: no checkpoint there is intact; start anew with --overwrite")
     return None
@@ -127,7 +126,8 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 def _checkpoints(directory: Path) -> list[Path]:
     """All checkpoints, oldest first: their names carry the step with leading zeros."""
-    return sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
+    return [found[step] for step in sorted(found)]
 
 
 def _sha256(path: Path) -> str:

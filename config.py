@@ -10,6 +10,7 @@ class TrainConfig:
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
@@ -71,6 +72,10 @@ def require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def one_line(error: BaseException) -> str:
     """The innermost cause of an error as one line: libraries wrap what matters in a general message."""
     while error.__cause__ is not None:
@@ -94,6 +99,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(0)
 
 

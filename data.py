@@ -27,7 +27,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import Count, Range, UserError, flag, one_line, require
+from config import Count, Range, UserError, flag, one_line, require, warn
 
 IGNORED_LABEL = -100  # what F.cross_entropy and every Hugging Face model skip
 
@@ -52,6 +52,10 @@ class TextConfig:
     max_documents: Count | None = flag(None, "take the first N documents only")
     block_size: Annotated[int, Range(least=2)] = flag(128, "tokens a block")
 
+    def rules(self) -> list[tuple[bool, str]]:
+        unused = self.dataset_config is None and self.dataset_revision is None and self.dataset_split == "train"
+        return [(bool(self.dataset) or unused, "--dataset_config, _split and _revision need --dataset; leave them out")]
+
 
 @dataclass
 class DataConfig(TextConfig):
@@ -67,9 +71,11 @@ class DataConfig(TextConfig):
         none = "no training text: give --dataset or --train_files"
         split = f"--dataset_eval_split {self.dataset_eval_split}"
         return [
+            *super().rules(),
             (bool(self.dataset) != bool(self.train_files), both if self.dataset else none),
             (not self.dataset_eval_split or bool(self.dataset), f"{split}: needs --dataset; use --eval_files instead"),
             (not (self.dataset_eval_split and self.eval_files), f"{split} and --eval_files exclude each other"),
+            (self.dataset_eval_split != self.dataset_split, f"{split}: is the split that is trained on; give another"),
         ]
 
 
@@ -171,7 +177,7 @@ class TextFiles:
         length = sum(map(len, self._read(path)))
         target = int(length * fraction)
         before = max(0, target - WINDOW_CHARACTERS)
-        place = before + _cut_place("".join(self._read(path, before, target)) + " ", target - before)
+        place = before + _cut_place("".join(self._read(path, before, target)), target - before)
         return TextFiles(((path, 0, place),), ended=False), TextFiles(((path, place, None),))
 
 
@@ -192,6 +198,8 @@ def _cut_place(text: str, target: int) -> int:
 def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]:
     """Returns the training and the evaluation documents. Raises UserError where they cannot be read."""
     documents = read_documents(config, "--train_files", config.train_files)
+    if (config.eval_files or config.dataset_eval_split) and config.eval_fraction != DataConfig.eval_fraction:
+        warn(f"--eval_fraction {config.eval_fraction} is not used: there is evaluation text of its own")
     if config.eval_files:
         return documents, _read_files("--eval_files", config.eval_files, config)
     if config.dataset_eval_split:
@@ -214,9 +222,11 @@ def _read_dataset(config: TextConfig, split: str) -> Rows:
     try:
         if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             table = datasets.load_from_disk(path)
-            if isinstance(table, datasets.DatasetDict):
-                require(split in table, f"--dataset_split {split}: {name} has {', '.join(table)}; name one of these")
-                table = table[split]
+            unused = config.dataset_config is None and config.dataset_revision is None
+            require(unused, f"--dataset {name}: a directory has neither --dataset_config nor --dataset_revision")
+            splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
+            require(split in splits, f"--dataset {name}: no split {split} there, but {', '.join(splits)}; name one")
+            table = splits[split]
         else:
             table = datasets.load_dataset(name, config.dataset_config, split=split, revision=config.dataset_revision)
     except UserError:
@@ -237,6 +247,7 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
         for path in found:
             require(Path(path).exists(), f"{name} {path}: no such file; check the path")
             require(not Path(path).is_dir(), f"{name} {path}: a directory; give files, such as {path}/*")
+            require(Path(path).stat().st_size > 0, f"{name} {path}: is empty; give text")
         paths += found
     kinds = {path: FORMATS.get(Path(path.removesuffix(".gz")).suffix.lower()) for path in paths}
     for path, kind in kinds.items():
@@ -246,6 +257,8 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
     (kind,) = set(kinds.values())
     paths = [str(Path(path).resolve()) for path in paths]
     if kind == "text":
+        if config.text_column != TextConfig.text_column:
+            warn(f"--text_column {config.text_column} is not used: .txt files have no columns")
         return TextFiles(tuple((path, 0, None) for path in paths))
     try:
         # verification_mode: a changed file is a new data set here, not a corrupted old one.
@@ -258,6 +271,7 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
 
 
 def _rows(table: datasets.Dataset, config: TextConfig) -> Rows:
+    require(len(table) > 0, "the data has no records; give text")
     columns = table.flatten().column_names
     value: Any = table.features
     for key in config.text_column.split("."):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from config import Count, Range, Seed, UserError, flag, parse, require, run
 from model import (
@@ -27,7 +28,7 @@ from model import (
     resolve_precision,
     select_device,
 )
-from report import read_metrics
+from report import finished_step
 
 
 @dataclass
@@ -37,11 +38,6 @@ class SamplingConfig:
     top_k: Annotated[int, Range(least=0)] = flag(50, "choose among the K likeliest tokens; 0 for all")
     top_p: Annotated[float, Range(above=0, most=1)] = flag(0.95, "among the likeliest that have probability P together")
     greedy: bool = flag(False, "always take the likeliest token")
-    num_samples: Count = flag(1, "texts a prompt")
-
-    def rules(self) -> list[tuple[bool, str]]:
-        rule = f"--num_samples {self.num_samples}: --greedy makes the same text each time; drop one of them"
-        return [(not (self.greedy and self.num_samples > 1), rule)]
 
 
 @dataclass
@@ -50,13 +46,40 @@ class GenerateConfig(SamplingConfig):
     model_revision: str | None = flag(None, "a branch, tag or commit of the Hub model")
     prompt: list[str] = flag([], "one or more texts to continue")
     prompts_file: str | None = flag(None, "a file with one prompt a line")
+    num_samples: Count = flag(1, "texts a prompt")
     batch_size: Count = flag(16, "texts made at once")
     seed: Seed = flag(42, "of the sampling")
     precision: Precision = flag("fp32", "fp32 is exact; auto is the fastest that the device does well")
 
     def rules(self) -> list[tuple[bool, str]]:
-        rule = "--prompt and --prompts_file exclude each other; give one of them"
-        return [*super().rules(), (not (self.prompt and self.prompts_file), rule)]
+        same = f"--num_samples {self.num_samples}: --greedy makes the same text each time; drop one of them"
+        both = "--prompt and --prompts_file exclude each other; give one of them"
+        return [(not (self.greedy and self.num_samples > 1), same), (not (self.prompt and self.prompts_file), both)]
+
+
+class Printer(BaseStreamer):
+    """Prints a text while it is made. ``text`` is all of it so far, without the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer, self._ids, self._prompt, self.text = tokenizer, [], "", ""
+
+    def put(self, value: torch.Tensor) -> None:
+        first = not self._ids
+        self._ids += value.flatten().tolist()
+        # Decoded together with the prompt: alone, some tokenizers would drop the first space.
+        whole = _decode(self._tokenizer, self._ids)
+        if first:  # transformers sends the prompt, and then each token
+            self._prompt = whole
+        elif not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
+            self._show(whole)
+
+    def end(self) -> None:
+        self._show(_decode(self._tokenizer, self._ids))
+        print(flush=True)
+
+    def _show(self, whole: str) -> None:
+        print(whole[len(self._prompt) + len(self.text) :], end="", flush=True)
+        self.text = whole[len(self._prompt) :]
 
 
 @torch.no_grad()
@@ -65,9 +88,9 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     sampling: SamplingConfig,
-    streamer: TextStreamer | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Returns ``num_samples`` continuations for each prompt, in the order of the prompts, without the prompts.
+    """Returns a continuation for each prompt, in the order of the prompts, without the prompts.
 
     Prompts are padded on the left and masked, so that under greedy decoding each gets what it would get
     alone; where an architecture cannot overlook its pads only prompts of one length share a batch. Raises
@@ -87,7 +110,6 @@ def generate(
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
-            "num_return_sequences": sampling.num_samples,
         }
     texts = []
     training = model.training
@@ -105,9 +127,7 @@ def generate(
             streamer=streamer,
             **options,
         )
-        for i, row in enumerate(made.tolist()):
-            prompt = batch[i // sampling.num_samples]
-            # Decoded together with the prompt: alone, some tokenizers would drop the first space.
+        for prompt, row in zip(batch, made.tolist(), strict=True):
             before, whole = (_decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
             texts.append(whole[len(before) :])
     model.train(training)
@@ -161,8 +181,7 @@ def newest_finished_run(runs: Path) -> Path:
     """The model directory of the run under ``runs`` that finished last. Raises UserError where there is none."""
     finished = []
     for metrics in runs.glob("*/metrics.jsonl"):
-        records = read_metrics(metrics.parent)
-        if records and records[-1].get("final") and (metrics.parent / "model").is_dir():
+        if finished_step(metrics.parent) and (metrics.parent / "model").is_dir():
             finished.append((metrics.stat().st_mtime, metrics.parent / "model"))
     if not finished:
         raise UserError(f"no finished run under {runs}/; run `make train` first or give --model")
@@ -198,21 +217,22 @@ def main() -> None:
     torch.manual_seed(config.seed)
 
     def answer(prompts: list[str], streamed: bool) -> None:
-        streamer = None
         if streamed:
             print(prompts[0], end="", flush=True)
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with autocast(device, precision):
-            texts = generate(model, tokenizer, prompts, config, streamer)
-        for i, text in enumerate([] if streamed else texts):
-            print(prompts[i // config.num_samples] + text + "\n", flush=True)
+            texts = generate(model, tokenizer, prompts, config, Printer(tokenizer) if streamed else None)
+        for prompt, text in [] if streamed else zip(prompts, texts, strict=True):
+            print(prompt + text + "\n", flush=True)
 
-    batch_size = max(1, config.batch_size // config.num_samples)
-    for start in range(0, len(prompts), batch_size):
-        answer(prompts[start : start + batch_size], streamed=len(prompts) * config.num_samples == 1)
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    for start in range(0, len(prompts), config.batch_size):
+        answer(prompts[start : start + config.batch_size], streamed=len(prompts) == 1)
     while interactive:
         try:
-            answer([input("\nprompt> ")], streamed=config.num_samples == 1)
+            prompt = input("\nprompt> ")
+            answer([prompt] * config.num_samples, streamed=config.num_samples == 1)
+        except UserError as error:  # such as a prompt that is too long: the next one may fit
+            print(f"\n{error}")
         except (EOFError, KeyboardInterrupt):
             print()
             break

@@ -9,7 +9,6 @@ nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels 
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from config import UserError, flag, one_line, require
+from config import UserError, flag, one_line, require, warn
 from data import IGNORED_LABEL, Documents
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -92,6 +91,8 @@ def load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedToken
     """Loads the tokenizer, or trains one on ``documents`` (the training part, never what is held out)."""
     size = _vocab_size(config.tokenizer)
     if size:
+        if config.model:
+            warn(f"--tokenizer {config.tokenizer}: the embeddings of {config.model} were trained for other tokens")
         return _train_tokenizer(size, documents)
     if config.tokenizer:
         return load_tokenizer_by_name(config.tokenizer, "--tokenizer")
@@ -137,10 +138,7 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
             tokenizer.save(f"{directory}/tokenizer.json")
             os.replace(f"{directory}/tokenizer.json", cached)
     if tokenizer.get_vocab_size() < size:
-        print(
-            f"warning: --tokenizer train:{size}: the text yields only {tokenizer.get_vocab_size()} tokens",
-            file=sys.stderr,
-        )
+        warn(f"--tokenizer train:{size}: the text yields only {tokenizer.get_vocab_size()} tokens")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
@@ -188,10 +186,7 @@ def load_pretrained(
             f"give a Hub id or a directory with config.json and model.safetensors"
         ) from error
     if missing := sorted(report["missing_keys"]):
-        print(
-            f"warning: {name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...",
-            file=sys.stderr,
-        )
+        warn(f"{name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
     return model
 
 

@@ -7,7 +7,8 @@ r"""Perplexity of any causal language model on any text.
 Prints, one a line: `tokens` that were predicted, `loss` (their mean negative log-likelihood in nats), `perplexity`
 (exp of it) and `bits_per_byte` (the summed loss in bits over the UTF-8 bytes of the text). By default the text is cut
 into blocks of --block_size tokens, as in training, and the first token of a block is not predicted. With --stride N a
-window slides on by N tokens, so that each token is predicted once with at least block_size - N tokens before it.
+window slides on by N tokens, so that each token is predicted once with at least block_size - N tokens before it; only
+then does `bits_per_byte` count every token but the first.
 """
 
 import math
@@ -44,6 +45,7 @@ class PerplexityConfig(TextConfig):
 
     def rules(self) -> list[tuple[bool, str]]:
         return [
+            *super().rules(),
             (self.model is not None, "no model: give --model, a Hub id or a directory"),
             (bool(self.files) != bool(self.dataset), "give the text with either --files or --dataset"),
             (
@@ -65,12 +67,16 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, precision: str = "fp32"
     num_tokens = 0
     training = model.training
     model.eval()
-    for batch in tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty()):
+    bar = tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
+    for batch in bar:
         num_tokens += count_predicted(batch["labels"])
         input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
         with autocast(device, precision):
             # Token by token, so that the sum is taken in float64 in any order.
             nll_sum += next_token_nll(model, input_ids, labels, reduction="none").double().sum()
+        if not bar.disable:  # the sum comes to the host only where someone looks at it
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"loss {nll_sum.item() / num_tokens:.4f}, {num_tokens / elapsed:,.0f} tokens/s")
     model.train(training)
     return nll_sum.item(), num_tokens
 

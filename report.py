@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -103,6 +104,12 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in read_metrics(run_dir) if record["split"] == "eval"]
 
 
+def finished_step(run_dir: Path) -> int:
+    """The last step of a run that came to its end, 0 for any other."""
+    records = read_metrics(run_dir)
+    return records[-1]["step"] if records and records[-1].get("final") else 0
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
@@ -123,6 +130,9 @@ def versions() -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sharing
+
+
+NAME = "PATH_OR_ID"  # in the card, until the model is uploaded somewhere
 
 
 def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
@@ -155,7 +165,7 @@ A causal language model, {origin}, on `{source}` (text column `{settings["text_c
 ```python
 from transformers import pipeline
 
-generator = pipeline("text-generation", model="PATH_OR_ID")
+generator = pipeline("text-generation", model="{NAME}")
 print(generator("Once upon a time")[0]["generated_text"])
 ```
 
@@ -187,6 +197,10 @@ Made with {", ".join(f"{name} {version}" for name, version in versions().items()
 def check_login(repo_id: str) -> None:
     """Raises UserError where ``push`` could not work, before hours are spent on training."""
     try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repo_id}: not a repo id ({one_line(error)}); give user/name") from error
+    try:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
@@ -197,6 +211,8 @@ def check_login(repo_id: str) -> None:
 
 def push(model_dir: Path, repo_id: str) -> str:
     """Uploads model, tokenizer and card; returns the address. The token is the environment's or the saved login's."""
+    card = model_dir / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace(NAME, repo_id), encoding="utf-8")
     try:
         api = HfApi()
         repo_id = api.create_repo(repo_id, exist_ok=True).repo_id

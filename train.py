@@ -9,7 +9,9 @@
 Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
 """
 
+import fcntl
 import math
+import os
 import random
 import shutil
 import signal
@@ -264,12 +266,6 @@ def main() -> None:
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
 
     # A run that is already there: finished, to be resumed, or to be replaced.
-    resumed = None
-    if config.resume and holds_run and not config.overwrite and not config.dry_run:
-        resumed = checkpoint.newest(run_dir / "checkpoints")
-        if resumed is None:
-            print(f"{run_dir}: the run there was stopped before its first checkpoint; starting over")
-    state, tensors = checkpoint.load(resumed) if resumed else ({}, {})
     identity = {
         "model": model_config.model or model_config.model_config,
         "model_overrides": model_config.model_overrides,
@@ -278,14 +274,25 @@ def main() -> None:
         "evaluation text": eval_stream.sha256,
         **{name: settings[name] for name in ("block_size", "batch_size", "grad_accum_steps", "seed")},
     }
-    if resumed:
-        check_same_run(run_dir, state, identity, settings)
-        if state["step"] >= max_steps:
+    resumed, state, tensors = None, {}, {}
+    if config.resume and holds_run and not config.overwrite and not config.dry_run:
+        if resumed := checkpoint.newest(run_dir / "checkpoints"):
+            state, tensors = checkpoint.load(resumed)
+            check_same_run(run_dir, state, identity)
+        done = state["step"] if resumed else report.finished_step(run_dir)
+        if done >= max_steps:
             print(
-                f"{run_dir}: this run is finished ({state['step']} of {max_steps} steps, evaluation loss at best "
-                f"{state['best_loss']:.4f}). To train longer give a larger --max_steps; to start anew, --overwrite."
+                f"{run_dir}: this run is finished ({done} of {max_steps} steps). "
+                f"To train longer give a larger --max_steps; to start anew, --overwrite."
             )
             return finish(run_dir, config)
+        if resumed:
+            note_changes(state["settings"], settings)
+        elif (run_dir / "model").exists():
+            fix = "use the model as it is, or --overwrite the run"
+            raise checkpoint.NoCheckpointError(f"{run_dir}: no checkpoint to go on from, but a model; {fix}")
+        else:
+            print(f"{run_dir}: the run there was stopped before its first checkpoint; starting over")
 
     # Model.
     transformers.set_seed(config.seed)
@@ -328,6 +335,8 @@ output    {run_dir}""")
         return dry_run(step_model, optimizer, scaler, train_blocks, config, precision, device)
 
     # The run's directory. Until here nothing was written.
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock_directory(run_dir)
     position, step, tokens_seen, best_loss = Position(), 0, 0, math.inf
     if resumed:
         restore_state(tensors, model, optimizer, device)
@@ -339,7 +348,6 @@ output    {run_dir}""")
     else:
         remove_run(run_dir)
     del tensors
-    run_dir.mkdir(parents=True, exist_ok=True)
     log = report.RunLog(run_dir, step, max_steps)
     write_config(run_dir / "config.yaml", settings)
     stop = StopSignal()
@@ -451,8 +459,8 @@ output    {run_dir}""")
 def check_run_dir(run_dir: Path, config: TrainConfig) -> bool:
     """Whether ``run_dir`` holds a run. Raises UserError where a new one may not go there."""
     present = [name for name in RUN_CONTENT if (run_dir / name).exists()]
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--output_dir {run_dir}: is a file; give a directory")
+    for path in (run_dir, *run_dir.parents):
+        require(not path.exists() or path.is_dir(), f"--output_dir {run_dir}: {path} is a file; give a directory")
     if present and "metrics.jsonl" not in present:  # --overwrite must never delete what no run has made
         raise UserError(f"--output_dir {run_dir}: holds {', '.join(present)}, but no run; give another directory")
     if present and not (config.resume or config.overwrite or config.dry_run):
@@ -461,14 +469,22 @@ def check_run_dir(run_dir: Path, config: TrainConfig) -> bool:
     return bool(present)
 
 
+def lock_directory(run_dir: Path) -> None:
+    """Keeps other processes out of the run for as long as this one lives."""
+    try:
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--output_dir {run_dir}: a run is under way there; wait for it or give another one") from error
+
+
 def remove_run(run_dir: Path) -> None:
     for name in RUN_CONTENT:
         path = run_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def check_same_run(run_dir: Path, state: dict, identity: dict, settings: dict) -> None:
-    """Raises UserError where resuming would be another run; says what else was changed."""
+def check_same_run(run_dir: Path, state: dict, identity: dict) -> None:
+    """Raises UserError where resuming would be another run."""
     for name, before in state["identity"].items():
         if identity[name] != before:
             shown = (f"{str(value)[:16]}" for value in (before, identity[name]))
@@ -476,11 +492,15 @@ def check_same_run(run_dir: Path, state: dict, identity: dict, settings: dict) -
                 f"--resume: {name} was {next(shown)} and is now {next(shown)}, so this is not the run in {run_dir}; "
                 f"give what it was made with (see {run_dir}/config.yaml), another --output_dir, or --overwrite"
             )
-    free = {"max_steps", "num_epochs", "eval_every", "save_every", "log_every", "output_dir", "resume", "overwrite"}
-    free |= {"keep_checkpoints", "push_to_hub", "dry_run", "sample_prompt", *identity}
-    for name, value in settings.items():
-        if name not in free and state["settings"].get(name) != value:
-            print(f"note: --{name} was {state['settings'].get(name)} and is {value} from here on")
+
+
+def note_changes(before: dict, now: dict) -> None:
+    """Says what a resumed run does otherwise from here on, the learning rate's new course included."""
+    shaping = {"max_steps", "num_epochs", "learning_rate", "warmup_steps", "warmup_ratio"}
+    shaping |= {"weight_decay", "max_grad_norm", "precision", "compile"}
+    for name in sorted(shaping):
+        if before[name] != now[name]:
+            print(f"note: --{name} was {before[name]} and is {now[name]} from here on")
 
 
 def write_config(path: Path, settings: dict[str, Any]) -> None:
@@ -512,7 +532,11 @@ def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None
     batch = next(iter(make_loader(blocks, config.batch_size, range(min(config.batch_size, len(blocks))))))
     started = time.perf_counter()
     model.train()
-    loss, _, _ = train_step(model, optimizer, scaler, [batch], 0.0, config.max_grad_norm, precision)
+    try:
+        loss, _, _ = train_step(model, optimizer, scaler, [batch], 0.0, config.max_grad_norm, precision)
+    except torch.OutOfMemoryError as error:
+        fix = "lower --batch_size (and raise --grad_accum_steps by as much) or --block_size"
+        raise UserError(f"--batch_size {config.batch_size}: does not fit into {device_name(device)}; {fix}") from error
     print(
         f"{'dry run':<10}loss {loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
         f"{report.peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"

@@ -58,10 +58,11 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 def test_prune_keeps_the_newest(tmp_path):
+    (tmp_path / "step-000007.bak").mkdir()  # a user's own copy is no checkpoint
     for step in (5, 999_999, 1_000_000):  # order is by number, not by name
         save(tmp_path / f"step-{step:06}", {}, {})
     prune(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-999999"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000007.bak", "step-1000000", "step-999999"]
 
 
 def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):

@@ -153,6 +153,9 @@ def test_every_format_gives_the_same_documents(tmp_path):
         train, evaluation = load_documents(config, 0)
         assert texts(train) == documents, config
         assert texts(evaluation) == documents
+    for name, split in (("saved", "test"), ("splits", "test")):
+        with pytest.raises(UserError, match="no split test there"):
+            load_documents(DataConfig(dataset=str(tmp_path / name), dataset_eval_split=split), 0)
     config = DataConfig(dataset=str(tmp_path / "splits"), dataset_eval_split="other", max_documents=5)
     assert [texts(part) for part in load_documents(config, 0)] == [documents[:5], documents[:3]]
 

@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 from conftest import ROOT, run_script, tiny_gpt2
+from test_data import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from config import UserError
-from generate import SamplingConfig, generate
+from generate import Printer, SamplingConfig, generate
 from model import load_pretrained
 
 PROMPTS = ["the model", "a", "token text of loss learns writes", "def return (self) :", "x = 1 \n"]
@@ -62,15 +63,26 @@ def test_equals_the_pipeline(model_dir, model, tokenizer):
         assert made == text
 
 
-def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
-    sampling = SamplingConfig(max_new_tokens=12, num_samples=3)
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+def test_what_is_streamed_is_what_is_returned(kind, tokenizer, capsys):
+    if kind == "metaspace":  # Llama's way: a word alone loses the space before it
+        tokenizer = FAMILIES["metaspace"]()
+    model = tiny_gpt2(len(tokenizer), n_positions=128).eval()
+    sampling = SamplingConfig(max_new_tokens=40)
+    torch.manual_seed(0)
+    (text,) = generate(model, tokenizer, ["the model"], sampling)
+    torch.manual_seed(0)
+    generate(model, tokenizer, ["the model"], sampling, Printer(tokenizer))
+    assert capsys.readouterr().out == text + "\n" and " " in text.strip()
 
+
+def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
     def sample(seed):
         torch.manual_seed(seed)
-        return generate(model, tokenizer, PROMPTS[:2], sampling)
+        return generate(model, tokenizer, PROMPTS[:1] * 3 + PROMPTS[1:2] * 3, SamplingConfig(max_new_tokens=12))
 
     first = sample(0)
-    assert len(first) == 6 and len(set(first)) == 6
+    assert len(set(first)) == 6
     assert sample(0) == first != sample(1)
 
 
@@ -96,6 +108,10 @@ def test_commands(model_dir, model, tokenizer, tmp_path):
     lines = [prompt for prompt in PROMPTS if "\n" not in prompt]
     expected = "".join(f"{prompt}{texts[prompt]}\n\n" for prompt in lines)
     assert run_script(*flags, cwd=tmp_path, stdin="\n".join(lines) + "\n\n").stdout == expected
+    samples = run_script(
+        *flags[:3], "--prompt", "the model", "--num_samples", 3, "--batch_size", 2, "--max_new_tokens", 9, cwd=tmp_path
+    )
+    assert samples.stdout.count("the model") >= 3 and samples.stderr == ""
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     assert run_script(*flags, "--prompts_file", "prompts.txt", "--batch_size", 3, cwd=tmp_path).stdout == expected
 

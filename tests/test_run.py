@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -238,6 +239,8 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     cwd, _ = finished
     arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / "cut")]
     process = start_until(9, arguments, cwd)
+    with pytest.raises(UserError, match="a run is under way there"):
+        train.lock_directory(tmp_path / "cut")
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code
@@ -261,7 +264,7 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
 
 def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, model_dir, jsonl_file, tmp_path):
     cwd, _ = finished
-    subprocess.run(["cp", "-r", str(cwd / "runs/small"), str(tmp_path / "copy")], check=True)
+    shutil.copytree(cwd / "runs/small", tmp_path / "copy")
     arguments = ("train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume")
     for change, words in (
         (("--batch_size", 2), "batch_size was 4 and is now 2"),
@@ -272,13 +275,22 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, model
     done = run_script(*arguments, "--max_steps", STEPS + 2, "--weight_decay", 0.2, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "note: --weight_decay was 0.01 and is 0.2 from here on" in done.stdout
+    assert "note: --max_steps was 24 and is 26 from here on" in done.stdout
     steps = [r["step"] for r in read_jsonl(tmp_path / "copy/metrics.jsonl") if r["split"] == "train"]
     assert steps == list(range(1, STEPS + 3))
     # Every checkpoint broken: never a silent fresh start.
     for path in (tmp_path / "copy/checkpoints").iterdir():
         (path / "state.json").write_text("{}")
-    done = run_script(*arguments, cwd=cwd)
+    done = run_script(*arguments, "--max_steps", STEPS + 4, cwd=cwd)
     assert done.returncode == 3 and "no checkpoint there is intact" in done.stderr
+    # Deleted to save space: the finished run is still finished, and a longer one cannot go on.
+    shutil.rmtree(tmp_path / "copy/checkpoints")
+    model = (tmp_path / "copy/model/model.safetensors").read_bytes()
+    done = run_script(*arguments, "--max_steps", STEPS + 2, cwd=cwd)
+    assert done.returncode == 0 and "this run is finished (26 of 26 steps" in done.stdout
+    done = run_script(*arguments, "--max_steps", STEPS + 4, cwd=cwd)
+    assert done.returncode == 3 and "no checkpoint to go on from" in done.stderr
+    assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
 
 
 def test_dry_run_writes_nothing(finished, tmp_path):
@@ -321,6 +333,8 @@ def test_a_bert_that_looks_ahead_is_refused_and_made_a_decoder(tokenizer, text_f
 def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "file").write_text("")
+    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "mine" / "model").mkdir(parents=True)
     flags = ["--model", str(model_dir), "--block_size", "64", "--train_files"]
     done = run_script("train.py", *flags, "missing.txt", cwd=tmp_path)
@@ -329,13 +343,17 @@ def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tm
     text = str(ROOT / "requirements.txt")
     monkeypatch.chdir(tmp_path)
     for change, words in (
-        (["empty.txt"], "the training text has 0 tokens"),
+        (["empty.txt"], "empty.txt: is empty"),
+        (["blank.txt"], "the training text has"),
+        (["none.jsonl"], "no records"),
         ([str(ROOT / "Makefile")], "unknown format"),
         (["."], "a directory"),
         (["*.csv"], "no file matches"),
         ([text, "empty.txt.gz"], "no such file"),
         ([text, "--block_size", "65"], "at most 64 positions"),
-        ([text, "--output_dir", "file"], "is a file"),
+        ([text, "--output_dir", "file"], "file is a file"),
+        ([text, "--output_dir", "file/run"], "file is a file"),
+        ([text, "--dataset_split", "test"], "need --dataset"),
         ([text, "--output_dir", "mine", "--overwrite"], "mine: holds model, but no run"),
         ([text, "--warmup_steps", "5", "--max_steps", "5"], "--warmup_steps 5: the run has only 5 steps"),
         ([text, "--precision", "fp16"], "--precision fp16"),
@@ -345,4 +363,4 @@ def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tm
         with pytest.raises(UserError) as error:
             train.main()
         assert words in str(error.value) and "\n" not in str(error.value)
-    assert sorted(os.listdir(tmp_path)) == ["empty.txt", "file", "mine"]
+    assert sorted(os.listdir(tmp_path)) == ["blank.txt", "empty.txt", "file", "mine", "none.jsonl"]
