@@ -115,9 +115,9 @@ def test_commands_run_as_written(project):
     assert {"quickstart", "notes", "eli5", "scratch"} == {path.name for path in (root / "runs").iterdir()}
     assert "model.safetensors" in hub.files("user/notes")
     again = subprocess.run(
-        ["make", "train"], cwd=root, env=os.environ | env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ["make", "train", "ARGS=--max_steps 2"], cwd=root, env=os.environ | env, capture_output=True, text=True
     )
-    assert again.returncode == 0 and "from here on" in again.stdout
+    assert again.returncode == 0 and "this run is finished (2 of 2 steps)" in again.stdout, again.stderr
 
 
 def test_make_tensorboard(project):

@@ -262,16 +262,28 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     assert [event.step for event in events.Scalars("eval/loss")] == [0, 8, 16, 24]
 
 
-def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, model_dir, jsonl_file, tmp_path):
+def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_path, monkeypatch, capsys):
     cwd, _ = finished
     shutil.copytree(cwd / "runs/small", tmp_path / "copy")
+    monkeypatch.chdir(cwd)
+
+    def resume(*change):
+        arguments = ["train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume", *change]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        train.main()
+        return capsys.readouterr().out
+
+    def refusal(*change):
+        with pytest.raises(UserError) as error:
+            resume(*change)
+        assert "\n" not in str(error.value)
+        return error.value.exit_code, str(error.value)
+
+    code, words = refusal("--batch_size", 2)
+    assert code == 2 and "batch_size was 4 and is now 2" in words
+    code, words = refusal("--text_separator", "\n")
+    assert code == 2 and "training text was" in words
     arguments = ("train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume")
-    for change, words in (
-        (("--batch_size", 2), "batch_size was 4 and is now 2"),
-        (("--text_separator", "\n"), "training text was"),
-    ):
-        done = run_script(*arguments, *change, cwd=cwd)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
     done = run_script(*arguments, "--max_steps", STEPS + 2, "--weight_decay", 0.2, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "note: --weight_decay was 0.01 and is 0.2 from here on" in done.stdout
@@ -281,15 +293,14 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, model
     # Every checkpoint broken: never a silent fresh start.
     for path in (tmp_path / "copy/checkpoints").iterdir():
         (path / "state.json").write_text("{}")
-    done = run_script(*arguments, "--max_steps", STEPS + 4, cwd=cwd)
-    assert done.returncode == 3 and "no checkpoint there is intact" in done.stderr
+    code, words = refusal("--max_steps", STEPS + 4)
+    assert code == 3 and "no checkpoint there is intact" in words
     # Deleted to save space: the finished run is still finished, and a longer one cannot go on.
     shutil.rmtree(tmp_path / "copy/checkpoints")
     model = (tmp_path / "copy/model/model.safetensors").read_bytes()
-    done = run_script(*arguments, "--max_steps", STEPS + 2, cwd=cwd)
-    assert done.returncode == 0 and "this run is finished (26 of 26 steps" in done.stdout
-    done = run_script(*arguments, "--max_steps", STEPS + 4, cwd=cwd)
-    assert done.returncode == 3 and "no checkpoint to go on from" in done.stderr
+    assert "this run is finished (26 of 26 steps" in resume("--max_steps", STEPS + 2)
+    code, words = refusal("--max_steps", STEPS + 4)
+    assert code == 3 and "no checkpoint to go on from" in words
     assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
 
 
@@ -345,7 +356,7 @@ def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(model_dir, tm
     for change, words in (
         (["empty.txt"], "empty.txt: is empty"),
         (["blank.txt"], "the training text has"),
-        (["none.jsonl"], "no records"),
+        (["none.jsonl"], "no data"),
         ([str(ROOT / "Makefile")], "unknown format"),
         (["."], "a directory"),
         (["*.csv"], "no file matches"),
