@@ -288,9 +288,9 @@ def main() -> None:
             return finish(run_dir, config)
         if resumed:
             note_changes(state["settings"], settings)
-        elif (run_dir / "model").exists():
-            fix = "use the model as it is, or --overwrite the run"
-            raise checkpoint.NoCheckpointError(f"{run_dir}: no checkpoint to go on from, but a model; {fix}")
+        elif done:
+            fix = "use its model as it is, or --overwrite the run"
+            raise checkpoint.NoCheckpointError(f"{run_dir}: finished, but no checkpoint is left to go on from; {fix}")
         else:
             print(f"{run_dir}: the run there was stopped before its first checkpoint; starting over")
 
