@@ -81,6 +81,11 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, precision: str = "fp32"
     return nll_sum.item(), num_tokens
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss in nats a token); infinite, and no OverflowError, where a diverged model's loss is beyond a float."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()
+
+
 def main() -> None:
     config, _ = parse([PerplexityConfig], __doc__)
     device = select_device()
@@ -96,7 +101,7 @@ def main() -> None:
     nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")
     print(f"loss: {nll_sum / num_tokens:.6f}")
-    print(f"perplexity: {math.exp(nll_sum / num_tokens):.4f}")
+    print(f"perplexity: {perplexity(nll_sum / num_tokens):.4f}")
     print(f"bits_per_byte: {nll_sum / math.log(2) / stream.num_bytes:.6f}")
 
 

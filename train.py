@@ -55,7 +55,7 @@ from model import (
     resolve_precision,
     select_device,
 )
-from perplexity import evaluate
+from perplexity import evaluate, perplexity
 
 RUN_CONTENT = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model")
 
@@ -359,7 +359,7 @@ output    {run_dir}""")
             raise NonFiniteError(
                 f"step {step}: the evaluation loss is {loss}; lower --learning_rate or look at the text"
             )
-        log.evaluation(step, loss=loss, perplexity=math.exp(loss), tokens=num_predicted, **marks)
+        log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=num_predicted, **marks)
         with torch.random.fork_rng(), autocast(device, precision):  # the training's random numbers stay untouched
             torch.manual_seed(config.seed)
             for prompt in config.sample_prompt:

@@ -7,7 +7,7 @@ from conftest import run_script
 
 from data import group_texts, make_loader, tokenize
 from model import load_pretrained
-from perplexity import evaluate
+from perplexity import evaluate, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,11 @@ def test_equals_a_plain_loop_and_does_not_depend_on_the_batch_size(model, blocks
         assert num_tokens == count
         assert math.exp(nll_sum / num_tokens) == pytest.approx(math.exp(nll / count), rel=1e-6)
     assert model.training and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_loss_beyond_what_a_float_can_hold():
+    assert perplexity(2.5) == pytest.approx(math.exp(2.5), rel=1e-12)
+    assert perplexity(1000.0) == math.inf
 
 
 def test_sliding_window_scores_each_token_with_what_stands_before_it(model, blocks):
