@@ -1,25 +1,29 @@
 """Directories that are whole or not there: atomic save, verified load, retention.
 
-    save(run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100})
+    save(path := run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100})
+    prune(run_dir / "checkpoints", keep=2, newest=path)
     state, tensors = load(newest(run_dir / "checkpoints"))
-    prune(run_dir / "checkpoints", keep=2)
 
 A checkpoint holds safetensors and JSON only, so that loading one can run no code, and a manifest with the size and the
 SHA-256 of each file, so that a damaged one is noticed.
 """
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError, warn
+from config import SaveError, UserError, one_line, warn
 
 MANIFEST = "manifest.json"
 
@@ -38,11 +42,11 @@ def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[st
             save_file(
                 {name: tensor.contiguous() for name, tensor in content.items()}, directory / f"{group}.safetensors"
             )
-        (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (directory / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in directory.iterdir()}
         (directory / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
 
-    write_directory(path, write)
+    write_directory(path, write, sum(tensor.nbytes for content in tensors.values() for tensor in content.values()))
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
@@ -71,7 +75,7 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest.items():
+        for name, entry in {"state.json": {}, **manifest}.items():
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(path / name) != entry["sha256"]:
@@ -83,26 +87,29 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep`` checkpoints."""
-    for path in _checkpoints(directory)[:-keep]:
+def prune(directory: Path, keep: int, newest: Path) -> None:
+    """Deletes all checkpoints but ``newest``, which has just been saved, and the ``keep - 1`` before it.
+
+    Later ones are damaged, or resuming would have begun with them; counted among those to keep they would push out
+    the last one that verifies.
+    """
+    paths = _checkpoints(directory)
+    until = paths.index(newest) + 1
+    for path in paths[: max(0, until - keep)] + paths[until:]:
         shutil.rmtree(path)
 
 
-def write_directory(path: Path, write: Callable[[Path], None]) -> None:
+def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -> None:
     """Calls ``write`` with a temporary directory and then puts it in the place of ``path``, old content included.
 
     Each file, the directory and its parent are synced, in this order: after a crash there is the old directory or the
-    new one. File modes follow the umask, also for libraries that create private files.
+    new one. File modes follow the umask, also for libraries that create private files. Raises SaveError, and leaves
+    ``path`` as it was, where that is not possible; ``num_bytes`` is about what is needed.
     """
-    temporary, old = path.parent / f".{path.name}.writing", path.parent / f".{path.name}.old"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and not path.exists():  # a crash between the two renames below
-        old.rename(path)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.parent / f".{path.name}.writing"
     try:
-        temporary.mkdir()
+        mend(path.parent)
+        temporary.mkdir(parents=True)
         write(temporary)
         umask = os.umask(0)
         os.umask(umask)
@@ -111,17 +118,47 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
                 file.chmod(0o666 & ~umask)
             _sync(file)
         _sync(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+        _put_in_place(temporary, path)
         _sync(path.parent)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+    except (OSError, SafetensorError) as error:
+        mend(path.parent)
+        home = next(parent for parent in path.parents if parent.exists())
+        raise SaveError(
+            f"{path}: cannot be saved ({one_line(error)}); it needs {num_bytes:,} bytes and "
+            f"{shutil.disk_usage(home).free:,} are free; make room and go on with --resume"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what was in the place of `path` before
+
+
+def mend(directory: Path) -> None:
+    """Clears away what a process that was killed while saving has left in ``directory``."""
+    for old in directory.glob(".*.old"):
+        path = old.with_name(old.name[1:].removesuffix(".old"))
+        shutil.rmtree(old) if path.exists() else old.rename(path)
+    for leftover in directory.glob(".*.writing"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Renames ``temporary`` to ``path``; what stood there before is then ``temporary``. One step, so never neither."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(temporary), os.fsencode(path))
+    if sys.platform == "darwin":
+        failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
+    else:
+        here = -100  # AT_FDCWD
+        failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
+    if failed and ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        # A file system that cannot exchange names, such as NFS: two steps, and `mend` after a crash between them.
+        old = path.with_name(f".{path.name}.old")
+        path.rename(old)
+        temporary.rename(path)
+        old.rename(temporary)
+    elif failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
 
 
 def _checkpoints(directory: Path) -> list[Path]:

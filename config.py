@@ -10,15 +10,18 @@ class TrainConfig:
 import dataclasses
 import difflib
 import json
+import multiprocessing
 import os
 import re
 import sys
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import datasets
+import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
@@ -28,6 +31,12 @@ class UserError(ValueError):
     """What the user gave is wrong. The message names the value, the rule and the fix, one line a mistake."""
 
     exit_code = 2
+
+
+class SaveError(UserError):
+    """Something cannot be written: the disk is full, read-only or broken. What was written before is whole."""
+
+    exit_code = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +102,40 @@ def run(main: Callable[[], None]) -> NoReturn:
         datasets.disable_progress_bars()
     try:
         main()
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        known = _as_user_error(error)
+        if known is None:
+            raise
+        for line in str(known).splitlines():
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(known.exit_code)
+    finally:
+        for child in multiprocessing.active_children():  # a DataLoader worker that hangs would outlive us
+            child.kill()
     sys.exit(0)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; on a CPU PyTorch has no class of its own for that."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _as_user_error(error: Exception) -> UserError | None:
+    """What a person can act on, whoever raised it; None for what is a mistake of ours."""
+    if isinstance(error, UserError):
+        return error
+    if out_of_memory(error):
+        return UserError(f"out of memory ({one_line(error)}); lower --batch_size or --block_size")
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EROFS, EIO):
+        return SaveError(
+            f"{error.filename or 'the output'}: {error.strerror}; make room there, then go on with --resume"
+        )
+    return None
 
 
 class _Formatter(RawDescriptionHelpFormatter):

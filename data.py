@@ -8,17 +8,19 @@
 Memory stays flat: documents are read in pieces, tokens live in a memory-mapped Arrow file, blocks are views of it.
 """
 
+import ctypes
 import dataclasses
 import glob
 import gzip
 import hashlib
 import math
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import datasets
 import numpy as np
@@ -28,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from config import Count, Range, UserError, flag, one_line, require, warn
+
+T = TypeVar("T")
 
 IGNORED_LABEL = -100  # what F.cross_entropy and every Hugging Face model skip
 
@@ -295,11 +299,15 @@ class TokenStream:
 
     def __init__(self, table: datasets.Dataset):
         rows = table.data.column("input_ids").chunks
+        self._table = table
         self._rows = [row.flatten().to_numpy(zero_copy_only=True) for row in rows]
         self._starts = np.cumsum([0] + [len(row) for row in self._rows])
         self.num_documents = sum(table.data.column("num_documents").to_pylist())
         self.num_bytes = sum(table.data.column("num_bytes").to_pylist())
         self.sha256 = hashlib.sha256("".join(table.data.column("sha256").to_pylist()).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple:
+        return TokenStream, (self._table,)  # a worker process maps the same file; the tokens are not copied
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -507,8 +515,37 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def make_loader(blocks: Dataset, batch_size: int, indices: Sequence[int] | None = None) -> DataLoader:
-    """Batches of ``blocks`` in the order of ``indices``, or in their own order."""
+def split_batch(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The same blocks in batches of at most ``size``."""
+    for start in range(0, len(batch["labels"]), size):
+        yield {key: tensor[start : start + size] for key, tensor in batch.items()}
+
+
+class WorkerError(UserError):
+    """A DataLoader worker process died or hangs."""
+
+    exit_code = 6
+
+
+def _init_worker(worker_id: int) -> None:
+    """Signals to the process group are the parent's to handle, and a worker does not outlive its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def make_loader(
+    blocks: Dataset,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    worker_timeout: float = 0,
+) -> DataLoader:
+    """Batches of ``blocks`` in the order of ``indices``, or in their own order.
+
+    A worker that yields nothing for ``worker_timeout`` seconds counts as hung; 0 waits for ever.
+    """
     indices = range(len(blocks)) if indices is None else indices
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     # Without a generator of its own, a DataLoader draws from the global one whenever iteration starts, and dropout
@@ -519,6 +556,9 @@ def make_loader(blocks: Dataset, batch_size: int, indices: Sequence[int] | None 
         collate_fn=collate,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
+        num_workers=num_workers,
+        timeout=worker_timeout if num_workers else 0,
+        worker_init_fn=_init_worker,
     )
 
 
@@ -536,17 +576,38 @@ def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def training_batches(
-    blocks: Blocks, batch_size: int, grad_accum_steps: int, seed: int, position: Position
+    blocks: Blocks,
+    batch_size: int,
+    grad_accum_steps: int,
+    seed: int,
+    position: Position,
+    num_workers: int = 0,
+    worker_timeout: float = 0,
 ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position]]:
     """Yields, without end, the micro-batches of one update and the position after it.
 
-    An epoch ends with what is left, be it fewer micro-batches: every block is seen once in each epoch.
+    An epoch ends with what is left, be it fewer micro-batches: every block is seen once in each epoch. Raises
+    WorkerError where a worker is lost.
     """
     while True:
         order = epoch_order(len(blocks), seed, position.epoch)[position.blocks :]
-        batches = iter(make_loader(blocks, batch_size, order))
-        while update := list(islice(batches, grad_accum_steps)):
+        batches = iter(make_loader(blocks, batch_size, order, num_workers, worker_timeout))
+        if num_workers:
+            # PyTorch would raise from a signal handler, anywhere, and an update could be half done. Without it a
+            # dead worker is noticed when its batch is due.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while update := list(_from_workers(islice(batches, grad_accum_steps), num_workers)):
             position = Position(position.epoch, position.blocks + sum(len(batch["input_ids"]) for batch in update))
             if position.blocks == len(blocks):
                 position = Position(position.epoch + 1)
             yield update, position
+
+
+def _from_workers(batches: Iterator[T], num_workers: int) -> Iterator[T]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not num_workers:
+            raise
+        fix = "go on with --resume, perhaps with --num_workers 0"
+        raise WorkerError(f"--num_workers {num_workers}: one died or hangs ({one_line(error)}); {fix}") from error

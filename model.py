@@ -1,7 +1,7 @@
 """The tokenizer, the causal language model, its loss, and the proof that it is causal.
 
 tokenizer = load_tokenizer(config, train_documents)
-model = load_model(config, tokenizer).to(device)       # float32 master weights, pretrained or from scratch
+model = load_model(config, load_config(config, tokenizer)).to(device)    # float32, pretrained or from scratch
 check_model(model, tokenizer, block_size=128)          # positions, vocabulary, causality
 nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels that are not -100
 """
@@ -146,8 +146,8 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
 # Model
 
 
-def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Returns the model in float32: pretrained, or freshly initialized for a vocabulary of the tokenizer's size."""
+def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The model's config with the overrides; for a model from scratch it fits a tokenizer that was chosen for it."""
     name, flag_name = (config.model, "--model") if config.model else (config.model_config, "--model_config")
     overrides = _overrides(config.model_overrides)
     if config.model_config and config.tokenizer:  # a config knows only the tokenizer that it was published with
@@ -161,8 +161,13 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{flag_name} {name}: no model config can be loaded from it ({one_line(error)})") from error
     require(not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
+    return settings
+
+
+def load_model(config: ModelConfig, settings: PreTrainedConfig) -> PreTrainedModel:
+    """Returns the model in float32: pretrained, or freshly initialized."""
     if config.model:
-        return load_pretrained(name, settings, config.model_revision)
+        return load_pretrained(config.model, settings, config.model_revision)
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
 
 

@@ -13,6 +13,7 @@ then does `bits_per_byte` count every token but the first.
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +57,17 @@ class PerplexityConfig(TextConfig):
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, loader: DataLoader, precision: str = "fp32") -> tuple[float, int]:
+def evaluate(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    precision: str = "fp32",
+    between_batches: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
     """Returns (nll_sum in nats, num_tokens) over everything that ``loader`` yields.
 
     ``loader`` yields {"input_ids", "labels"}, both (batch, sequence) int64. Perplexity is exp(nll_sum / num_tokens):
     sums over tokens do not depend on how blocks were batched. The model keeps its mode and its random state.
+    ``between_batches`` is called before each batch; it may raise.
     """
     device = next(model.parameters()).device
     nll_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -69,6 +76,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, precision: str = "fp32"
     model.eval()
     bar = tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
     for batch in bar:
+        between_batches()
         num_tokens += count_predicted(batch["labels"])
         input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
         with autocast(device, precision):

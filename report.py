@@ -1,8 +1,12 @@
 """What a run tells: metrics.jsonl, TensorBoard and the terminal; the model card and the upload to the Hub."""
 
+import functools
 import json
+import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from config import UserError, one_line
+from config import SaveError, UserError, one_line, warn
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
 
@@ -24,19 +28,25 @@ NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but
 class RunLog:
     """Writes each record to metrics.jsonl, TensorBoard and stdout: a bar on a terminal, else plain lines.
 
-    Records after ``step`` that an interrupted run left behind are removed, so that a resumed run shows one curve.
+    Records that an interrupted run left behind are removed, after ``step`` and, unless ``evaluated``, that step's
+    evaluation: a resumed run shows one curve. Where the disk is full it raises SaveError or, where ``goes_on``, warns
+    and writes the record to metrics.jsonl later.
     """
 
-    def __init__(self, run_dir: Path, step: int, max_steps: int):
-        self._metrics = run_dir / "metrics.jsonl"
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
-        temporary = self._metrics.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(self._metrics)
-        self._file = open(self._metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 open as long as the run
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+    def __init__(self, run_dir: Path, step: int, evaluated: bool, max_steps: int, goes_on: bool = False):
+        records = [record for record in read_metrics(run_dir) if record["step"] <= step]
+        records = [r for r in records if r["step"] < step or r["split"] != "eval" or evaluated]
+        _rewrite(run_dir, records)
+        self._file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 open as long as the run
+        self._unwritten = b""
+        self._open_board = functools.partial(SummaryWriter, str(run_dir / "tensorboard"), purge_step=step + evaluated)
+        self._board: SummaryWriter | None = None
+        self._run_dir, self.goes_on = run_dir, goes_on
         self.terminal = sys.stdout.isatty()
         self._bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, disable=not self.terminal)
+        for record in records:
+            if record["step"] == step and not evaluated:  # its curves end before this step now
+                self._draw(**record)
 
     def step(self) -> None:
         self._bar.update()
@@ -57,18 +67,24 @@ class RunLog:
         self._write(step, "eval", values)
         self.say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
 
+    def nonfinite(self, step: int, **values: Any) -> None:
+        """An update that was left out; ``loss`` and ``grad_norm`` are texts, as JSON and curves have no NaN."""
+        self._write(step, "nonfinite", values)
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         # TensorBoard renders Markdown; an indented block shows the text as it is.
-        lines = (prompt + text).splitlines()
-        self._board.add_text(f"sample: {prompt}", "\n".join("    " + line for line in lines), step)
+        lines = "\n".join("    " + line for line in (prompt + text).splitlines())
+        with self._saving():
+            self._curves().add_text(f"sample: {prompt}", lines, step)
         self.say(f"sample: {prompt}{text}")
 
     def hyperparameters(self, values: dict[str, Any], final: dict[str, float]) -> None:
         """Hyperparameters with the final metrics, under the tags of the curves that they end."""
         given = {key: value for key, value in values.items() if value not in (None, [], False)}
         plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()}
-        for summary in hparams(plain, {f"eval/{key}": value for key, value in final.items()}):
-            self._board.file_writer.add_summary(summary)
+        with self._saving():
+            for summary in hparams(plain, {f"eval/{key}": value for key, value in final.items()}):
+                self._curves().file_writer.add_summary(summary)
 
     def say(self, text: str) -> None:
         if self.terminal:
@@ -76,17 +92,49 @@ class RunLog:
         else:
             print(text, flush=True)
 
+    def sync(self) -> None:
+        """Brings all records to the disk, so that no checkpoint there is ahead of them."""
+        with self._saving():
+            self._write_lines()
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._unwritten += (json.dumps({"step": step, "split": split, **values}) + "\n").encode()
+        with self._saving():
+            self._write_lines()
+            self._draw(step, split, **values)
+
+    def _draw(self, step: int, split: str, **values: Any) -> None:
         for key, value in values.items():
-            if key not in NO_CURVES:
-                self._board.add_scalar(f"{split}/{key}", value, step)
-        self._board.flush()
+            if key not in NO_CURVES and split != "nonfinite":
+                self._curves().add_scalar(f"{split}/{key}", value, step)
+
+    def _write_lines(self) -> None:
+        while self._unwritten:  # a full disk takes a part of a line: what is left follows when there is room again
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _curves(self) -> SummaryWriter:
+        self._board = self._board or self._open_board()
+        return self._board
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+            if self._board:
+                self._board.flush()
+        except OSError as error:
+            self._board = None  # its writing thread has ended; the next record opens another file
+            problem = f"{self._run_dir}: the log cannot be written ({one_line(error)}); make room"
+            if not self.goes_on:
+                raise SaveError(f"{problem} and go on with --resume") from error
+            warn(problem)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -98,6 +146,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
+    temporary = run_dir / ".metrics.jsonl.writing"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run_dir / "metrics.jsonl")
+
+
+def mark_finished(run_dir: Path) -> None:
+    """Adds ``"final": true`` to the last evaluation, once all that belongs to the run is written."""
+    records = read_metrics(run_dir)
+    if records and records[-1]["split"] == "eval":
+        _rewrite(run_dir, [*records[:-1], {**records[-1], "final": True}])
 
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
 """
 
 import fcntl
+import json
 import math
 import os
 import random
@@ -17,9 +18,12 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,14 +33,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 import report
-from config import Count, Range, Seed, UserError, flag, parse, require, run
+from config import Count, Range, SaveError, Seed, UserError, flag, out_of_memory, parse, require, run, warn
 from data import (
     IGNORED_LABEL,
     DataConfig,
     Position,
+    WorkerError,
+    epoch_order,
     group_texts,
     load_documents,
     make_loader,
+    split_batch,
     tokenize,
     tokenizer_fingerprint,
     training_batches,
@@ -48,6 +55,7 @@ from model import (
     autocast,
     check_model,
     count_predicted,
+    load_config,
     load_model,
     load_tokenizer,
     next_token_nll,
@@ -56,6 +64,8 @@ from model import (
     select_device,
 )
 from perplexity import evaluate, perplexity
+
+T = TypeVar("T")
 
 RUN_CONTENT = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model")
 
@@ -90,6 +100,17 @@ class TrainConfig:
     resume: bool = flag(False, "go on from the newest checkpoint in the output directory, or start if there is none")
     overwrite: bool = flag(False, "delete the run that is in the output directory; wins over --resume")
     keep_checkpoints: Count = flag(2, "newest checkpoints to keep")
+    keep: Literal["best", "last"] = flag("best", "the weights in model/: of the best evaluation, or of the last")
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "where a loss or gradient is not finite its update is left out: then stop, or go on"
+    )
+    max_skips: Count = flag(10, "updates in a row that --on_nonfinite skip leaves out before it stops all the same")
+    on_save_error: Literal["stop", "continue"] = flag("stop", "when the disk is full; continue warns and tries later")
+    oom: Literal["stop", "halve"] = flag(
+        "stop", "when memory runs out; halve makes the same update from micro-batches of half the blocks"
+    )
+    num_workers: Annotated[int, Range(least=0, most=1024)] = flag(0, "processes that read batches ahead")
+    worker_timeout: Annotated[int, Range(least=1)] = flag(300, "seconds without a batch until a worker counts as hung")
     push_to_hub: str | None = flag(
         None, "a Hub repo id to upload the model to; the login is `hf auth login`'s or HF_TOKEN"
     )
@@ -140,28 +161,35 @@ def train_step(
     Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64. Dividing every micro-batch's sum by the
     tokens of the whole update makes 4 x 2 equal 1 x 8, also where blocks differ in length. Returns the loss in nats a
     token, the gradient norm before clipping (both on the device, without a sync) and the number of predicted tokens.
-    Where loss or norm is not finite, the weights stay as they are.
+    Where loss or norm is not finite, the weights stay as they are; so they do where there is nothing to predict.
     """
     device = next(model.parameters()).device
     num_tokens = sum(count_predicted(batch["labels"]) for batch in micro_batches)
-    loss = torch.zeros((), device=device)
-    for batch in micro_batches:
-        input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
-        with autocast(device, precision):
-            share = next_token_nll(model, input_ids, labels) / max(1, num_tokens)
-        scaler.scale(share).backward()
-        loss += share.detach()
+    if num_tokens == 0:
+        return torch.zeros((), device=device), torch.zeros((), device=device), 0
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
+            with autocast(device, precision):
+                share = next_token_nll(model, input_ids, labels) / num_tokens
+            scaler.scale(share).backward()
+            loss += share.detach()
 
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    if not scaler.is_enabled():  # the scaler skips overflows of fp16 by the same means
-        optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # fused AdamW then does nothing
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, num_tokens
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not scaler.is_enabled():  # the scaler does the same where the scaled gradients of fp16 overflow
+            optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # fused AdamW then does nothing
+        scale = scaler.get_scale()  # a host sync in fp16, and in fp16 alone
+        scaler.step(optimizer)
+        scaler.update()
+        # After an overflow the same blocks once more with the smaller scale: none is lost, and the learning rate does
+        # not move on. What overflows without any scale is not an overflow.
+        if scaler.get_scale() >= scale or scale <= 1:
+            return loss, grad_norm, num_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,28 +248,73 @@ def _restore_python_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(tuple(state["numpy"]))
 
 
-class StopSignal:
-    """Remembers SIGINT or SIGTERM until the step in progress is done; a second SIGINT interrupts at once."""
+@dataclass
+class Progress:
+    """Where a run stands between two steps; what resuming needs beside tensors and random states."""
 
-    number: int | None = None
+    micro_batch_size: int  # blocks at once; the batch size, or less of it after --oom halve
+    step: int = 0  # updates made
+    position: Position = field(default_factory=Position)
+    tokens_seen: int = 0
+    evaluated: int = -1  # the last step whose evaluation is complete
+    best_loss: float | None = None
+    skips: int = 0  # updates in a row that were left out
+
+
+class Signals:
+    """SIGTERM and SIGINT end a run at the next step boundary, SIGUSR1 only saves; a second SIGINT ends it at once."""
 
     def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.received: list[int] = []
+        self.can_wait = False  # before and after the loop there is no boundary to come, and nothing to save
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number != signal.SIGUSR1 and not self.can_wait:
+            sys.exit(128 + number)
+        self.received.append(number)
+        if number != signal.SIGUSR1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NonFiniteError(UserError):
     exit_code = 4
 
 
+@contextmanager
+def warns_only(enabled: bool) -> Iterator[None]:
+    """Where ``enabled``, a run goes on after something could not be saved."""
+    try:
+        yield
+    except SaveError as error:
+        if not enabled:
+            raise
+        warn(str(error))
+
+
+def within_memory(work: Callable[[int], T], blocks: int, oom: str) -> tuple[T, int]:
+    """Returns ``work(blocks)`` and ``blocks``, halved as often as memory demands and ``oom`` allows."""
+    while True:
+        try:
+            return work(blocks), blocks
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if oom == "stop" or blocks == 1:
+                fix = "lower --block_size or take a smaller model"
+                if blocks > 1:
+                    fix = "lower --batch_size and raise --grad_accum_steps by as much, give --oom halve, or " + fix
+                raise UserError(f"out of memory with {blocks} blocks at once; {fix}") from error
+        blocks //= 2  # out of reach of the exception, which holds the tensors of the attempt
+        warn(f"out of memory; from here on {blocks} blocks at once, accumulated to the same update")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
+    signals = Signals()
     data_config, model_config, config, config_file = parse([DataConfig, ModelConfig, TrainConfig], __doc__)
     run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
     config.output_dir = str(run_dir)
@@ -259,32 +332,43 @@ def main() -> None:
     for name, stream, needed in (("training", train_stream, data_config.block_size), ("evaluation", eval_stream, 2)):
         require(len(stream) >= needed, f"the {name} text has {len(stream)} tokens; {needed} or more are needed")
     train_blocks = group_texts(train_stream, data_config.block_size)
-    eval_loader = make_loader(group_texts(eval_stream, data_config.block_size), config.batch_size)
+    eval_blocks = group_texts(eval_stream, data_config.block_size)
     updates_per_epoch = math.ceil(math.ceil(len(train_blocks) / config.batch_size) / config.grad_accum_steps)
     max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
     warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
 
     # A run that is already there: finished, to be resumed, or to be replaced.
+    architecture = load_config(model_config, tokenizer)
+    base = Path(model_config.model or model_config.model_config)
     identity = {
-        "model": model_config.model or model_config.model_config,
-        "model_overrides": model_config.model_overrides,
+        "model": base.name if base.exists() else str(base),  # a directory may have moved
+        **{f"model's {key}": value for key, value in json.loads(architecture.to_json_string()).items()},
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "training text": train_stream.sha256,
         "evaluation text": eval_stream.sha256,
         **{name: settings[name] for name in ("block_size", "batch_size", "grad_accum_steps", "seed")},
     }
-    resumed, state, tensors = None, {}, {}
-    if config.resume and holds_run and not config.overwrite and not config.dry_run:
+    resumes = config.resume and holds_run and not config.overwrite and not config.dry_run
+    resumed, state, tensors, progress = None, {}, {}, Progress(config.batch_size)
+    if resumes:
+        lock_directory(run_dir)
+        for directory in (run_dir, run_dir / "checkpoints"):
+            checkpoint.mend(directory)
         if resumed := checkpoint.newest(run_dir / "checkpoints"):
             state, tensors = checkpoint.load(resumed)
-            check_same_run(run_dir, state, identity)
-        done = state["step"] if resumed else report.finished_step(run_dir)
+            check_same_run(run_dir, state["identity"], identity)
+            progress = Progress(**state["progress"])
+            progress.position = Position(**state["progress"]["position"])
+        done = report.finished_step(run_dir)
+        if resumed:
+            done = progress.step if progress.evaluated >= max_steps else 0
         if done >= max_steps:
             print(
                 f"{run_dir}: this run is finished ({done} of {max_steps} steps). "
                 f"To train longer give a larger --max_steps; to start anew, --overwrite."
             )
+            report.mark_finished(run_dir)
             return finish(run_dir, config)
         if resumed:
             note_changes(state["settings"], settings)
@@ -296,7 +380,7 @@ def main() -> None:
 
     # Model.
     transformers.set_seed(config.seed)
-    model = load_model(model_config, tokenizer).to(device)
+    model = load_model(model_config, architecture).to(device)
     check_model(model, tokenizer, data_config.block_size)
     limit = position_limit(model) or math.inf
     sampling = SamplingConfig(max_new_tokens=min(60, limit // 2))
@@ -325,7 +409,7 @@ model     {identity["model"]}: {facts["model_type"]}, {num_parameters / 1e6:.1f}
 {"pretrained" if model_config.model else "from scratch"}
 training  {train_stream.num_documents:,} documents, {len(train_stream):,} tokens, {len(train_blocks):,} blocks of \
 {data_config.block_size}
-held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_loader.dataset):,} blocks
+held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_blocks):,} blocks
 steps     {max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks \
 ({max_steps / updates_per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {warmup_steps} to warm up
 device    {device_name(device)}, {precision}{", compiled" if compiled else ""}
@@ -336,118 +420,178 @@ output    {run_dir}""")
 
     # The run's directory. Until here nothing was written.
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock_directory(run_dir)
-    position, step, tokens_seen, best_loss = Position(), 0, 0, math.inf
+    if not resumes:
+        lock_directory(run_dir)
     if resumed:
         restore_state(tensors, model, optimizer, device)
         _restore_python_random_state(state["random"])
         scaler.load_state_dict(state["scaler"])
-        position, step = Position(**state["position"]), state["step"]
-        tokens_seen, best_loss = state["tokens_seen"], state["best_loss"]
-        print(f"resuming from {resumed} at step {step}")
+        print(f"resuming from {resumed} at step {progress.step}")
     else:
         remove_run(run_dir)
     del tensors
-    log = report.RunLog(run_dir, step, max_steps)
+    goes_on = config.on_save_error == "continue"
+    log = report.RunLog(run_dir, progress.step, progress.evaluated == progress.step, max_steps, goes_on)
     write_config(run_dir / "config.yaml", settings)
-    stop = StopSignal()
+    updates: list[tuple[int, Position, tuple[torch.Tensor, torch.Tensor]]] = []  # that `settle` has not looked at
 
-    def evaluate_and_sample(**marks: bool) -> float:
-        nll_sum, num_predicted = evaluate(step_model, eval_loader, precision)
+    def settle() -> None:
+        """Looks whether the last updates were finite: the one host sync of a log interval."""
+        values = torch.stack([value for *_, values in updates for value in values]).tolist() if updates else []
+        for (step, before, _), loss, grad_norm in zip(updates, values[::2], values[1::2], strict=True):
+            if math.isfinite(loss + grad_norm):
+                progress.skips = 0
+                continue
+            progress.skips += 1
+            order = epoch_order(len(train_blocks), config.seed, before.epoch)[before.blocks :]
+            blocks = order[: config.batch_size * config.grad_accum_steps].tolist()
+            log.nonfinite(step, loss=str(loss), grad_norm=str(grad_norm), epoch=before.epoch, blocks=blocks)
+            problem = (
+                f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so the update was left out; its "
+                f"blocks were {', '.join(map(str, blocks[:8]))}{', ...' if blocks[8:] else ''} of epoch {before.epoch}"
+            )
+            if config.on_nonfinite == "stop" or progress.skips > config.max_skips:
+                in_a_row = f", --max_skips {config.max_skips}" if progress.skips > config.max_skips else ""
+                raise NonFiniteError(
+                    f"{problem}; lower --learning_rate {config.learning_rate:g} or mend the text{in_a_row}; "
+                    f"--resume takes the last checkpoint, with --on_nonfinite skip past such updates"
+                )
+            warn(problem)
+        updates.clear()
+
+    def save_checkpoint() -> None:
+        settle()
+        log.sync()
+        path = run_dir / "checkpoints" / f"step-{progress.step:06}"
+        state = {
+            "progress": asdict(progress),
+            "scaler": scaler.state_dict(),
+            "random": _python_random_state(),
+            "identity": identity,
+            "settings": settings,
+        }
+        with warns_only(log.goes_on):
+            checkpoint.save(path, training_state(model, optimizer, device), state)
+            checkpoint.prune(path.parent, config.keep_checkpoints, path)
+
+    def obey_signals() -> None:
+        """Called between steps, and between the batches and samples of an evaluation, which change no state."""
+        while signals.received:
+            number = signal.Signals(signals.received.pop(0))
+            log.goes_on &= number == signal.SIGUSR1
+            save_checkpoint()
+            if number == signal.SIGUSR1:
+                log.say(f"step {progress.step}: saved, asked by {number.name}")
+            else:
+                log.close()
+                print(f"stopped by {number.name} at step {progress.step}; saved. Go on with --resume.")
+                sys.exit(128 + number)
+
+    def evaluate_where_due() -> None:
+        step, last = progress.step, progress.step >= max_steps
+        if progress.evaluated == step or (step % config.eval_every and not last):
+            return
+        settle()
+        log.goes_on &= not last
+
+        def measure(size: int) -> tuple[float, int]:
+            return evaluate(step_model, make_loader(eval_blocks, size), precision, obey_signals)
+
+        measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom)
+        nll_sum, num_predicted = measured
         loss = nll_sum / num_predicted
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"step {step}: the evaluation loss is {loss}; lower --learning_rate or look at the text"
             )
-        log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=num_predicted, **marks)
-        with torch.random.fork_rng(), autocast(device, precision):  # the training's random numbers stay untouched
-            torch.manual_seed(config.seed)
-            for prompt in config.sample_prompt:
-                log.sample(step, prompt, generate(model, tokenizer, [prompt], sampling)[0])
-        return loss
-
-    def save_checkpoint() -> None:
-        checkpoint.save(
-            run_dir / "checkpoints" / f"step-{step:06}",
-            training_state(model, optimizer, device),
-            {
-                "step": step,
-                "position": vars(position),
-                "tokens_seen": tokens_seen,
-                "best_loss": best_loss,
-                "scaler": scaler.state_dict(),
-                "random": _python_random_state(),
-                "identity": identity,
-                "settings": settings,
-            },
-        )
-        checkpoint.prune(run_dir / "checkpoints", config.keep_checkpoints)
+        samples = []
+        for prompt in config.sample_prompt:
+            obey_signals()
+            # The training's random numbers stay untouched.
+            with torch.random.fork_rng(), autocast(device, precision):
+                torch.manual_seed(config.seed)
+                samples.append(generate(model, tokenizer, [prompt], sampling)[0])
+        log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=num_predicted)
+        for prompt, text in zip(config.sample_prompt, samples, strict=True):
+            log.sample(step, prompt, text)
+        if step and (config.keep == "last" or progress.best_loss is None or loss < progress.best_loss):
+            with warns_only(log.goes_on):
+                save_model(run_dir, model, tokenizer, settings, facts)
+                progress.best_loss = loss
+        progress.evaluated = step
 
     # The loop.
-    if step == 0:
-        evaluate_and_sample()
+    signals.can_wait = True
+    evaluate_where_due()
     model.train()
-    batches = training_batches(train_blocks, config.batch_size, config.grad_accum_steps, config.seed, position)
-    failed_step = torch.zeros((), device=device)  # the first step whose loss or gradient was not finite
+    batches = training_batches(
+        train_blocks,
+        config.batch_size,
+        config.grad_accum_steps,
+        config.seed,
+        progress.position,
+        config.num_workers,
+        config.worker_timeout,
+    )
+
+    def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int):
+        parts = [part for batch in micro_batches for part in split_batch(batch, size)]
+        return train_step(step_model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision)
+
     tokens_timed, started = 0, time.perf_counter()
-    while step < max_steps:
-        micro_batches, position = next(batches)
-        learning_rate = learning_rate_at(step, config.learning_rate, warmup_steps, max_steps)
-        loss, grad_norm, num_predicted = train_step(
-            step_model, optimizer, scaler, micro_batches, learning_rate, config.max_grad_norm, precision
+    while progress.step < max_steps:
+        try:
+            micro_batches, position = next(batches)
+        except WorkerError:
+            save_checkpoint()
+            raise
+        learning_rate = learning_rate_at(progress.step, config.learning_rate, warmup_steps, max_steps)
+        (loss, grad_norm, num_predicted), progress.micro_batch_size = within_memory(
+            partial(update, micro_batches, learning_rate), progress.micro_batch_size, config.oom
         )
-        step += 1
+        progress.step += 1
+        updates.append((progress.step, progress.position, (loss, grad_norm)))
+        progress.position = position
         tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
-        tokens_seen, tokens_timed = tokens_seen + tokens, tokens_timed + tokens
-        finite = torch.isfinite(loss) if scaler.is_enabled() else torch.isfinite(loss + grad_norm)
-        failed_step = torch.where((failed_step == 0) & ~finite, step, failed_step)
+        progress.tokens_seen, tokens_timed = progress.tokens_seen + tokens, tokens_timed + tokens
         log.step()
 
-        last = step == max_steps
-        logs, evaluates = step % config.log_every == 0 or step == 1 or last, step % config.eval_every == 0 or last
-        saves = step % config.save_every == 0 or last or stop.number is not None
-        if (logs or evaluates or saves) and failed_step.item():  # the one host sync of a log interval
-            raise NonFiniteError(
-                f"step {failed_step.item():.0f}: the loss or its gradient was not finite, and its update was left out; "
-                f"lower --learning_rate {config.learning_rate:g} or mend the text; --resume takes the last checkpoint"
-            )
         paused = time.perf_counter()
-        if logs:
+        if progress.step % config.log_every == 0 or progress.step in (1, max_steps):
+            settle()
             speed = tokens_timed / (paused - started)
             tokens_timed, started = 0, paused
-            log.train(
-                step,
-                max_steps,
-                seconds_left=(max_steps - step) * block_tokens / speed,
-                loss=loss.item(),
-                tokens=num_predicted,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm.item(),
-                tokens_per_second=speed,
-                tokens_seen=tokens_seen,
-                epoch=position.epoch + position.blocks / len(train_blocks),
-                memory_gib=report.peak_memory_gib(device),
-            )
-        if evaluates:
-            eval_loss = evaluate_and_sample(**({"final": True} if last else {}))
-            if eval_loss < best_loss:
-                best_loss = eval_loss
-                save_model(run_dir, model, tokenizer, settings, facts)
-        if saves:
+            if progress.skips == 0:
+                log.train(
+                    progress.step,
+                    max_steps,
+                    seconds_left=(max_steps - progress.step) * block_tokens / speed,
+                    loss=loss.item(),
+                    tokens=num_predicted,
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm.item(),
+                    tokens_per_second=speed,
+                    tokens_seen=progress.tokens_seen,
+                    epoch=position.epoch + position.blocks / len(train_blocks),
+                    memory_gib=report.peak_memory_gib(device),
+                )
+        evaluate_where_due()
+        if progress.step % config.save_every == 0 and progress.step < max_steps:
             save_checkpoint()
-        if stop.number is not None and not last:
-            log.close()
-            print(f"stopped by {signal.Signals(stop.number).name} at step {step}; saved. Go on with --resume.")
-            sys.exit(128 + stop.number)
+        obey_signals()
         started += time.perf_counter() - paused  # the speed is that of training alone
 
     evaluations = report.evaluations(run_dir)
     first, best = evaluations[0], min(evaluations[1:], key=lambda record: record["loss"])
-    log.hyperparameters(settings, {key: best[key] for key in ("loss", "perplexity")})
-    log.close()
+    kept = evaluations[-1] if config.keep == "last" else best
+    log.hyperparameters(settings, {key: kept[key] for key in ("loss", "perplexity")})
     report.model_card(settings, facts, evaluations).save(run_dir / "model" / "README.md")
-    print(f"held-out perplexity {first['perplexity']:.2f} before, {best['perplexity']:.2f} after (step {best['step']})")
-    if best["loss"] >= first["loss"]:
+    save_checkpoint()
+    log.close()
+    report.mark_finished(run_dir)
+    signals.can_wait = False
+    print(f"held-out perplexity {first['perplexity']:.2f} before, {kept['perplexity']:.2f} after (step {kept['step']})")
+    if kept["loss"] >= first["loss"]:
         print("warning: training did not improve on the model it started from; try another --learning_rate")
     finish(run_dir, config)
 
@@ -483,11 +627,11 @@ def remove_run(run_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def check_same_run(run_dir: Path, state: dict, identity: dict) -> None:
+def check_same_run(run_dir: Path, before: dict, now: dict) -> None:
     """Raises UserError where resuming would be another run."""
-    for name, before in state["identity"].items():
-        if identity[name] != before:
-            shown = (f"{str(value)[:16]}" for value in (before, identity[name]))
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            shown = (f"{str(value)[:16]}" for value in (before.get(name), now.get(name)))
             raise UserError(
                 f"--resume: {name} was {next(shown)} and is now {next(shown)}, so this is not the run in {run_dir}; "
                 f"give what it was made with (see {run_dir}/config.yaml), another --output_dir, or --overwrite"
@@ -532,11 +676,12 @@ def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None
     batch = next(iter(make_loader(blocks, config.batch_size, range(min(config.batch_size, len(blocks))))))
     started = time.perf_counter()
     model.train()
-    try:
-        loss, _, _ = train_step(model, optimizer, scaler, [batch], 0.0, config.max_grad_norm, precision)
-    except torch.OutOfMemoryError as error:
-        fix = "lower --batch_size (and raise --grad_accum_steps by as much) or --block_size"
-        raise UserError(f"--batch_size {config.batch_size}: does not fit into {device_name(device)}; {fix}") from error
+
+    def step(size: int):
+        parts = list(split_batch(batch, size))
+        return train_step(model, optimizer, scaler, parts, 0.0, config.max_grad_norm, precision)
+
+    (loss, _, _), _ = within_memory(step, config.batch_size, config.oom)
     print(
         f"{'dry run':<10}loss {loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
         f"{report.peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"
@@ -553,7 +698,8 @@ def save_model(
         tokenizer.save_pretrained(directory)
         report.model_card(settings, facts, report.evaluations(run_dir)).save(directory / "README.md")
 
-    checkpoint.write_directory(run_dir / "model", write)
+    num_bytes = sum(weight.nbytes for weight in _weights(model).values())
+    checkpoint.write_directory(run_dir / "model", write, num_bytes)
 
 
 def finish(run_dir: Path, config: TrainConfig) -> None:

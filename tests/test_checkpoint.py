@@ -1,10 +1,16 @@
 import os
+import resource
 import stat
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from crashes import crash_in_save
 
+import checkpoint
 from checkpoint import NoCheckpointError, load, newest, prune, save, verify, write_directory
+from config import SaveError
 
 TENSORS = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)},
@@ -61,37 +67,84 @@ def test_prune_keeps_the_newest(tmp_path):
     (tmp_path / "step-000007.bak").mkdir()  # a user's own copy is no checkpoint
     for step in (5, 999_999, 1_000_000):  # order is by number, not by name
         save(tmp_path / f"step-{step:06}", {}, {})
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, tmp_path / "step-1000000")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000007.bak", "step-1000000", "step-999999"]
+
+
+def test_prune_never_takes_the_last_one_that_verifies(tmp_path):
+    """Resumed from step 4, as 6 and 8 were damaged, and saved at step 5: the damaged ones must not push it out."""
+    for step in (4, 6, 8, 5):
+        save(tmp_path / f"step-{step:06}", TENSORS, {})
+    for step in (6, 8):
+        (tmp_path / f"step-{step:06}" / "state.json").unlink()
+    prune(tmp_path, 1, tmp_path / "step-000005")
+    assert os.listdir(tmp_path) == ["step-000005"] and newest(tmp_path) == tmp_path / "step-000005"
+
+
+def write(content):
+    return lambda directory: (directory / "a").write_text(content)
 
 
 def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "model"
-    write_directory(target, lambda directory: (directory / "a").write_text("old"))
+    write_directory(target, write("old"), 3)
 
     def fail(directory):
-        (directory / "a").write_text("half")
+        write("half")(directory)
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError):
-        write_directory(target, fail)
+        write_directory(target, fail, 4)
     assert (target / "a").read_text() == "old"
-    write_directory(target, lambda directory: (directory / "b").write_text("new"))
-    assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["model"]
+    write_directory(target, write("new"), 3)
+    assert (target / "a").read_text() == "new" and os.listdir(tmp_path) == ["model"]
 
 
-def test_a_crash_between_the_renames_loses_nothing(tmp_path, monkeypatch):
-    target = tmp_path / "model"
-    write_directory(target, lambda directory: (directory / "a").write_text("old"))
-    real, renamed = type(target).rename, []
+def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    """After a power cut a renamed directory may be all that is left: first what it holds is synced, then its parent."""
+    order, fsync, rename = [], os.fsync, Path.rename
 
-    def rename(self, other):
-        renamed.append(self.name)
-        if len(renamed) == 2:
-            raise OSError("crash")
-        return real(self, other)
+    def synced(descriptor):
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
 
-    monkeypatch.setattr(type(target), "rename", rename)
-    with pytest.raises(OSError, match="crash"):
-        write_directory(target, lambda directory: (directory / "a").write_text("new"))
-    assert (target / "a").read_text() == "old"
+    def renamed(self, target):
+        order.append(f"rename to {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    save(tmp_path / "step-000001", TENSORS, {})
+    files = {"weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert set(order[:4]) == files
+    assert order[4:] == [".step-000001.writing", "rename to step-000001", tmp_path.name]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, monkeypatch, exchanges):
+    """A child process saves, over an older checkpoint and a newer model, and dies at its first, second, ... line."""
+    if not exchanges:  # as NFS: what renameat2 then answers
+        monkeypatch.setattr(checkpoint, "errno", SimpleNamespace(EINVAL=0, ENOSYS=0, ENOTSUP=0))
+        monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    outcomes, line = [], 0
+    while "ended" not in outcomes:
+        outcomes.append(crash_in_save(tmp_path / str(line), line))
+        line += 7  # `make torture` takes each
+    assert len(outcomes) > 30 and {"old", "new"} <= set(outcomes)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    save(tmp_path / "step-000001", TENSORS, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"weights": {"a": torch.zeros(100_000)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        for path in (tmp_path / "step-000002", tmp_path / "step-000001"):
+            with pytest.raises(SaveError) as error:
+                save(path, large, {})
+            assert error.value.exit_code == 5 and "\n" not in str(error.value)
+            assert str(path) in str(error.value) and "needs 400,000 bytes" in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["step-000001"]
+    assert torch.equal(load(tmp_path / "step-000001")[1]["weights"]["a"], TENSORS["weights"]["a"])

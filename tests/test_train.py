@@ -8,8 +8,9 @@ from conftest import tiny_gpt2
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
-from data import Position, collate, group_texts, make_loader, tokenize, training_batches
-from train import learning_rate_at, make_optimizer, restore_state, train_step, training_state
+from config import UserError
+from data import Position, collate, group_texts, make_loader, split_batch, tokenize, training_batches
+from train import learning_rate_at, make_optimizer, restore_state, train_step, training_state, within_memory
 
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
 
@@ -183,12 +184,62 @@ def test_lower_precisions_follow_float32(blocks, tokenizer, precision):
     assert losses[precision] != losses["fp32"]
 
 
-def test_fp16_overflow_is_skipped_by_the_scaler(blocks, tokenizer):
+def test_an_overflow_of_fp16_loses_no_update(blocks, tokenizer):
+    """The scaler skips the step and lowers its scale; then the same blocks are taken again."""
+    batch = collate([blocks[0]])
+    plain, model = tiny_gpt2(len(tokenizer)), tiny_gpt2(len(tokenizer))
+    train_step(plain, make_optimizer(plain, 0), torch.amp.GradScaler("cpu"), [batch], 1e-3, 1.0, "fp16")
+    optimizer, scaler = make_optimizer(model, 0), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    loss, norm, _ = train_step(model, optimizer, scaler, [batch], 1e-3, 1.0, "fp16")
+    assert math.isfinite(loss + norm) and 1 < scaler.get_scale() < 2.0**39
+    assert {state["step"].item() for state in optimizer.state.values()} == {1}  # however often the scaler skipped
+    assert torch.allclose(model.lm_head.weight, plain.lm_head.weight, atol=2e-4)
+
+
+def test_fp16_ends_where_no_scale_helps(blocks, tokenizer):
     model = tiny_gpt2(len(tokenizer))
-    optimizer, scaler = make_optimizer(model, DECAY), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer, scaler = make_optimizer(model, DECAY), torch.amp.GradScaler("cpu")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * math.nan)
     before = model.lm_head.weight.clone()
-    train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
-    assert torch.equal(model.lm_head.weight, before) and scaler.get_scale() == 2.0**39
+    loss, _, _ = train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
+    assert math.isnan(loss) and torch.equal(model.lm_head.weight, before)
+
+
+def test_an_update_without_anything_to_predict_changes_nothing(blocks, tokenizer):
+    model = tiny_gpt2(len(tokenizer))
+    optimizer, before = make_optimizer(model, DECAY), model.lm_head.weight.clone()
+    one = {key: tensor[:, :1] for key, tensor in collate([blocks[0]]).items()}
+    loss, norm, tokens = train_step(model, optimizer, no_scaler(), [one], 1e-3)
+    assert (loss.item(), norm.item(), tokens) == (0, 0, 0) and torch.equal(model.lm_head.weight, before)
+
+
+def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
+    """What --oom halve does: here memory holds three blocks, and five are wanted."""
+    batch, weights, sizes = collate([blocks[i] for i in range(5)]), [], []
+    for most in (3, 5):
+        model = tiny_gpt2(len(tokenizer))
+
+        def fail(module, inputs, most=most, **kwargs):
+            sizes.append(len(kwargs["input_ids"]) if kwargs else len(inputs[0]))
+            if sizes[-1] > most:
+                raise torch.OutOfMemoryError("no room")
+
+        model.transformer.wte.register_forward_pre_hook(fail)
+        optimizer = make_optimizer(model, DECAY)
+
+        def work(size, model=model, optimizer=optimizer):
+            return train_step(model, optimizer, no_scaler(), list(split_batch(batch, size)), 1e-3)
+
+        _, left = within_memory(work, 5, "halve")
+        weights.append((left, model.lm_head.weight))
+    assert sizes == [5, 2, 2, 1, 5] and [left for left, _ in weights] == [2, 5]
+    assert (weights[0][1] - weights[1][1]).abs().max() < 1e-6
+    with pytest.raises(UserError, match="out of memory with 5 blocks at once; lower --batch_size"):
+        within_memory(lambda size: torch.empty(1 << 50), 5, "stop")
+    with pytest.raises(UserError, match="out of memory with 1 blocks at once; lower --block_size"):
+        within_memory(lambda size: torch.empty(1 << 50), 5, "halve")
+    with pytest.raises(RuntimeError, match="another mistake"):
+        within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve")
 
 
 def test_compiled_shares_weights_and_numbers(blocks, tokenizer):

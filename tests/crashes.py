@@ -1,0 +1,66 @@
+"""Deaths inside a save, line by line."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import load, mend, newest, prune, save, verify, write_directory
+
+OLD, NEW = (torch.full((3,), value) for value in (1.0, 2.0))
+
+
+def crash_in_save(directory: Path, lines: int) -> str:
+    """Saves a checkpoint and a model in a child process that dies, without any cleaning up, at the given line.
+
+    Lines of checkpoint.py and of shutil count, so the deaths are before and after each write, sync, rename and
+    removal of a file. Returns "old" or "new" for the state found afterwards, "ended" where the child
+    came to its end; raises AssertionError where anything is lost or half there.
+    """
+    checkpoints, model = directory / "checkpoints", directory / "model"
+    for step in (1, 2):
+        save(checkpoints / f"step-{step:06}", {"weights": {"w": OLD}}, {"step": step})
+    write_directory(model, lambda path: [(path / name).write_text("old") for name in "ab"], 6)
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            if not frame.f_code.co_filename.endswith(("checkpoint.py", "shutil.py")):
+                return None
+            if event == "line":
+                count += 1
+                if count > lines:
+                    os._exit(9)
+            return trace
+
+        try:
+            sys.settrace(trace)
+            save(checkpoints / "step-000003", {"weights": {"w": NEW}}, {"step": 3})
+            save(checkpoints / "step-000002", {"weights": {"w": NEW}}, {"step": 2})  # in the place of another
+            prune(checkpoints, 1, checkpoints / "step-000003")
+            write_directory(model, lambda path: [(path / name).write_text("new") for name in "ab"], 6)
+            sys.settrace(None)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9), code
+    for path in (directory, checkpoints):
+        mend(path)
+    found = newest(checkpoints)
+    state, tensors = load(found)
+    assert found.name == f"step-{state['step']:06}" and state["step"] in (2, 3)
+    assert torch.equal(tensors["weights"]["w"], NEW if state["step"] == 3 else OLD)
+    second = checkpoints / "step-000002"
+    assert not second.exists() or verify(second) is None or state["step"] == 3
+    texts = {(model / name).read_text() for name in "ab"}
+    assert len(texts) == 1 and set(os.listdir(model)) == {"a", "b"}
+    assert {path.name for path in directory.iterdir()} == {"checkpoints", "model"}
+    assert not list(checkpoints.glob(".*"))
+    save(checkpoints / "step-000003", {"weights": {"w": NEW}}, {"step": 3})  # and the next save works
+    prune(checkpoints, 1, checkpoints / "step-000003")
+    assert os.listdir(checkpoints) == ["step-000003"] and verify(checkpoints / "step-000003") is None
+    return "ended" if code == 0 else "new" if texts == {"new"} else "old"
