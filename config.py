@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
@@ -100,6 +101,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     datasets.logging.set_verbosity_error()
     if not sys.stdout.isatty():
         datasets.disable_progress_bars()
+    threading.excepthook = _thread_failed
     try:
         main()
     except KeyboardInterrupt:
@@ -118,6 +120,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         for child in multiprocessing.active_children():  # a DataLoader worker that hangs would outlive us
             child.kill()
     sys.exit(0)
+
+
+def _thread_failed(failure: Any) -> None:
+    """TensorBoard writes in a thread; when the disk is full the main thread is told as well and says so in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -536,16 +536,9 @@ def _init_worker(worker_id: int) -> None:
 
 
 def make_loader(
-    blocks: Dataset,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    num_workers: int = 0,
-    worker_timeout: float = 0,
+    blocks: Dataset, batch_size: int, indices: Sequence[int] | None = None, num_workers: int = 0
 ) -> DataLoader:
-    """Batches of ``blocks`` in the order of ``indices``, or in their own order.
-
-    A worker that yields nothing for ``worker_timeout`` seconds counts as hung; 0 waits for ever.
-    """
+    """Batches of ``blocks`` in the order of ``indices``, or in their own order."""
     indices = range(len(blocks)) if indices is None else indices
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     # Without a generator of its own, a DataLoader draws from the global one whenever iteration starts, and dropout
@@ -557,7 +550,6 @@ def make_loader(
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         num_workers=num_workers,
-        timeout=worker_timeout if num_workers else 0,
         worker_init_fn=_init_worker,
     )
 
@@ -582,32 +574,44 @@ def training_batches(
     seed: int,
     position: Position,
     num_workers: int = 0,
-    worker_timeout: float = 0,
+    worker_timeout: int = 300,
 ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position]]:
     """Yields, without end, the micro-batches of one update and the position after it.
 
     An epoch ends with what is left, be it fewer micro-batches: every block is seen once in each epoch. Raises
-    WorkerError where a worker is lost.
+    WorkerError where a worker has died, or nothing comes for ``worker_timeout`` seconds.
     """
     while True:
         order = epoch_order(len(blocks), seed, position.epoch)[position.blocks :]
-        batches = iter(make_loader(blocks, batch_size, order, num_workers, worker_timeout))
+        batches = iter(make_loader(blocks, batch_size, order, num_workers))
         if num_workers:
-            # PyTorch would raise from a signal handler, anywhere, and an update could be half done. Without it a
-            # dead worker is noticed when its batch is due.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while update := list(_from_workers(islice(batches, grad_accum_steps), num_workers)):
+            batches = _guarded(batches, num_workers, worker_timeout)
+        while update := list(islice(batches, grad_accum_steps)):
             position = Position(position.epoch, position.blocks + sum(len(batch["input_ids"]) for batch in update))
             if position.blocks == len(blocks):
                 position = Position(position.epoch + 1)
             yield update, position
 
 
-def _from_workers(batches: Iterator[T], num_workers: int) -> Iterator[T]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if not num_workers:
-            raise
-        fix = "go on with --resume, perhaps with --num_workers 0"
-        raise WorkerError(f"--num_workers {num_workers}: one died or hangs ({one_line(error)}); {fix}") from error
+def _guarded(batches: Iterator[T], num_workers: int, timeout: int) -> Iterator[T]:
+    """Raises WorkerError instead of waiting for ever, and only where a batch is due."""
+
+    def expire(*_: Any) -> None:
+        raise TimeoutError(f"no batch came for {timeout} seconds")
+
+    # PyTorch raises from a handler of SIGCHLD, anywhere, and an update could be half done. Its own timeout does not
+    # help where a worker stops in the middle of handing over a batch; an alarm interrupts any wait.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, expire)
+    while True:
+        signal.alarm(timeout)
+        try:
+            batch = next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            fix = "go on with --resume, perhaps with --num_workers 0"
+            raise WorkerError(f"--num_workers {num_workers}: a worker died or hangs ({error}); {fix}") from error
+        finally:
+            signal.alarm(0)
+        if batch is None:
+            return
+        yield batch

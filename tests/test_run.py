@@ -333,7 +333,9 @@ def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
     arguments += ["--overwrite", "--learning_rate", "0.9", "--weight_decay", "9", "--max_steps", "200"]
     done = run_script("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
-    assert re.match(r"train\.py: error: step \d+: the loss is .*, so the update was left out; its blocks were \d+, ", done.stderr)
+    assert re.match(
+        r"train\.py: error: step \d+: the loss is .*, so the update was left out; its blocks were \d+, ", done.stderr
+    )
 
 
 def test_a_bert_that_looks_ahead_is_refused(tokenizer, text_file, tmp_path):
