@@ -10,12 +10,11 @@ Nearly all the time of a short `python train.py` goes into its imports. One serv
 itself for each run; the fork then executes the script's file as ``__main__``. What a run has of its own: arguments,
 working directory, standard streams, signals, random numbers, exit. What it shares with all other forked runs: the
 imports, the seed of Python's hashes, and the environment, since imports read it. So ``start`` quietly starts an
-interpreter of its own where the environment is not the one the server was started in, or where it is told to be
-``fresh``. The server computes nothing with torch: OpenMP's threads do not survive a fork.
+interpreter of its own where no server was started in the same environment (see `prepare`), or where it is told to be
+``fresh``. A server computes nothing with torch: OpenMP's threads do not survive a fork.
 """
 
 import atexit
-import functools
 import gc
 import io
 import json
@@ -34,6 +33,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train.py", "generate.py", "perplexity.py")
+MESSAGE_SIZE = 16
 # Variables that no import reads: pytest's, and one that torch itself sets at its import.
 IGNORED_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR")
 
@@ -114,11 +115,15 @@ def start(
     reader, writer = os.pipe()
     threading.Thread(target=_feed, args=(writer, stdin.encode()), daemon=True).start()
     try:
-        if fresh or path.parent != ROOT or _visible(environment) != _server().environment:
+        wanted = (path.parent, _visible(environment))
+        server = next(
+            (server for server in _servers or [prepare()] if (server.root, server.environment) == wanted), None
+        )
+        if fresh or server is None:
             command = [sys.executable, *arguments]
             spawned = subprocess.Popen(command, cwd=cwd, env=environment, stdin=reader, stdout=out, stderr=err)
         else:
-            spawned = _server().fork(arguments, cwd, environment, [reader, out.fileno(), err.fileno()])
+            spawned = server.fork(arguments, cwd, environment, [reader, out.fileno(), err.fileno()])
     finally:
         os.close(reader)
     return Process(spawned, out, err)
@@ -133,11 +138,6 @@ def run(script: object, *args: object, timeout: float = 120, **options) -> subpr
         process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, process.stdout, process.stderr)
-
-
-def prepare() -> None:
-    """Starts the server, which then imports while the caller goes on; else the first run would wait for it."""
-    _server()
 
 
 class _Forked:
@@ -158,54 +158,93 @@ class _Forked:
         if self.returncode is None:
             self._channel.settimeout(timeout)
             try:
-                answer = self._channel.recv(64)
+                answer = self._channel.recv(MESSAGE_SIZE)
             except (TimeoutError, BlockingIOError) as error:
                 raise subprocess.TimeoutExpired(self.args, timeout) from error
             if not answer:
                 raise RuntimeError(f"process {self.pid} is lost: who waits for it was killed")
-            self.returncode = int(answer)
+            self.returncode = int(answer[1:])
             self._channel.close()
         return self.returncode
 
 
-class _Server:
-    def __init__(self):
-        self.environment = _visible(os.environ)
+class Server:
+    """Forks the scripts in ``root`` in an environment that is fixed when it starts."""
+
+    def __init__(self, environment: dict[str, str], root: Path):
+        self.environment, self.root = _visible(environment), root
         self.control, other = socket.socketpair()
-        self.errors = _writable(None)
+        self._errors = _writable(None)
         # Pipes, as a run has them: Python decides by what it finds at its start how the streams are buffered.
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(other.fileno())],
+            [sys.executable, __file__, "serve", str(other.fileno()), str(root)],
             pass_fds=[other.fileno()],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.errors,
+            stderr=self._errors,
         )
         other.close()
         atexit.register(self.stop)
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
+        if self in _servers:
+            _servers.remove(self)
         self.process.kill()
         self.process.communicate()
 
     def fork(self, arguments: list[str], cwd: str, environment: dict[str, str], streams: list[int]) -> _Forked:
-        channel, other = socket.socketpair()
         try:
-            with other:
-                socket.send_fds(self.control, [b"+"], [*streams, other.fileno()])
-            channel.sendall(json.dumps([arguments, cwd, environment]).encode() + b"\n")
-            pid = int(channel.recv(64))  # sent when the streams and signals are the run's own
+            return _fork(self.control, arguments, cwd, environment, streams)
         except (OSError, ValueError) as error:
-            said = _read(self.errors).decode()
-            raise RuntimeError(
-                f"the server of tests/processes.py has ended ({self.process.poll()}):\n{said}"
-            ) from error
-        return _Forked([sys.executable, *arguments], pid, channel)
+            said = _read(self._errors).decode(errors="replace")
+            raise RuntimeError(f"no fork: the server of tests/processes.py has ended or failed:\n{said}") from error
 
 
-@functools.cache
-def _server() -> _Server:
-    return _Server()
+_servers: list[Server] = []
+
+
+def prepare(env: dict[str, str] | None = None, root: Path = ROOT) -> Server:
+    """Starts a server for runs with this ``env``, which imports while the caller goes on.
+
+    The first run would otherwise start one for ``os.environ`` and wait. Worth its imports from the second run on.
+    """
+    _servers.append(Server(os.environ | (env or {}), root))
+    return _servers[-1]
+
+
+def _fork(
+    control: socket.socket, arguments: list[str], cwd: str, environment: dict[str, str], streams: list[int]
+) -> _Forked:
+    channel, other = socket.socketpair()
+    with other:
+        socket.send_fds(control, [b"+"], [*streams, other.fileno()])
+    channel.sendall(json.dumps([arguments, cwd, environment]).encode() + b"\n")
+    answer = channel.recv(MESSAGE_SIZE)  # sent when the streams and signals are the run's own
+    if answer[:1] != b"p":  # an exit code is said where there is no run
+        raise ValueError
+    return _Forked([sys.executable, *arguments], int(answer[1:]), channel)
+
+
+def stand_in(server: Server) -> str:
+    """A shell script to stand where commands expect ``python``: the server forks what it can.
+
+    The commands must be started with ``pass_fds=[server.control.fileno()]``.
+    """
+    return f'#!/bin/sh\nexec {sys.executable} {__file__} stand-in {server.control.fileno()} "$@"\n'
+
+
+def _stand_in(control: socket.socket, arguments: list[str]) -> int:
+    if arguments[0] not in SCRIPTS:
+        os.execv(sys.executable, [sys.executable, *arguments])
+    code = _fork(control, arguments, os.getcwd(), dict(os.environ), [0, 1, 2]).wait()
+    return code if code >= 0 else 128 - code  # as a shell says it
 
 
 def _visible(environment: dict[str, str]) -> dict[str, str]:
@@ -233,13 +272,13 @@ def _feed(writer: int, data: bytes) -> None:
 # The server's side
 
 
-def _serve(control: socket.socket) -> None:
+def _serve(control: socket.socket, root: str) -> None:
     """Forks for each request; returns in the forked process, when all is as at the start of a Python of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests and their runs
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the waiting processes
-    sys.path[0] = str(ROOT)
-    for module in ("train", "generate", "perplexity"):
-        __import__(module)
+    sys.path[0] = root
+    for script in SCRIPTS:
+        __import__(script.removesuffix(".py"))
     # A new process draws its own random numbers; `random` itself sees to that in a fork, others do not.
     kinds = (random.Random, sys.modules["numpy"].random.RandomState)
     generators = [item for item in gc.get_objects() if type(item) in kinds]
@@ -256,6 +295,10 @@ def _serve(control: socket.socket) -> None:
     os._exit(0)  # the tests have ended
 
 
+def _message(kind: str, number: int) -> bytes:
+    return f"{kind}{number:{MESSAGE_SIZE - 1}}".encode()
+
+
 def _become(stdin: int, stdout: int, stderr: int, channel: int) -> None:
     """Forks once more, waits for the child and tells its exit code; returns in the child alone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -267,7 +310,7 @@ def _become(stdin: int, stdout: int, stderr: int, channel: int) -> None:
             for file in (stdin, stdout, stderr):
                 os.close(file)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            connection.sendall(str(code).encode())
+            connection.sendall(_message("c", code))
         finally:
             os._exit(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -275,15 +318,22 @@ def _become(stdin: int, stdout: int, stderr: int, channel: int) -> None:
         os.dup2(file, number)
         os.close(file)
     os.chdir(cwd)
+    for name in environment.keys() | os.environ.keys():
+        if name.startswith(("HF_", "TRANSFORMERS_", "PYTHON")) and environment.get(name) != os.environ.get(name):
+            sys.exit(f"{name} is not what the imports have read")
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = arguments
-    connection.sendall(str(os.getpid()).encode())
+    connection.sendall(_message("p", os.getpid()))
     connection.close()
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    role, control, *rest = sys.argv[1:]
+    if role == "stand-in":
+        sys.exit(_stand_in(socket.socket(fileno=int(control)), rest))
+    _serve(socket.socket(fileno=int(control)), *rest)
+    # From here on this is the run.
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = sys.argv[0]
     exec(compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec"), main.__dict__)

@@ -91,9 +91,22 @@ def test_an_environment_that_imports_may_read_gets_an_interpreter_of_its_own(tmp
     assert not forked()
 
 
+def test_a_server_for_another_environment(tmp_path):
+    env = {"HF_HUB_OFFLINE": "0"}
+    with processes.prepare(env) as server:
+        process = processes.start("perplexity.py", "--help", cwd=tmp_path, env=env)
+        assert is_forked(process) and process.wait(timeout=60) == 0 and "--stride" in process.stdout
+        with open(tmp_path / "said", "w+b") as file, pytest.raises(RuntimeError):
+            server.fork(["train.py"], str(tmp_path), dict(os.environ), [file.fileno()] * 3)
+        assert (tmp_path / "said").read_text() == "HF_HUB_OFFLINE is not what the imports have read\n"
+    process = processes.start("perplexity.py", "--help", cwd=tmp_path, env=env)
+    assert not is_forked(process)
+    process.kill()
+
+
 def test_a_server_that_has_ended_is_named():
-    server = processes._Server()
+    server = processes.Server(os.environ, processes.ROOT)
     server.process.kill()
     with open(os.devnull) as file, pytest.raises(RuntimeError, match=r"the server of tests/processes\.py has ended"):
         server.fork(["train.py"], "/", {}, [file.fileno()] * 3)
-    server.process.communicate()
+    server.stop()
