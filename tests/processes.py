@@ -136,6 +136,7 @@ def run(script: object, *args: object, timeout: float = 120, **options) -> subpr
         process.wait(timeout)
     except BaseException:
         process.kill()
+        process.wait()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, process.stdout, process.stderr)
 
