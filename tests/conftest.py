@@ -3,15 +3,19 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 # Before any Hugging Face library is imported: a cache of our own, and no network.
 CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+# Threads that wait asleep: on a busy machine, those that spin took most of the time of such small models.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.pop("HF_TOKEN", None)
+
+import processes  # noqa: E402
+
+processes.prepare()  # its imports take as long as ours
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -44,18 +48,12 @@ def write_jsonl(path: Path, num_documents: int, seed: int = 0, words: int = 60) 
     return path
 
 
-def run_script(*args: object, cwd: Path, env: dict[str, str] | None = None, stdin: str = "", timeout: float = 120):
-    """Runs ``python SCRIPT ARGS`` as people do and returns the finished process with its stdout and stderr as text."""
-    script, *rest = map(str, args)
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *rest],
-        cwd=cwd,
-        env=os.environ | (env or {}),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def run_script(script: str, *args: object, cwd: Path, **options):
+    """Runs ``python SCRIPT ARGS`` as people do and returns the finished process with its stdout and stderr as text.
+
+    ``options`` are `processes.run`'s: env, stdin, timeout, and fresh, which is slow and leaves nothing out.
+    """
+    return processes.run(script, *args, cwd=cwd, **options)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -101,7 +101,7 @@ def test_too_long_for_the_model(tokenizer):
 def test_commands(model_dir, model, tokenizer, tmp_path):
     texts = dict(zip(PROMPTS, generate(model, tokenizer, PROMPTS, GREEDY), strict=True))
     flags = ("generate.py", "--model", model_dir, "--greedy", "--max_new_tokens", 12)
-    alone = run_script(*flags, "--prompt", PROMPTS[0], cwd=tmp_path)
+    alone = run_script(*flags, "--prompt", PROMPTS[0], cwd=tmp_path, fresh=True)
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout == PROMPTS[0] + texts[PROMPTS[0]] + "\n"
     assert alone.stderr == ""

@@ -1,5 +1,6 @@
 """The Hub's road, with the real client libraries and a server on loopback that speaks the Hub's protocol."""
 
+import processes
 import pytest
 from conftest import read_jsonl, run_script, write_jsonl
 from hub_server import HubServer
@@ -47,17 +48,18 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
         assert not path.is_file() or b"hf_test" not in path.read_bytes(), path
 
     fresh = client(hub, tmp_path / "other-home")
-    flags = ("generate.py", "--prompt", "the model", "--greedy", "--max_new_tokens", 30)
-    made = run_script(*flags, "--model", "user/tuned", cwd=tmp_path, env=fresh)
-    assert made.returncode == 0, made.stderr
-    local = run_script(*flags, cwd=tmp_path, env=fresh)
-    assert made.stdout == local.stdout and len(made.stdout) > 20
-    measured = run_script(
-        *("perplexity.py", "--model", "user/tuned", "--dataset", "someone/answers", "--dataset_split", "test"),
-        *("--text_column", "answers.text", "--block_size", 32, "--precision", "auto"),
-        cwd=tmp_path,
-        env=fresh,
-    )
+    with processes.prepare(fresh):
+        flags = ("generate.py", "--prompt", "the model", "--greedy", "--max_new_tokens", 30)
+        made = run_script(*flags, "--model", "user/tuned", cwd=tmp_path, env=fresh)
+        assert made.returncode == 0, made.stderr
+        local = run_script(*flags, cwd=tmp_path, env=fresh)
+        assert made.stdout == local.stdout and len(made.stdout) > 20
+        measured = run_script(
+            *("perplexity.py", "--model", "user/tuned", "--dataset", "someone/answers", "--dataset_split", "test"),
+            *("--text_column", "answers.text", "--block_size", 32, "--precision", "auto"),
+            cwd=tmp_path,
+            env=fresh,
+        )
     assert measured.returncode == 0, measured.stderr
     loss = float(measured.stdout.split("loss: ")[1].split()[0])
     assert loss == pytest.approx(read_jsonl(tmp_path / "runs/train/metrics.jsonl")[-1]["loss"], abs=1e-5)
@@ -65,15 +67,17 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
 
 def test_what_the_hub_refuses_is_said_before_training(hub, tmp_path):
     env = client(hub, tmp_path / "home")
-    for change, words in (
+    refusals = (
         (["--push_to_hub", "user/other"], "not logged in to the Hub"),
         (["--dataset", "someone/nothing"], "--dataset someone/nothing"),
         (["--model", "someone/nothing"], "--model someone/nothing"),
         (["--dataset_revision", "nowhere"], "nowhere"),
-    ):
-        done = run_script("train.py", *FLAGS, *change, cwd=tmp_path, env=env)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert words in done.stderr
+    )
+    with processes.prepare(env):
+        for change, words in refusals:
+            done = run_script("train.py", *FLAGS, *change, cwd=tmp_path, env=env)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert words in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

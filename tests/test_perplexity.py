@@ -73,7 +73,8 @@ def test_sliding_window_scores_each_token_with_what_stands_before_it(model, bloc
 
 
 def test_command(model_dir, text_file, model, tokenizer, tmp_path):
-    done = run_script("perplexity.py", "--model", model_dir, "--files", text_file, "--block_size", 32, cwd=tmp_path)
+    flags = ("--model", model_dir, "--files", text_file, "--block_size", 32)
+    done = run_script("perplexity.py", *flags, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     values = {name: float(value) for name, value in (line.split(": ") for line in done.stdout.splitlines())}
     ids = tokenizer(text_file.read_text(encoding="utf-8"))["input_ids"] + [0]

@@ -5,10 +5,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
 
+import processes
 import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
@@ -58,8 +58,6 @@ def project(tmp_path_factory, tokenizer):
     # The interpreter that runs the tests stands for the installed .venv: make must not install anything here.
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
     for name in ("installed", "installed-dev", "installed-quickstart"):
         (root / ".venv" / name).touch()
     tiny = root / "quickstart/smollm2"
@@ -74,21 +72,21 @@ def project(tmp_path_factory, tokenizer):
     with HubServer(tmp_path_factory.mktemp("hub")) as hub:
         hub.add_repo("distilbert/distilgpt2", tiny)
         hub.add_repo("dany0407/eli5_category", data, repo_type="dataset")
-        yield (
-            root,
-            hub,
-            {
-                "HF_ENDPOINT": hub.endpoint,
-                "HF_HUB_OFFLINE": "0",
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_TOKEN": "hf_test",
-                "HF_HOME": str(root / "hub-cache"),
-            },
-        )
+        env = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_test",
+            "HF_HOME": str(root / "hub-cache"),
+        }
+        with processes.prepare(env, root) as server:
+            python.write_text(processes.stand_in(server))
+            python.chmod(0o755)
+            yield root, hub, {"env": os.environ | env, "pass_fds": [server.control.fileno()], "cwd": root}
 
 
 def test_commands_run_as_written(project):
-    root, hub, env = project
+    root, hub, options = project
     run = []
     for command in COMMANDS:
         if command in ("make test", "make lint", "make tensorboard"):
@@ -96,37 +94,26 @@ def test_commands_run_as_written(project):
         script = re.search(r"(train|generate)\.py|make train( CONFIG=configs/scratch.yaml)?", command)
         extra = SHORTER.get(script.group(), "") if script else ""
         if 'ARGS="' in command:
-            command = command.replace('ARGS="', extra.strip().rstrip('"') + " ")
+            command = command.removesuffix('"') + extra.replace('ARGS="', "")  # of a flag given twice, the last counts
         else:
             command += extra
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=root,
-            env=os.environ | env,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
+        done = subprocess.run(command, shell=True, **options, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "pip install" not in done.stdout and "prepare_" not in done.stdout
         run.append(command)
     assert len(run) == len(COMMANDS) - 3 >= 9
     assert {"quickstart", "notes", "eli5", "scratch"} == {path.name for path in (root / "runs").iterdir()}
     assert "model.safetensors" in hub.files("user/notes")
-    again = subprocess.run(
-        ["make", "train", "ARGS=--max_steps 2"], cwd=root, env=os.environ | env, capture_output=True, text=True
-    )
+    again = subprocess.run(["make", "train", "ARGS=--max_steps 2"], capture_output=True, text=True, **options)
     assert again.returncode == 0 and "this run is finished (2 of 2 steps)" in again.stdout, again.stderr
 
 
 def test_make_tensorboard(project):
-    root, _, env = project
+    _, _, options = project
     assert "make tensorboard" in COMMANDS
     server = subprocess.Popen(
         ["make", "tensorboard", "ARGS=--port 0"],
-        cwd=root,
-        env=os.environ | env,
+        **options,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

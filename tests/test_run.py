@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 
+import processes
 import pytest
 import torch
 import yaml
@@ -62,7 +63,7 @@ def finished(model_dir, jsonl_file, tmp_path_factory):
     settings = dict(zip(*[iter(flags(model_dir, jsonl_file))] * 2, strict=True))
     text = "".join(f"{key[2:]}: {value}\n" for key, value in settings.items())
     (cwd / "small.yaml").write_text(text)
-    done = run_script("train.py", "--config", "small.yaml", cwd=cwd)
+    done = run_script("train.py", "--config", "small.yaml", cwd=cwd, fresh=True)
     assert done.returncode == 0, done.stderr
     return cwd, done
 
@@ -221,17 +222,11 @@ def test_the_written_config_repeats_the_run_bit_for_bit(finished):
 
 def start_until(step, arguments, cwd):
     """Starts train.py and returns the process once it has logged ``step``."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
+    process = processes.start("train.py", *arguments, cwd=cwd)
+    for line in process.lines():
         if line.startswith(f"step {step}/"):
             return process
-    raise AssertionError(process.stderr.read())
+    raise AssertionError(process.stderr)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -242,10 +237,9 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     with pytest.raises(UserError, match="a run is under way there"):
         train.lock_directory(tmp_path / "cut")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.wait(timeout=60) == code
     if number != signal.SIGKILL:
-        assert f"stopped by {signal.Signals(number).name} at step" in out
+        assert f"stopped by {signal.Signals(number).name} at step" in process.stdout
     # What a run that dies while writing leaves behind.
     with open(tmp_path / "cut/metrics.jsonl", "a") as file:
         file.write('{"step": 99, "split": "train", "loss"')
