@@ -17,6 +17,7 @@ import sys
 import threading
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
@@ -83,7 +84,8 @@ def require(holds: bool, message: str) -> None:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    with suppress(OSError):  # the disk may be full that stderr goes to
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
@@ -107,19 +109,28 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         known = _as_user_error(error)
         if known is None:
             raise
-        for line in str(known).splitlines():
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        with suppress(OSError):
+            for line in str(known).splitlines():
+                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        if isinstance(known, SaveError):
+            _drop_output()
         sys.exit(known.exit_code)
     finally:
         for child in multiprocessing.active_children():  # a DataLoader worker that hangs would outlive us
             child.kill()
     sys.exit(0)
+
+
+def _drop_output() -> None:
+    """What cannot be written must not turn into another exit code when Python ends."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _thread_failed(failure: Any) -> None:
@@ -130,7 +141,7 @@ def _thread_failed(failure: Any) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out; on a CPU PyTorch has no class of its own for that."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _as_user_error(error: Exception) -> UserError | None:

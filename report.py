@@ -56,11 +56,10 @@ class RunLog:
         if self.terminal:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
         else:
-            print(
+            self.say(
                 f"step {step}/{max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
                 f"grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
-                f"{duration(seconds_left)} left",
-                flush=True,
+                f"{duration(seconds_left)} left"
             )
 
     def evaluation(self, step: int, **values: Any) -> None:
@@ -87,10 +86,11 @@ class RunLog:
                 self._curves().file_writer.add_summary(summary)
 
     def say(self, text: str) -> None:
-        if self.terminal:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        with self._saving():
+            if self.terminal:
+                tqdm.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
 
     def sync(self) -> None:
         """Brings all records to the disk, so that no checkpoint there is ahead of them."""
@@ -129,6 +129,8 @@ class RunLog:
             yield
             if self._board:
                 self._board.flush()
+        except BrokenPipeError:
+            raise
         except OSError as error:
             self._board = None  # its writing thread has ended; the next record opens another file
             problem = f"{self._run_dir}: the log cannot be written ({one_line(error)}); make room"

@@ -629,9 +629,9 @@ def remove_run(run_dir: Path) -> None:
 
 def check_same_run(run_dir: Path, before: dict, now: dict) -> None:
     """Raises UserError where resuming would be another run."""
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            shown = (f"{str(value)[:16]}" for value in (before.get(name), now.get(name)))
+    for name in [name for name in before if name in now]:  # another transformers may know other settings
+        if before[name] != now[name] and name not in ("model's transformers_version", "model's dtype"):
+            shown = (f"{str(value)[:16]}" for value in (before[name], now[name]))
             raise UserError(
                 f"--resume: {name} was {next(shown)} and is now {next(shown)}, so this is not the run in {run_dir}; "
                 f"give what it was made with (see {run_dir}/config.yaml), another --output_dir, or --overwrite"

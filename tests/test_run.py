@@ -256,32 +256,30 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     assert [event.step for event in events.Scalars("eval/loss")] == [0, 8, 16, 24]
 
 
-def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_path, monkeypatch, capsys):
+def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_path):
     cwd, _ = finished
     shutil.copytree(cwd / "runs/small", tmp_path / "copy")
-    monkeypatch.chdir(cwd)
+    arguments = ("train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume")
 
     def resume(*change):
-        arguments = ["train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume", *change]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-        train.main()
-        return capsys.readouterr().out
+        done = run_script(*arguments, *change, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def refusal(*change):
-        with pytest.raises(UserError) as error:
-            resume(*change)
-        assert "\n" not in str(error.value)
-        return error.value.exit_code, str(error.value)
+        done = run_script(*arguments, *change, cwd=cwd)
+        assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
+        return done.returncode, done.stderr
 
     code, words = refusal("--batch_size", 2)
     assert code == 2 and "batch_size was 4 and is now 2" in words
     code, words = refusal("--text_separator", "\n")
     assert code == 2 and "training text was" in words
-    arguments = ("train.py", "--config", "small.yaml", "--output_dir", tmp_path / "copy", "--resume")
-    done = run_script(*arguments, "--max_steps", STEPS + 2, "--weight_decay", 0.2, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    assert "note: --weight_decay was 0.01 and is 0.2 from here on" in done.stdout
-    assert "note: --max_steps was 24 and is 26 from here on" in done.stdout
+    code, words = refusal("--model_overrides", '{"resid_pdrop": 0.2}')
+    assert code == 2 and "model's resid_pdrop was 0.1 and is now 0.2" in words
+    longer = resume("--max_steps", STEPS + 2, "--weight_decay", 0.2)
+    assert "note: --weight_decay was 0.01 and is 0.2 from here on" in longer
+    assert "note: --max_steps was 24 and is 26 from here on" in longer
     steps = [r["step"] for r in read_jsonl(tmp_path / "copy/metrics.jsonl") if r["split"] == "train"]
     assert steps == list(range(1, STEPS + 3))
     # Every checkpoint broken: never a silent fresh start.

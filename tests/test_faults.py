@@ -1,0 +1,318 @@
+"""What can go wrong while a run is under way: signals, no room on disk or in memory, no finite loss, lost workers."""
+
+import json
+import math
+import os
+import re
+import resource
+import signal
+import time
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import ROOT, make_text, read_jsonl, write_jsonl
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from checkpoint import verify
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def directory(model_dir, tmp_path_factory):
+    """A working directory with the settings of a run whose evaluations take long enough to be met in."""
+    cwd = tmp_path_factory.mktemp("faults")
+    write_jsonl(cwd / "train.jsonl", 12)
+    write_jsonl(cwd / "eval.jsonl", 150, seed=1000)
+    settings = {
+        "model": str(model_dir),
+        "train_files": "train.jsonl",
+        "eval_files": "eval.jsonl",
+        "text_column": "answers.text",
+        "block_size": 32,
+        "batch_size": 4,
+        "grad_accum_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "eval_every": 6,
+        "save_every": 4,
+        "log_every": 1,
+        "precision": "fp32",
+        "sample_prompt": ["the model", "a text"],
+    }
+    (cwd / "run.yaml").write_text(json.dumps(settings))
+    return cwd
+
+
+def start(cwd, name, *flags, until=None):
+    """Starts a run in ``name``; returns it when it has printed a line that begins with ``until``."""
+    process = processes.start("train.py", "--config", "run.yaml", "--output_dir", name, *flags, cwd=cwd)
+    if until:
+        assert any(line.startswith(until) for line in process.lines()), process.stderr
+    return process
+
+
+def run(cwd, name, *flags):
+    process = start(cwd, name, *flags)
+    process.wait(60)
+    return process
+
+
+def result(run_dir):
+    """What must not depend on interruptions: the last weights and optimizer, the best model, all records."""
+    last = run_dir / "checkpoints" / f"step-{STEPS:06}"
+    assert verify(last) is None
+    files = [last / "weights.safetensors", last / "optimizer.safetensors", run_dir / "model/model.safetensors"]
+    records = [
+        {key: value for key, value in record.items() if key not in ("tokens_per_second", "memory_gib")}
+        for record in read_jsonl(run_dir / "metrics.jsonl")
+    ]
+    return [file.read_bytes() for file in files], records
+
+
+@pytest.fixture(scope="module")
+def undisturbed(directory):
+    process = run(directory, "undisturbed")
+    assert process.returncode == 0, process.stderr
+    return result(directory / "undisturbed")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [0, 6, STEPS])
+def test_a_stop_inside_an_evaluation_saves_and_the_evaluation_is_made_again(
+    directory, undisturbed, tmp_path, number, code, step
+):
+    cut = tmp_path / "cut"
+    process = start(directory, cut, until=f"step {step}/" if step else "output")
+    while step == 0 and not (cut / "config.yaml").exists():  # written right before the first evaluation
+        time.sleep(0.001)
+    time.sleep(0.03)
+    process.send_signal(number)
+    assert process.wait(20) == code, process.stderr
+    assert process.stdout.splitlines()[-1] == f"stopped by {number.name} at step {step}; saved. Go on with --resume."
+    assert f"step {step}: evaluation" not in process.stdout
+    assert os.listdir(cut / "checkpoints")[-1:] and verify(cut / f"checkpoints/step-{step:06}") is None
+    again = run(directory, cut, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert f"at step {step}\nstep {step}: evaluation loss" in again.stdout
+    assert result(cut) == undisturbed
+
+
+def test_sigusr1_saves_inside_an_evaluation_and_the_run_goes_on(directory, undisturbed, tmp_path):
+    process = start(directory, tmp_path / "run", until="step 6/")
+    process.send_signal(signal.SIGUSR1)
+    assert any(line.startswith("step 6: saved, asked by SIGUSR1") for line in process.lines())
+    saved = json.loads((tmp_path / "run/checkpoints/step-000006/state.json").read_text())
+    assert saved["progress"]["evaluated"] == 0
+    assert any(line.startswith("step 7/") for line in process.lines())
+    process.kill()
+    # Killed before the next checkpoint: the evaluation of step 6 is in the records, but not in the checkpoint.
+    process.wait(10)
+    if not (tmp_path / "run/checkpoints/step-000008").exists():
+        assert [r["step"] for r in read_jsonl(tmp_path / "run/metrics.jsonl") if r["split"] == "eval"] == [0, 6]
+    again = run(directory, tmp_path / "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert result(tmp_path / "run") == undisturbed
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 6, 12]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_second_sigint_leaves_at_once_and_harms_nothing(directory, undisturbed, tmp_path):
+    process = start(directory, tmp_path / "run", until="step 5/")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130 and "Traceback" not in process.stderr
+    again = run(directory, tmp_path / "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert result(tmp_path / "run") == undisturbed
+
+
+def test_signals_before_the_run_begins(directory, tmp_path):
+    """There is nothing to save yet: SIGTERM ends it, SIGUSR1 does not."""
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR1, 0)):
+        process = start(directory, tmp_path / number.name, "--max_steps", 1)
+        while not handled_signals(process.pid) >> signal.SIGUSR1 - 1 & 1:
+            time.sleep(0.001)
+        process.send_signal(number)
+        assert process.wait(20) == code, process.stderr
+        assert (tmp_path / number.name).exists() == (code == 0) and process.stderr == ""
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_loses_nothing(directory, undisturbed, tmp_path):
+    """The largest file that the process may write stands for the room on the disk."""
+    name = tmp_path / "run"
+    process = start(directory, name, until="step 5/")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
+    assert process.wait(20) == 5
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert re.match(
+        rf"train\.py: error: {name}/(model|checkpoints/step-00000.): cannot be saved \(.*File too large.*\); "
+        r"it needs \d+,\d+ bytes and [\d,]+ are free; make room and go on with --resume\n",
+        process.stderr,
+    )
+    assert os.listdir(name / "checkpoints") == ["step-000004"] and verify(name / "checkpoints/step-000004") is None
+    assert sorted(os.listdir(name)) == ["checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"]
+    again = run(directory, name, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert result(name) == undisturbed
+
+
+def test_a_run_can_go_on_without_saving_until_there_is_room(directory, undisturbed, tmp_path):
+    process = start(directory, tmp_path / "run", "--on_save_error", "continue", until="step 3/")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    assert any(line.startswith("step 9/") for line in process.lines())
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert process.wait(20) == 0, process.stderr
+    warned = process.stderr.splitlines()
+    assert len(warned) >= 2 and all(line.startswith(f"warning: {tmp_path}/run/") for line in warned), warned
+    assert result(tmp_path / "run") == undisturbed
+
+
+def test_a_log_that_cannot_be_written_follows_when_there_is_room(tmp_path, capfd):
+    from report import RunLog, read_metrics
+
+    log = RunLog(tmp_path, 0, False, 9, goes_on=True)
+    log.train(1, 9, 0, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens_per_second=1.0)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with capfd.disabled():  # what pytest captures goes to a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+        try:
+            log.evaluation(2, loss=1.0, perplexity=math.e)
+            assert (tmp_path / "metrics.jsonl").stat().st_size == size + 20  # a part of the line
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.evaluation(3, loss=1.0, perplexity=math.e)
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory, tokenizer):
+    """A model that is not finite for one word alone, and text of which some blocks have that word."""
+    cwd = tmp_path_factory.mktemp("poisoned")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    (poison,) = tokenizer("Q")["input_ids"]
+    model.model.embed_tokens.weight.data[poison] = math.nan
+    model.save_pretrained(cwd / "model")
+    tokenizer.save_pretrained(cwd / "model")
+    (cwd / "eval.txt").write_text(make_text(60))
+    return cwd
+
+
+def train_poisoned(cwd, places, *flags):
+    words = make_text(1500).split(" ")
+    for place in places:
+        words[place] = "Q"
+    (cwd / "train.txt").write_text(" ".join(words))
+    arguments = ["--model", "model", "--train_files", "train.txt", "--eval_files", "eval.txt", "--block_size", 32]
+    arguments += ["--batch_size", 2, "--num_epochs", 1, "--precision", "fp32", "--learning_rate", 1e-3]
+    done = processes.run("train.py", *arguments, "--overwrite", *flags, cwd=cwd)
+    records = read_jsonl(cwd / "runs/train/metrics.jsonl")
+    return done, [record for record in records if record["split"] == "nonfinite"], records
+
+
+def test_an_update_that_is_not_finite_is_named_with_its_blocks(poisoned, tokenizer):
+    done, (record,), records = train_poisoned(poisoned, [700], "--log_every", 7)
+    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
+    ids = np.array(tokenizer((poisoned / "train.txt").read_text())["input_ids"])
+    (place,) = np.flatnonzero(ids == tokenizer("Q")["input_ids"][0])
+    assert place // 32 in record["blocks"] and len(record["blocks"]) == 2
+    assert record["loss"] == record["grad_norm"] == "nan" and record["epoch"] == 0
+    assert f"step {record['step']}: the loss is nan" in done.stderr and str(place // 32) in done.stderr
+    assert all(r["step"] < record["step"] for r in records if r["split"] == "train")
+
+
+def test_updates_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(poisoned):
+    done, skipped, records = train_poisoned(poisoned, [100, 700, 1200], "--log_every", 1, "--on_nonfinite", "skip")
+    assert done.returncode == 0, done.stderr
+    assert 2 <= len(skipped) <= 3 and done.stderr.count("warning: step") == len(skipped)
+    steps = {record["step"] for record in records if record["split"] == "train"}
+    assert not steps & {record["step"] for record in skipped} and all("NaN" not in json.dumps(r) for r in records)
+    weights = load_file(poisoned / "runs/train/model/model.safetensors")
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    assert bad == ["model.embed_tokens.weight"]  # as it was given; all that was trained is finite
+    flags = ("--on_nonfinite", "skip", "--max_skips", 3, "--log_every", 2)
+    done, skipped, _ = train_poisoned(poisoned, range(0, 1500, 5), *flags)
+    assert done.returncode == 4 and len(skipped) == 4 and "--max_skips 3" in done.stderr
+
+
+def test_a_lost_worker_ends_the_run_with_a_line_and_no_orphans(directory, undisturbed, tmp_path):
+    flags = ("--num_workers", 2, "--worker_timeout", 2)
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        name = tmp_path / number.name
+        process = start(directory, name, *flags, until="step 2/")
+        workers = children(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[0], number)
+        assert process.wait(30) == 6
+        assert re.fullmatch(r"train\.py: error: --num_workers 2: a worker died or hangs .*\n", process.stderr)
+        wait_until_gone(workers)
+        again = run(directory, name, *flags, "--resume")
+        assert again.returncode == 0, again.stderr
+        assert result(name) == undisturbed
+    process = start(directory, tmp_path / "killed", *flags, until="step 2/")
+    workers = children(process.pid)
+    process.kill()
+    wait_until_gone(workers)
+
+
+def handled_signals(pid):
+    return int(re.search(r"SigCgt:\s*(\w+)", (ROOT / f"/proc/{pid}/status").read_text())[1], 16)
+
+
+def children(pid):
+    return [int(child) for child in (ROOT / f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until_gone(pids, seconds=10):
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return (ROOT / f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_when_memory_runs_out(directory, tmp_path):
+    """The address space is limited once the run is under way: updates of all blocks at once no longer fit."""
+    flags = ["--batch_size", 256, "--grad_accum_steps", 1, "--block_size", 64, "--max_steps", 20, "--eval_every", 99]
+    flags += ["--train_files", "eval.jsonl", "--eval_files", "train.jsonl", "--log_every", 1]
+
+    def limited(name, *more):
+        process = start(directory, tmp_path / name, *flags, *more, until="step 1/")
+        pages = int((ROOT / f"/proc/{process.pid}/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + (20 << 20)
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
+        process.wait(60)
+        return process
+
+    stopped = limited("stop")
+    assert stopped.returncode == 2 and re.fullmatch(
+        r"train\.py: error: out of memory with 256 blocks at once; lower --batch_size .*\n", stopped.stderr
+    ), stopped.stderr
+    halved = limited("halve", "--oom", "halve")
+    assert halved.returncode == 0, halved.stderr
+    assert re.match(r"warning: out of memory; from here on 128 blocks at once", halved.stderr), halved.stderr
+    state = json.loads((tmp_path / "halve/checkpoints/step-000020/state.json").read_text())
+    assert state["progress"]["micro_batch_size"] <= 128 and state["progress"]["step"] == 20
