@@ -9,7 +9,9 @@ class TrainConfig:
 
 import dataclasses
 import difflib
+import functools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -23,9 +25,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 
 
@@ -46,7 +50,7 @@ class Range:
     """The values that a number may have; ``above`` and ``below`` are themselves excluded."""
 
     least: float | None = None
-    most: float | None = None
+    most: float | None = 10**9  # nobody means more
     above: float | None = None
     below: float | None = None
 
@@ -54,9 +58,9 @@ class Range:
         """The rule that ``value`` breaks, or None."""
         bounds = (
             (self.least, lambda bound: value >= bound, "at least"),
-            (self.most, lambda bound: value <= bound, "at most"),
             (self.above, lambda bound: value > bound, "above"),
             (self.below, lambda bound: value < bound, "below"),
+            (self.most, lambda bound: value <= bound, "at most"),
         )
         for bound, holds, words in bounds:
             if bound is not None and not holds(bound):  # a NaN holds nowhere
@@ -65,7 +69,7 @@ class Range:
 
 
 Count = Annotated[int, Range(least=1)]
-Seed = Annotated[int, Range(least=0, below=2**32)]  # what NumPy takes
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # what NumPy takes
 
 
 def flag(default: Any, help: str) -> Any:
@@ -89,18 +93,27 @@ def warn(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The innermost cause of an error as one line: libraries wrap what matters in a general message."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The innermost cause of an error as one line: libraries, but not the Hub's, wrap what matters."""
+    while (cause := error.__cause__) is not None and not any(isinstance(e, HfHubHTTPError) for e in (error, cause)):
+        error = cause
     return " ".join(str(error).split())[:300]
+
+
+@functools.cache
+def find_hub() -> None:
+    """Where the Hub does not answer, only its cache is used from here on; else each file would cost half a minute."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # which ones, depends on the HTTP library that the Hub's client uses
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a script's ``main`` and turns a UserError into plain lines on stderr and its exit code."""
     # What libraries say of their own accord would hide the one line that matters.
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stdout.isatty():
         datasets.disable_progress_bars()
     threading.excepthook = _thread_failed
@@ -196,7 +209,8 @@ def parse(dataclass_types: list[type], description: str, argv: list[str] | None 
         flags + argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0].lstrip('-'), names, '--')}; see --help")
+        name = unknown[0].partition("=")[0]  # what follows may be a secret
+        raise UserError(f"unknown argument {name!r}{_suggest(name.lstrip('-'), names, '--')}; see --help")
     rules = [rule for instance in instances for rule in (*_ranges(instance), *instance.rules())]
     broken = [message for holds, message in rules if not holds]
     require(not broken, "\n".join(broken))
@@ -231,7 +245,9 @@ def _yaml_flags(path: Path, names: list[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)  # the whole message would quote the line, be it a secret
+        fault = f"line {mark.line + 1}, {error.problem}" if mark else one_line(error)
+        raise UserError(f"--config {path}: not valid YAML ({fault}); mend the file") from error
     if not isinstance(typed, dict):
         raise UserError(f"--config {path}: must be a mapping of flags, such as `batch_size: 8`")
     flags = []
@@ -248,5 +264,5 @@ def _yaml_flags(path: Path, names: list[str]) -> list[str]:
 
 
 def _suggest(name: str, names: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name.split("=")[0].replace("-", "_"), names, n=1)
+    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
     return f": did you mean {prefix}{near[0]}?" if near else ""

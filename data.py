@@ -13,9 +13,12 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import json
 import math
+import os
 import signal
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +32,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import Count, Range, UserError, flag, one_line, require, warn
+from config import Count, Range, UserError, find_hub, flag, one_line, require, warn
 
 T = TypeVar("T")
 
@@ -96,9 +99,14 @@ class Rows:
     column: str
     separator: str = " "
     ended: bool = True  # False where the last document was cut and goes on elsewhere: no end-of-text follows it
+    numbers: np.ndarray | None = None  # of the records in all that was read, where these are a part of it
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def _numbers(self) -> np.ndarray:
+        return np.arange(len(self)) if self.numbers is None else self.numbers
 
     @property
     def fingerprint(self) -> str:
@@ -107,14 +115,16 @@ class Rows:
     def __iter__(self) -> Iterator[Iterator[str]]:
         head, *path = self.column.split(".")
         values = (value for batch in self.table.select_columns([head]).iter(batch_size=100) for value in batch[head])
-        for i, value in enumerate(values):
-            text = self._join(value, path)
-            if text is None:
-                row = i if self.table._indices is None else self.table._indices.column(0)[i].as_py()
-                raise UserError(
-                    f"--text_column {self.column}: record {row + 1} holds {str(value)[:40]}, not text; take it out"
-                )
-            yield iter([text])
+        where = f"--text_column {self.column}: record"
+        number = -1
+        try:
+            for number, value in zip(self._numbers, values, strict=True):
+                text = self._join(value, path)
+                require(text is not None, f"{where} {number + 1} holds {str(value)[:40]}, not text; take it out")
+                require("\0" not in text, f"{where} {number + 1} holds a NUL character; take it out")
+                yield iter([text])
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} {number + 2} or a later one is not UTF-8 ({error.reason}); convert it") from error
 
     def _join(self, value: Any, path: list[str]) -> str | None:
         """The text at ``path`` below ``value``, or None where something there is not text."""
@@ -126,7 +136,7 @@ class Rows:
         return value if isinstance(value, str) else None
 
     def select(self, indices: Sequence[int]) -> "Rows":
-        return dataclasses.replace(self, table=self.table.select(indices))
+        return dataclasses.replace(self, table=self.table.select(indices), numbers=self._numbers[list(indices)])
 
     def cut(self, fraction: float) -> tuple["Rows", "Rows"]:
         """The only document as two, the first with about ``fraction`` of its characters."""
@@ -161,6 +171,8 @@ class TextFiles:
         try:
             with opened(path, "rt", encoding="utf-8", newline="") as file:  # newline="": every \r\n stays as it is
                 while piece := file.read(WINDOW_CHARACTERS):
+                    nul = piece.find("\0")
+                    require(nul < 0, f"{path}: character {position + nul + 1} is a NUL; take it out, or give text")
                     text = piece[max(0, start - position) : None if end is None else max(0, end - position)]
                     position += len(piece)
                     if text:
@@ -169,7 +181,7 @@ class TextFiles:
                         return
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it, for example with iconv") from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a readable file") from error
 
     def select(self, indices: Sequence[int]) -> "TextFiles":
@@ -232,6 +244,8 @@ def _read_dataset(config: TextConfig, split: str) -> Rows:
             require(split in splits, f"--dataset {name}: no split {split} there, but {', '.join(splits)}; name one")
             table = splits[split]
         else:
+            if not path.exists():
+                find_hub()
             table = datasets.load_dataset(name, config.dataset_config, split=split, revision=config.dataset_revision)
     except UserError:
         raise
@@ -249,9 +263,14 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
         found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         require(bool(found), f"{name} {pattern}: no file matches; check the pattern and the directory")
         for path in found:
-            require(Path(path).exists(), f"{name} {path}: no such file; check the path")
-            require(not Path(path).is_dir(), f"{name} {path}: a directory; give files, such as {path}/*")
-            require(Path(path).stat().st_size > 0, f"{name} {path}: is empty; give text")
+            require(os.path.exists(path), f"{name} {path}: no such file; check the path")
+            require(not os.path.isdir(path), f"{name} {path}: a directory; give files, such as {path}/*")
+            require(os.path.isfile(path), f"{name} {path}: not a regular file; give one")  # a pipe would wait for ever
+            try:
+                with open(path, "rb") as file:
+                    require(file.read(1) != b"", f"{name} {path}: is empty; give text")
+            except OSError as error:
+                raise UserError(f"{name} {path}: cannot be read ({error.strerror}); give a readable file") from error
         paths += found
     kinds = {path: FORMATS.get(Path(path.removesuffix(".gz")).suffix.lower()) for path in paths}
     for path, kind in kinds.items():
@@ -259,19 +278,40 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
     if len(set(kinds.values())) > 1:
         raise UserError(f"{name}: files of several formats ({', '.join(sorted(set(kinds.values())))}); give one format")
     (kind,) = set(kinds.values())
-    paths = [str(Path(path).resolve()) for path in paths]
     if kind == "text":
         if config.text_column != TextConfig.text_column:
             warn(f"--text_column {config.text_column} is not used: .txt files have no columns")
-        return TextFiles(tuple((path, 0, None) for path in paths))
+        return TextFiles(tuple((str(Path(path).resolve()), 0, None) for path in paths))
+    return _rows(_read_table(name, paths, kind), config)
+
+
+def _read_table(name: str, paths: list[str], kind: str) -> datasets.Dataset:
     try:
         # verification_mode: a changed file is a new data set here, not a corrupted old one.
-        table = datasets.load_dataset(kind, data_files=paths, split="train", verification_mode="no_checks")
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise UserError(
-            f"{name} {' '.join(patterns)}: not readable as {kind} ({one_line(error)}); mend the file"
-        ) from error
-    return _rows(table, config)
+        files = [str(Path(path).resolve()) for path in paths]
+        return datasets.load_dataset(kind, data_files=files, split="train", verification_mode="no_checks")
+    except (OSError, EOFError, ValueError, zlib.error, DatasetGenerationError) as error:
+        for path in paths if len(paths) > 1 else []:  # which one it is, the library does not say
+            _read_table(name, [path], kind)
+        reason = (kind == "json" and len(paths) == 1 and _json_fault(paths[0])) or one_line(error)
+        shown = " ".join(paths)[:200]
+        raise UserError(f"{name} {shown}: not readable as {kind} ({reason}); mend the file") from error
+
+
+def _json_fault(path: str) -> str | None:
+    """The line on which a JSON file breaks, or None: the library counts records, and from the start of its buffer."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            is_list = file.read(1) == "["
+            file.seek(0)
+            for before, text in enumerate([file.read()] if is_list else file):
+                try:
+                    json.loads(text.strip() or "{}")
+                except json.JSONDecodeError as error:
+                    return f"line {before + error.lineno}: {error.msg}"
+    except (OSError, EOFError, ValueError, zlib.error):
+        pass  # what the library said is as good
+    return None
 
 
 def _rows(table: datasets.Dataset, config: TextConfig) -> Rows:

@@ -22,6 +22,7 @@ from config import Count, Range, Seed, UserError, flag, parse, require, run
 from model import (
     Precision,
     autocast,
+    check_model,
     load_pretrained,
     load_tokenizer_by_name,
     position_limit,
@@ -214,6 +215,7 @@ def main() -> None:
         print(f"model: {name}", file=sys.stderr)
     tokenizer = load_tokenizer_by_name(name, "--model", config.model_revision)
     model = load_pretrained(name, revision=config.model_revision).to(device)
+    check_model(model, tokenizer, block_size=2)
     torch.manual_seed(config.seed)
 
     def answer(prompts: list[str], streamed: bool) -> None:

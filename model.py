@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from typing import Any, Literal
 import datasets
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -31,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from config import UserError, flag, one_line, require, warn
+from config import UserError, find_hub, flag, one_line, require, warn
 from data import IGNORED_LABEL, Documents
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -56,8 +57,9 @@ class ModelConfig:
         return [
             (bool(self.model) != bool(self.model_config), both if self.model else none),
             (
-                size is None or size >= 257,
-                f"--tokenizer {self.tokenizer}: train:N needs N of at least 257 (256 bytes and {END_OF_TEXT})",
+                size is None or 257 <= size <= 10**6,
+                f"--tokenizer {self.tokenizer}: train:N needs N of at least 257 (256 bytes and {END_OF_TEXT}), "
+                f"at most 1000000",
             ),
             (
                 _overrides(self.model_overrides) is not None,
@@ -83,6 +85,30 @@ def _vocab_size(tokenizer: str | None) -> int | None:
     return int(number) if number.isdecimal() else 0
 
 
+@contextmanager
+def _loading(source: str, what: str, fix: str) -> Iterator[None]:
+    """Turns what the libraries raise over ``source``, a flag and its value, into a UserError."""
+    name = source.partition(" ")[2]
+    if not os.path.exists(name):
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"{source}: no such path, and no Hub id ({one_line(error)}); check it") from error
+        find_hub()
+    try:
+        yield
+    except Exception as error:  # over a broken file they raise anything, the plain Exception included
+        reason = one_line(error)
+        if "trust_remote_code" in reason:
+            reason, fix = "it needs code of its own, which is never run", "give a model that transformers itself has"
+        elif isinstance(error.__cause__ or error, LocalEntryNotFoundError):
+            reason, fix = "it is not in the cache, and the Hub cannot be reached", "check id, revision and network"
+        elif "named model.safetensors" in reason:
+            command = f"from transformers import pipeline as p; p('text-generation', '{name}').save_pretrained('safe')"
+            fix = f'a pytorch_model.bin can run code and is never read: convert it once with python -c "{command}"'
+        raise UserError(f"{source}: no {what} can be loaded from it ({reason}); {fix}") from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
@@ -103,13 +129,9 @@ def load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedToken
 
 
 def load_tokenizer_by_name(name: str, flag_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    try:
+    fix = "check it, or give --tokenizer: a Hub id, a local directory, or train:8192"
+    with _loading(f"{flag_name} {name}", "tokenizer", fix):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"{flag_name} {name}: no tokenizer can be loaded from it ({one_line(error)}); "
-            f"give --tokenizer: a Hub id, a local directory, or train:8192"
-        ) from error
     # Without its vocabulary file a tokenizer loads silently, with its special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"{flag_name} {name}: there is no tokenizer in it; give --tokenizer: a Hub id or train:8192")
@@ -154,12 +176,10 @@ def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         fitting = {"vocab_size": len(tokenizer)} | {key: getattr(tokenizer, key) for key in special}
         overrides = fitting | overrides
-    try:
+    with _loading(f"{flag_name} {name}", "model config", "check it and --model_overrides"):
         settings, unknown = AutoConfig.from_pretrained(
             name, revision=config.model_revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
-        raise UserError(f"{flag_name} {name}: no model config can be loaded from it ({one_line(error)})") from error
     require(not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
     return settings
 
@@ -168,14 +188,16 @@ def load_model(config: ModelConfig, settings: PreTrainedConfig) -> PreTrainedMod
     """Returns the model in float32: pretrained, or freshly initialized."""
     if config.model:
         return load_pretrained(config.model, settings, config.model_revision)
-    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+    with _loading(f"--model_config {config.model_config}", "causal language model", "check it and --model_overrides"):
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
 
 
 def load_pretrained(
     name: str, settings: PreTrainedConfig | None = None, revision: str | None = None
 ) -> PreTrainedModel:
     """Loads weights from safetensors alone: a pickle can run code."""
-    try:
+    fix = "give a Hub id or a directory with config.json and model.safetensors"
+    with _loading(f"--model {name}", "causal language model", fix):
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=settings,
@@ -184,12 +206,11 @@ def load_pretrained(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"--model {name}: no causal language model can be loaded from it ({one_line(error)}); "
-            f"give a Hub id or a directory with config.json and model.safetensors"
-        ) from error
+    for key, held, expected in report["mismatched_keys"]:
+        shapes = f"{list(held)} in the weights, but {list(expected)} by config.json"
+        raise UserError(f"--model {name}: {key} is {shapes}; {fix}")
     if missing := sorted(report["missing_keys"]):
         warn(f"{name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
     return model
@@ -226,7 +247,7 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bloc
     fits, largest_fits = limit is None or block_size <= limit, largest < rows
     require(fits, f"--block_size {block_size}: {model.config.model_type} holds at most {limit} positions; lower it")
     held = f"its largest id is {largest}, but the model's embedding has {rows} rows"
-    require(largest_fits, f"--tokenizer {tokenizer.name_or_path}: {held}; use the tokenizer that belongs to the model")
+    require(largest_fits, f"tokenizer {tokenizer.name_or_path}: {held}; use the tokenizer that belongs to the model")
     check_causal(model, block_size)
 
 

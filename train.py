@@ -602,9 +602,12 @@ output    {run_dir}""")
 
 def check_run_dir(run_dir: Path, config: TrainConfig) -> bool:
     """Whether ``run_dir`` holds a run. Raises UserError where a new one may not go there."""
-    present = [name for name in RUN_CONTENT if (run_dir / name).exists()]
-    for path in (run_dir, *run_dir.parents):
-        require(not path.exists() or path.is_dir(), f"--output_dir {run_dir}: {path} is a file; give a directory")
+    if run_dir.is_symlink():
+        raise UserError(f"--output_dir {run_dir}: a symbolic link to {os.readlink(run_dir)}; give what it leads to")
+    there = next(path for path in (run_dir, *run_dir.parents) if os.path.lexists(path))
+    require(there.is_dir(), f"--output_dir {run_dir}: {there} is a file; give a directory")
+    require(os.access(there, os.W_OK), f"--output_dir {run_dir}: {there} is read-only; give another directory")
+    present = [name for name in RUN_CONTENT if os.path.lexists(run_dir / name)]
     if present and "metrics.jsonl" not in present:  # --overwrite must never delete what no run has made
         raise UserError(f"--output_dir {run_dir}: holds {', '.join(present)}, but no run; give another directory")
     if present and not (config.resume or config.overwrite or config.dry_run):
@@ -624,7 +627,7 @@ def lock_directory(run_dir: Path) -> None:
 def remove_run(run_dir: Path) -> None:
     for name in RUN_CONTENT:
         path = run_dir / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def check_same_run(run_dir: Path, before: dict, now: dict) -> None:
