@@ -24,6 +24,7 @@ import datasets
 import huggingface_hub
 import transformers
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 
 
@@ -80,9 +81,9 @@ def warn(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The innermost cause of an error as one line: libraries wrap what matters in a general message."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The innermost cause of an error as one line: libraries, but not the Hub's, wrap what matters."""
+    while (cause := error.__cause__) is not None and not any(isinstance(e, HfHubHTTPError) for e in (error, cause)):
+        error = cause
     return " ".join(str(error).split())[:300]
 
 

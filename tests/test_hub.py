@@ -62,14 +62,20 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
     loss = float(measured.stdout.split("loss: ")[1].split()[0])
     assert loss == pytest.approx(read_jsonl(tmp_path / "runs/train/metrics.jsonl")[-1]["loss"], abs=1e-5)
 
+    # What the cache holds needs no network, and is not waited for.
+    env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = run_script("train.py", *FLAGS, "--output_dir", "again", cwd=tmp_path, env=env, timeout=20)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
 
 def test_what_the_hub_refuses_is_said_before_training(hub, tmp_path):
     env = client(hub, tmp_path / "home")
     for change, words in (
         (["--push_to_hub", "user/other"], "not logged in to the Hub"),
         (["--dataset", "someone/nothing"], "--dataset someone/nothing"),
-        (["--model", "someone/nothing"], "--model someone/nothing"),
-        (["--dataset_revision", "nowhere"], "nowhere"),
+        (["--model", "someone/nothing"], "not a valid model identifier"),
+        (["--dataset_revision", "nowhere"], "Revision 'nowhere' doesn't exist"),
+        (["--model_revision", "nowhere"], "nowhere is not a valid git identifier"),
     ):
         done = run_script("train.py", *FLAGS, *change, cwd=tmp_path, env=env)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

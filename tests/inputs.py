@@ -1,0 +1,584 @@
+"""Wrong input, as a table: what a user gives, and what the one line that answers must name.
+
+    for case in CASES:
+        problem = check(case, run)     # run(script, argv, cwd) -> (exit code, stdout, stderr); None: as it should be
+
+Each case is plain data and needs no test framework, so that other programs can run it, in any way, for example in a
+process of its own. Every case runs in a directory of its own, where `good.txt` is a text that is fine.
+"""
+
+import functools
+import gzip
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from conftest import make_text, tiny_gpt2
+from safetensors.torch import save_file
+from transformers import RobertaConfig, RobertaForCausalLM
+
+from data import TextFiles
+from model import ModelConfig, load_tokenizer
+
+NOBODY = 65534
+FIRED = "canary-fired"  # the file that a canary makes in the working directory, where something runs it
+Build = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``flags`` beside those that every call has (see `arguments`), and ``words`` that the answer must hold."""
+
+    name: str
+    flags: str
+    words: tuple[str, ...]
+    build: tuple[Build, ...] = ()  # each makes files in the directory it is given
+    script: str = "train.py"
+    env: dict[str, str] = field(default_factory=dict)  # where not empty, only a process of its own will do
+    as_nobody: bool = False  # root may read and write everything, so `check` is nobody while this runs
+    absent: str = ""  # what the answer must not hold
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders
+
+
+def file(name: str, content: bytes | str) -> Build:
+    def build(directory: Path) -> None:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return build
+
+
+def rows(name: str, *texts: object, column: str = "text") -> Build:
+    """A .jsonl file with a record for each of ``texts``."""
+    return file(name, "".join(json.dumps({column: text}) + "\n" for text in texts))
+
+
+def parquet(name: str, keep: float = 1.0) -> Build:
+    """A .parquet file, cut off after a part of its bytes."""
+
+    def build(directory: Path) -> None:
+        pyarrow.parquet.write_table(pa.table({"text": [make_text(50, i) for i in range(20)]}), directory / name)
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: int(len(content) * keep)])
+
+    return build
+
+
+def folder(name: str) -> Build:
+    return lambda directory: (directory / name).mkdir(parents=True)
+
+
+def link(name: str, target: str) -> Build:
+    return lambda directory: (directory / name).symlink_to(target)
+
+
+def mode(name: str, bits: int) -> Build:
+    return lambda directory: (directory / name).chmod(bits)
+
+
+@functools.cache
+def good_model() -> Path:
+    """A tiny GPT-2 of 64 positions with its tokenizer, made once a process."""
+    keep.append(holder := tempfile.TemporaryDirectory(prefix="inputs-"))
+    root = Path(holder.name)
+    root.chmod(0o755)
+    (root / "text.txt").write_text(make_text(8000), encoding="utf-8")
+    tokenizer = load_tokenizer(ModelConfig(tokenizer="train:320"), TextFiles(((str(root / "text.txt"), 0, None),)))
+    tiny_gpt2(len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return root / "model"
+
+
+keep: list[tempfile.TemporaryDirectory] = []
+
+
+def model(*changes: Callable[[Path], object], name: str = "model") -> Build:
+    """A copy of the good model, with ``changes`` made to it."""
+
+    def build(directory: Path) -> None:
+        shutil.copytree(good_model(), directory / name)
+        for change in changes:
+            change(directory / name)
+
+    return build
+
+
+def without(name: str) -> Build:
+    return lambda directory: (directory / name).unlink()
+
+
+def cut(name: str, size: int) -> Build:
+    return lambda directory: os.truncate(directory / name, size)
+
+
+def edit(name: str, **changes: object) -> Build:
+    """Changes keys of a JSON file; None takes one out."""
+
+    def build(directory: Path) -> None:
+        content = json.loads((directory / name).read_text()) | changes
+        kept = {key: value for key, value in content.items() if value is not None}
+        (directory / name).write_text(json.dumps(kept))
+
+    return build
+
+
+def small_embedding(directory: Path) -> None:
+    tiny_gpt2(100).save_pretrained(directory)
+
+
+def roberta(directory: Path) -> None:
+    """64 rows of positions, of which the family's padding takes two."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    positions = {"max_position_embeddings": 64, "pad_token_id": 1, "is_decoder": True}
+    RobertaForCausalLM(RobertaConfig(vocab_size=320, **size, **positions)).save_pretrained(directory)
+
+
+class Canary:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self):
+        return open, (FIRED, "w")
+
+
+def canary(name: str) -> Build:
+    """A pickle that runs code, in the ways that are in use: by itself, and as PyTorch writes it."""
+
+    def build(directory: Path) -> None:
+        if name.endswith((".bin", ".pt", ".pth")):
+            torch.save({"weight": Canary()}, directory / name)
+        else:
+            (directory / name).write_bytes(pickle.dumps(Canary()))
+
+    return build
+
+
+CODE = f"open({FIRED!r}, 'w')\n"  # the same as a Python file
+
+
+def custom_code(directory: Path) -> None:
+    """A model whose architecture is a Python file beside its weights."""
+    (directory / "modeling_own.py").write_text(CODE)
+    (directory / "configuration_own.py").write_text(CODE)
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    edit("config.json", model_type="own", architectures=["OwnModel"], auto_map=classes)(directory)
+
+
+def custom_tokenizer(directory: Path) -> None:
+    (directory / "tokenization_own.py").write_text(CODE)
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    edit("tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=auto_map)(directory)
+    edit("config.json", model_type="own")(directory)
+
+
+def finished_run(name: str) -> Build:
+    """What a run leaves, as far as it is looked at before anything else."""
+    return file(f"{name}/metrics.jsonl", '{"step": 1, "split": "eval", "loss": 1.0, "final": true}\n')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+A, LONG = "some text", make_text(400)
+DATA = "--train_files "
+NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+HEADER = b"\0" * 64
+
+CASES = [
+    # Files that are not there, or are none.
+    Case("missing file", DATA + "nowhere.txt", ("--train_files nowhere.txt", "no such file")),
+    Case("missing among others", DATA + "good.txt x.txt.gz", ("--train_files x.txt.gz", "no such file")),
+    Case("missing evaluation file", "--eval_files nowhere.txt", ("--eval_files nowhere.txt", "no such file")),
+    Case("no match", DATA + "'*.csv'", ("--train_files *.csv", "no file matches")),
+    Case("directory", DATA + ".", ("--train_files .", "a directory", "./*")),
+    Case("directory named as a file", DATA + "x.txt", ("x.txt", "a directory"), (folder("x.txt"),)),
+    Case("dangling link", DATA + "x.txt", ("x.txt", "no such file"), (link("x.txt", "nowhere"),)),
+    Case("pipe", DATA + "x.txt", ("x.txt", "not a regular file"), (lambda d: os.mkfifo(d / "x.txt"),)),
+    Case("device", DATA + "/dev/zero", ("/dev/zero", "not a regular file")),
+    Case("unreadable file", DATA + "x.txt", ("x.txt", "cannot be read", "Permission denied"),
+         (file("x.txt", A), mode("x.txt", 0)), as_nobody=True),
+    Case("unreadable directory", DATA + "x/x.txt", ("x/x.txt",),
+         (file("x/x.txt", A), mode("x", 0)), as_nobody=True),
+    Case("a name that is too long", DATA + "x" * 300 + ".txt", ("xxx.txt", "no such file")),
+    # Formats.
+    Case("empty file", DATA + "x.txt", ("x.txt", "is empty", "give text"), (file("x.txt", ""),)),
+    Case("empty jsonl", DATA + "x.jsonl", ("x.jsonl", "is empty"), (file("x.jsonl", ""),)),
+    Case("empty among others", DATA + "good.txt x.txt", ("x.txt", "is empty"), (file("x.txt", ""),)),
+    Case("blank jsonl", DATA + "x.jsonl", ("x.jsonl",), (file("x.jsonl", "\n\n"),)),
+    Case("header alone", DATA + "x.csv", ("x.csv", "no data"), (file("x.csv", "text\n"),)),
+    Case("empty list", DATA + "x.json", ("x.json",), (file("x.json", "[]"),)),
+    Case("unknown format", DATA + "x.html", ("x.html", "unknown format", ".jsonl"), (file("x.html", "<p>"),)),
+    Case("no suffix", DATA + "x", ("--train_files x:", "unknown format"), (file("x", A),)),
+    Case("gz alone", DATA + "x.gz", ("x.gz", "unknown format"), (file("x.gz", gzip.compress(b"a")),)),
+    Case("mixed formats", DATA + "good.txt x.jsonl", ("several formats", "json, text"), (rows("x.jsonl", A),)),
+    # Not text.
+    Case("latin-1 txt", DATA + "x.txt", ("x.txt", "not UTF-8", "iconv"), (file("x.txt", "café".encode("latin-1")),)),
+    Case("utf-16 txt", DATA + "x.txt", ("x.txt", "not UTF-8"), (file("x.txt", LONG.encode("utf-16")),)),
+    Case("utf-16 txt without a mark", DATA + "x.txt", ("x.txt", "NUL", "character 2"),
+         (file("x.txt", "plain".encode("utf-16-le")),)),
+    Case("latin-1 csv", DATA + "x.csv", ("x.csv", "utf-8"),
+         (file("x.csv", "text\ncafé\n".encode("latin-1")),)),
+    Case("latin-1 jsonl", DATA + "x.jsonl", ("--text_column text", "not UTF-8"),
+         (file("x.jsonl", '{"text": "a"}\n{"text": "café"}\n'.encode("latin-1")),)),
+    Case("nul in txt", DATA + "x.txt", ("x.txt", "NUL", "character 6"), (file("x.txt", b"12345\0" + LONG.encode()),)),
+    Case("nul far into a txt", DATA + "x.txt", ("x.txt", "NUL", "character 200001"),
+         (file("x.txt", b"a " * 100_000 + b"\0"),)),
+    Case("nul in a txt.gz", DATA + "x.txt.gz", ("x.txt.gz", "NUL"), (file("x.txt.gz", gzip.compress(b"a\0b")),)),
+    Case("nul in jsonl", DATA + "x.jsonl", ("--text_column text", "record 3", "NUL"),
+         (rows("x.jsonl", A, A, "a\0b", A), )),
+    Case("nul in csv", DATA + "x.csv", ("NUL",), (file("x.csv", b"text\nsome\nte\0xt\n"),)),
+    Case("nul in evaluation text", "--eval_files x.txt", ("x.txt", "NUL"), (file("x.txt", b"12345\0"),)),
+    Case("an image called txt", DATA + "x.txt", ("x.txt", "not UTF-8"), (file("x.txt", b"\x89PNG\r\n\x1a\n"),)),
+    # Broken.
+    Case("jsonl broken in the middle", DATA + "x.jsonl", ("x.jsonl", "line 3"),
+         (file("x.jsonl", '{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n'),)),
+    Case("jsonl.gz broken in the middle", DATA + "x.jsonl.gz", ("x.jsonl.gz", "line 2"),
+         (file("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": b}\n{"text": "c"}\n')),)),
+    Case("jsonl with an unescaped quote, far in", DATA + "x.jsonl", ("x.jsonl", "line 4001"),
+         (file("x.jsonl", '{"text": "a"}\n' * 4000 + '{"text": "say "b""}\n' + '{"text": "a"}\n' * 10),)),
+    Case("jsonl cut off", DATA + "x.jsonl", ("x.jsonl", "line 2"), (file("x.jsonl", '{"text": "a"}\n{"text": "'),)),
+    Case("jsonl of plain lines", DATA + "x.jsonl", ("x.jsonl", "line 1"), (file("x.jsonl", "one\ntwo\n"),)),
+    Case("jsonl of strings", DATA + "x.jsonl", ("x.jsonl",), (file("x.jsonl", '"one"\n"two"\n'),)),
+    Case("jsonl of numbers", DATA + "x.jsonl", ("x.jsonl",), (file("x.jsonl", "1\n2\n"),)),
+    Case("json list broken", DATA + "x.json", ("x.json", "line 3"),
+         (file("x.json", '[\n{"text": "a"},\n{"text": b}\n]'),)),
+    Case("json object broken", DATA + "x.json", ("x.json", "line 2"), (file("x.json", '{"text": "a"}\n{"text":\n'),)),
+    Case("one broken of three", DATA + "'*.jsonl'", ("b.jsonl", "line 1"),
+         (rows("a.jsonl", A), file("b.jsonl", "{]\n"), rows("c.jsonl", A))),
+    Case("one broken parquet of three", DATA + "'*.parquet'", ("b.parquet",),
+         (parquet("a.parquet"), parquet("b.parquet", 0.5), parquet("c.parquet"))),
+    Case("one latin-1 of two", DATA + "good.txt x.txt", ("x.txt", "not UTF-8"), (file("x.txt", b"caf\xe9"),)),
+    Case("csv with ragged rows", DATA + "x.csv", ("x.csv", "line 3"), (file("x.csv", "text,n\na,1\nb,2,3,4\nc,1\n"),)),
+    Case("csv with an open quote", DATA + "x.csv", ("x.csv", "starting at row"), (file("x.csv", 'text\na\n"b\nc\n'),)),
+    Case("parquet that is text", DATA + "x.parquet", ("x.parquet",), (file("x.parquet", LONG),)),
+    Case("parquet cut off", DATA + "x.parquet", ("x.parquet",), (parquet("x.parquet", 0.5),)),
+    Case("arrow that is text", DATA + "x.arrow", ("x.arrow",), (file("x.arrow", LONG),)),
+    Case("gzip that is text", DATA + "x.txt.gz", ("x.txt.gz", "cannot be read"), (file("x.txt.gz", A),)),
+    Case("gzip cut off", DATA + "x.txt.gz", ("x.txt.gz", "cannot be read"),
+         (file("x.txt.gz", gzip.compress(LONG.encode())[:-20]),)),
+    Case("gzip damaged", DATA + "x.txt.gz", ("x.txt.gz", "cannot be read"),
+         (file("x.txt.gz", gzip.compress(b"", 9)[:10] + b"\xff" * 50),)),
+    Case("jsonl.gz that is text", DATA + "x.jsonl.gz", ("x.jsonl.gz",), (rows("x.jsonl.gz", A, A),)),
+    Case("jsonl.gz cut off", DATA + "x.jsonl.gz", ("x.jsonl.gz",),
+         (file("x.jsonl.gz", gzip.compress(b'{"text": "some text"}\n' * 100)[:-20]),)),
+    # Columns and records.
+    Case("no such column", DATA + "x.jsonl --text_column body", ("--text_column body", "no such column", "text, n"),
+         (file("x.jsonl", '{"text": "a", "n": 1}\n'),)),
+    Case("no such column below", DATA + "x.jsonl --text_column answers.body",
+         ("--text_column answers.body", "answers.text"), (rows("x.jsonl", {"text": ["a"]}, column="answers"),)),
+    Case("no such column in csv", DATA + "x.csv", ("--text_column text", "title, body"),
+         (file("x.csv", "title,body\na,b\n"),)),
+    Case("null", DATA + "x.jsonl", ("record 3", "None"), (rows("x.jsonl", A, A, None),)),
+    Case("null in a parquet", DATA + "x.parquet", ("record 2", "None"),
+         (lambda d: pyarrow.parquet.write_table(pa.table({"text": [A, None]}), d / "x.parquet"),)),
+    Case("empty field in a csv", DATA + "x.csv", ("record 2", "None"), (file("x.csv", "text,n\na,1\n,2\n"),)),
+    Case("numbers", DATA + "x.jsonl", ("record 1", "holds 7"), (rows("x.jsonl", 7, 8),)),
+    Case("a number among texts", DATA + "x.jsonl", ("record 2", "holds 8"), (rows("x.jsonl", A, 8),)),
+    Case("a list with a null", DATA + "x.jsonl", ("record 2", "None"), (rows("x.jsonl", [A], [A, None]),)),
+    Case("lists of numbers", DATA + "x.jsonl", ("record 1", "[1, 2]"), (rows("x.jsonl", [1, 2]),)),
+    Case("records in the column", DATA + "x.jsonl --text_column answers", ("record 1", "not text"),
+         (rows("x.jsonl", {"text": "a"}, column="answers"),)),
+    # Too little.
+    Case("fewer tokens than a block", DATA + "x.txt --block_size 64", ("training text has", "64 or more"),
+         (file("x.txt", "a b c d e f g h i j"),)),
+    Case("an evaluation set without a token", "--eval_files x.txt", ("--eval_files x.txt", "empty"),
+         (file("x.txt", ""),)),
+    Case("an evaluation set of one token", "--eval_files x.jsonl", ("evaluation text has 1 tokens",),
+         (rows("x.jsonl", ""),)),
+    # Numbers.
+    *[Case(f"{flag} {value}", f"--{flag} {value}", (f"--{flag}", shown or value, rule))
+      for flag, value, shown, rule in (
+          ("batch_size", "0", "", "at least 1"),
+          ("batch_size", "-1", "", "at least 1"),
+          ("batch_size", "1000000000000", "", "at most 1000000000"),
+          ("batch_size", "2.5", "", "int"),
+          ("batch_size", "abc", "", "int"),
+          ("batch_size", "''", "''", "int"),
+          ("learning_rate", "-1e-4", "--learning_rate", "expected one argument"),
+          ("grad_accum_steps", "0", "", "at least 1"),
+          ("grad_accum_steps", "1000000000001", "", "at most"),
+          ("max_steps", "0", "", "at least 1"),
+          ("max_steps", "1e3", "", "int"),
+          ("max_steps", "99999999999999999999", "", "at most"),
+          ("num_epochs", "0", "", "above 0"),
+          ("num_epochs", "inf", "", "below"),
+          ("learning_rate", "nan", "", "above 0"),
+          ("learning_rate", "inf", "", "below 1"),
+          ("learning_rate", "-0.1", "", "above 0"),
+          ("learning_rate", "0", "", "above 0"),
+          ("learning_rate", "2", "", "below 1"),
+          ("weight_decay", "-0.1", "", "at least 0"),
+          ("warmup_steps", "-1", "", "at least 0"),
+          ("warmup_ratio", "1.5", "", "below 1"),
+          ("max_grad_norm", "nan", "", "at least 0"),
+          ("block_size", "1", "", "at least 2"),
+          ("block_size", "0", "", "at least 2"),
+          ("block_size", "1000000000000", "", "at most"),
+          ("max_documents", "0", "", "at least 1"),
+          ("eval_fraction", "0", "", "above 0"),
+          ("eval_fraction", "1", "", "below 1"),
+          ("seed", "-1", "", "at least 0"),
+          ("seed", "4294967296", "", "at most 4294967295"),
+          ("keep_checkpoints", "0", "", "at least 1"),
+          ("log_every", "0", "", "at least 1"),
+          ("save_every", "1000000000000", "", "at most"),
+          ("precision", "fp8", "", "'fp32', 'bf16', 'fp16'"),
+          ("compile", "maybe", "", "'auto', 'on', 'off'"),
+          ("tokenizer", "train:10", "", "257"),
+          ("tokenizer", "train:many", "", "257"),
+          ("tokenizer", "train:1000000000000", "", "257"),
+      )],
+    Case("two numbers at once", "--batch_size 0 --seed -1", ("--batch_size 0", "--seed -1")),
+    Case("warmup longer than the run", "--warmup_steps 5 --max_steps 5", ("--warmup_steps 5", "only 5 steps")),
+    Case("two warmups", "--warmup_steps 5 --warmup_ratio 0.1", ("--warmup_ratio 0.1", "exclude")),
+    Case("fp16 on a CPU", "--precision fp16", ("--precision fp16", "bf16, fp32")),
+    Case("block beyond the positions", "--block_size 65", ("--block_size 65", "64 positions")),
+    Case("a prompt beyond the positions", f"--sample_prompt '{'the model ' * 40}'", ("--sample_prompt the model",)),
+    # Flags and files of flags.
+    Case("unknown flag", "--frobnicate 3", ("'--frobnicate'", "--help")),
+    Case("misspelt flag", "--bach_size 3", ("'--bach_size'", "did you mean --batch_size")),
+    Case("abbreviated flag", "--batch 3", ("'--batch'", "did you mean")),
+    Case("stray word", "stray", ("'stray'",)),
+    Case("token as a flag", "--token=hf_secret", ("'--token'",), absent="hf_secret"),
+    Case("token as two words", "--token hf_secret", ("'--token'",), absent="hf_secret"),
+    Case("a flag without its value", "--batch_size", ("--batch_size", "expected one argument")),
+    Case("no model", "--model=", ("no model", "--model_config")),
+    Case("no text", "--train_files", ("--train_files", "expected at least one argument")),
+    Case("two sources", "--dataset a/b --train_files good.txt", ("--dataset a/b", "exclude")),
+    Case("two models", "--model a --model_config b", ("--model a", "exclude")),
+    Case("split without a dataset", "--dataset_split test", ("need --dataset",)),
+    Case("missing yaml", "--config c.yaml", ("c.yaml", "No such file")),
+    Case("yaml is a directory", "--config .", ("--config .", "directory")),
+    Case("broken yaml", "--config c.yaml", ("c.yaml", "not valid YAML", "line 3"),
+         (file("c.yaml", "seed: 1\nbatch_size: [\n"),)),
+    Case("yaml is a list", "--config c.yaml", ("c.yaml", "mapping"), (file("c.yaml", "- batch_size\n"),)),
+    Case("yaml is a word", "--config c.yaml", ("c.yaml", "mapping"), (file("c.yaml", "batch_size\n"),)),
+    Case("yaml is latin-1", "--config c.yaml", ("c.yaml", "not valid YAML"), (file("c.yaml", b"model: caf\xe9\n"),)),
+    Case("yaml is binary", "--config c.yaml", ("c.yaml", "not valid YAML"), (file("c.yaml", b"a: \0\1\n"),)),
+    Case("unknown yaml key", "--config c.yaml", ("c.yaml", "'bach_size'", "did you mean batch_size"),
+         (file("c.yaml", "bach_size: 2\n"),)),
+    Case("token in yaml", "--config c.yaml", ("c.yaml", "'token'"), (file("c.yaml", "token: hf_secret\n"),),
+         absent="hf_secret"),
+    Case("token in broken yaml", "--config c.yaml", ("c.yaml", "not valid YAML"),
+         (file("c.yaml", "token: hf_secret: x\n"),), absent="hf_secret"),
+    Case("wrong type in yaml", "--config c.yaml", ("batch_size", "'two'"), (file("c.yaml", "batch_size: two\n"),)),
+    Case("a list for a number in yaml", "--config c.yaml", ("'2'",), (file("c.yaml", "batch_size: [1, 2]\n"),)),
+    Case("a word for a switch in yaml", "--config c.yaml", ("resume", "maybe"), (file("c.yaml", "resume: maybe\n"),)),
+    Case("nul in yaml", "--config c.yaml", ("no such file",), (file("c.yaml", 'eval_files: ["a\\0b.txt"]\n'),)),
+    Case("1e-4 in yaml is a number", "--config c.yaml --batch_size 0", ("--batch_size 0",),
+         (file("c.yaml", "learning_rate: 1e-4\n"),), absent="learning_rate"),
+    Case("python in yaml", "--config c.yaml", ("c.yaml", "not valid YAML", "python/object"),
+         (file("c.yaml", f'seed: !!python/object/apply:os.system ["touch {FIRED}"]\n'),)),
+    # Models.
+    Case("no such model directory", "--model ./nowhere", ("--model ./nowhere",)),
+    Case("a model that is a file", "--model good.txt", ("--model good.txt",)),
+    Case("empty model directory", "--model model", ("--model model",), (folder("model"),)),
+    Case("no config", "--model model", ("--model model", "config"), (model(without("config.json")),)),
+    Case("broken config", "--model model", ("--model model", "config.json"),
+         (model(file("config.json", "{broken")),)),
+    Case("a config that is a list", "--model model", ("--model model",), (model(file("config.json", "[]")),)),
+    Case("unknown model type", "--model model", ("--model model", "nonesuch"),
+         (model(edit("config.json", model_type="nonesuch")),)),
+    Case("no model type", "--model model", ("--model model", "model_type"),
+         (model(edit("config.json", model_type=None)),)),
+    Case("a wrong type in the config", "--model model", ("--model model", "n_layer"),
+         (model(edit("config.json", n_layer="two")),)),
+    Case("not a causal model", "--model model", ("--model model", "t5"),
+         (model(edit("config.json", model_type="t5")),)),
+    Case("no weights", "--model model", ("--model model", "model.safetensors"),
+         (model(without("model.safetensors")),)),
+    Case("truncated weights", "--model model", ("--model model", "model.safetensors"),
+         (model(cut("model.safetensors", 5000)),)),
+    Case("empty weights", "--model model", ("--model model", "model.safetensors"),
+         (model(cut("model.safetensors", 0)),)),
+    Case("zeros for weights", "--model model", ("--model model", "model.safetensors"),
+         (model(file("model.safetensors", HEADER)),)),
+    Case("weights of another shape", "--model model", ("--model model", "transformer.wte.weight", "[3, 3]"),
+         (model(lambda d: save_file({"transformer.wte.weight": torch.zeros(3, 3)}, d / "model.safetensors",
+                                    {"format": "pt"})),)),
+    Case("a pickle for weights", "--model model", ("--model model", "pytorch_model.bin", "can run code", "python -c"),
+         (model(without("model.safetensors"), canary("pytorch_model.bin")),)),
+    Case("a pickle called safetensors", "--model model", ("--model model", "model.safetensors"),
+         (model(lambda d: torch.save({"weight": Canary()}, d / "model.safetensors")),)),
+    Case("custom code", "--model model", ("--model model", "code"), (model(custom_code),), absent="trust_remote_code"),
+    Case("custom code from scratch", "--model_config model", ("--model_config model", "code"), (model(custom_code),),
+         absent="trust_remote_code"),
+    Case("custom tokenizer", "--model model", ("--model model", "code"), (model(custom_tokenizer),),
+         absent="trust_remote_code"),
+    Case("no tokenizer", "--model model", ("--model model", "tokenizer"),
+         (model(without("tokenizer.json"), without("tokenizer_config.json")),)),
+    Case("broken tokenizer", "--model model", ("--model model", "tokenizer"),
+         (model(file("tokenizer.json", "{broken")),)),
+    Case("a tokenizer that is another JSON", "--model model", ("--model model", "tokenizer"),
+         (model(file("tokenizer.json", '{"a": 1}')),)),
+    Case("truncated tokenizer", "--model model", ("--model model", "tokenizer"),
+         (model(cut("tokenizer.json", 300)),)),
+    Case("broken tokenizer_config", "--model model", ("--model model", "tokenizer"),
+         (model(file("tokenizer_config.json", "{broken")),)),
+    Case("more ids than rows", "--model model", ("tokenizer model", "319", "100 rows"), (model(small_embedding),)),
+    Case("roberta's positions", "--model model --block_size 63", ("--block_size 63", "62 positions"),
+         (model(roberta),)),
+    Case("overrides that are no JSON", "--model_overrides n_layer=4", ("--model_overrides n_layer=4", "JSON object")),
+    Case("overrides that are a list", "--model_overrides [4]", ("--model_overrides [4]", "JSON object")),
+    Case("an unknown override", """--model_overrides '{"n_layers": 4}'""", ("--model_overrides", "n_layers")),
+    Case("an override of the wrong type", """--model_overrides '{"n_layer": "4"}'""", ("n_layer",)),
+    Case("an override beyond sense", """--model_config model --model_overrides '{"n_head": 7}'""",
+         ("--model_config model", "7"), (model(),)),
+    Case("an override beyond memory", """--model_config model --model_overrides '{"vocab_size": 1000000000000000}'""",
+         ("--model_config model",), (model(),)),
+    Case("a negative override", """--model_config model --model_overrides '{"n_embd": -2}'""",
+         ("--model_config model",), (model(),)),
+    Case("a config file that is missing", "--model_config nowhere.json", ("--model_config nowhere.json",)),
+    Case("a config file that is broken", "--model_config c.json --tokenizer train:300", ("--model_config c.json",),
+         (file("c.json", "{"),)),
+    Case("a config without its tokenizer", "--model_config c.json", ("--model_config .", "--tokenizer"),
+         (file("c.json", '{"model_type": "gpt2"}'),)),
+    Case("a malformed id", "--model 'a b/c'", ("--model a b/c",)),
+    Case("a malformed tokenizer id", "--tokenizer a//b", ("--tokenizer a//b",)),
+    Case("a model that is not in the cache, offline", "--model no/model", ("--model no/model",)),
+    # The Hub.
+    Case("a model and no network", "--model no/model", ("--model no/model", "network"), env=NO_NETWORK),
+    Case("a dataset and no network", "--dataset no/data", ("--dataset no/data", "network"), env=NO_NETWORK),
+    Case("a malformed dataset id", "--dataset 'a b/c'", ("--dataset a b/c",)),
+    Case("a missing dataset directory", "--dataset ./nowhere", ("--dataset ./nowhere",)),
+    Case("an empty dataset directory", "--dataset data", ("--dataset data",), (folder("data"),)),
+    Case("a dataset that is a script", "--dataset data", ("--dataset data", "script"), (file("data/data.py", CODE),)),
+    Case("a dataset that is a file", "--dataset good.txt", ("--dataset good.txt",)),
+    Case("a broken saved dataset", "--dataset data", ("--dataset data",), (file("data/state.json", "{"),)),
+    Case("a saved dataset without its table", "--dataset data", ("--dataset data",),
+         (file("data/state.json", '{"_data_files": [{"filename": "x.arrow"}]}'), file("data/dataset_info.json", "{}"))),
+    Case("no such split", "--dataset data --dataset_split other", ("--dataset data", "other"),
+         (rows("data/train.jsonl", A),)),
+    Case("a malformed split", "--dataset data --dataset_split 'train[a'", ("--dataset data", "train[a"),
+         (rows("data/train.jsonl", A),)),
+    Case("a malformed repo to push to", "--push_to_hub 'a b'", ("--push_to_hub a b", "user/name")),
+    Case("not logged in", "--push_to_hub user/name", ("--push_to_hub user/name", "hf auth login")),
+    # The output directory.
+    Case("holds another run", "--output_dir out", ("--output_dir out", "another run", "--overwrite"),
+         (finished_run("out"),)),
+    Case("holds something else", "--output_dir out --overwrite", ("--output_dir out", "no run"),
+         (file("out/model/mine.txt", A),)),
+    Case("is a file", "--output_dir out", ("--output_dir out", "is a file"), (file("out", A),)),
+    Case("is below a file", "--output_dir out/run", ("--output_dir out/run", "out is a file"), (file("out", A),)),
+    Case("is a link", "--output_dir out", ("--output_dir out", "symbolic link", "elsewhere"),
+         (folder("elsewhere"), link("out", "elsewhere"))),
+    Case("is a link to a run", "--output_dir out --overwrite", ("--output_dir out", "symbolic link", "elsewhere"),
+         (finished_run("elsewhere"), link("out", "elsewhere"))),
+    Case("is a dangling link", "--output_dir out", ("--output_dir out", "symbolic link", "nowhere"),
+         (link("out", "nowhere"),)),
+    Case("is read-only", "--output_dir out", ("--output_dir out", "read-only"),
+         (folder("out"), mode("out", 0o555)), as_nobody=True),
+    Case("is in a read-only directory", "--output_dir up/out/x", ("--output_dir up/out/x", ": up is read-only"),
+         (folder("up"), mode("up", 0o555)), as_nobody=True),
+    # The other two scripts.
+    Case("perplexity of nothing", "--files", ("--files", "at least one"), script="perplexity.py"),
+    Case("perplexity of a missing file", "--files x.txt", ("--files x.txt", "no such file"), script="perplexity.py"),
+    Case("perplexity of an empty file", "--files x.txt", ("--files x.txt", "empty"), (file("x.txt", ""),),
+         "perplexity.py"),
+    Case("perplexity of broken JSON", "--files x.jsonl", ("--files x.jsonl", "line 1"), (file("x.jsonl", "{\n"),),
+         "perplexity.py"),
+    Case("perplexity of nul", "--files x.txt", ("x.txt", "NUL"), (file("x.txt", b"a\0"),), "perplexity.py"),
+    Case("perplexity of a null", "--files x.jsonl", ("record 1",), (rows("x.jsonl", None),), "perplexity.py"),
+    Case("perplexity without a model", "--model=", ("no model",), script="perplexity.py"),
+    Case("perplexity with a stride too long", "--stride 17", ("--stride 17", "at most --block_size 16"),
+         script="perplexity.py"),
+    Case("perplexity with a block too long", "--block_size 65", ("--block_size 65", "64"), script="perplexity.py"),
+    Case("perplexity with a pickle", "--model model", ("pytorch_model.bin", "can run code"),
+         (model(without("model.safetensors"), canary("pytorch_model.bin")),), "perplexity.py"),
+    Case("perplexity with custom code", "--model model", ("--model model", "code"), (model(custom_code),),
+         "perplexity.py", absent="trust_remote_code"),
+    Case("perplexity in fp16 on a CPU", "--precision fp16", ("--precision fp16",), script="perplexity.py"),
+    Case("no model to generate with", "--model ./nowhere", ("--model ./nowhere",), script="generate.py"),
+    Case("no finished run", "--model=", ("no finished run", "--model"), script="generate.py"),
+    Case("generate with a pickle", "--model model", ("pytorch_model.bin", "can run code"),
+         (model(without("model.safetensors"), canary("pytorch_model.bin")),), "generate.py"),
+    Case("generate with custom code", "--model model", ("--model model", "code"), (model(custom_code),),
+         "generate.py", absent="trust_remote_code"),
+    Case("more ids than rows to generate from", "--model model", ("100 rows",), (model(small_embedding),),
+         "generate.py"),
+    Case("too many tokens", "--max_new_tokens 64", ("--max_new_tokens 64", "64 positions"), script="generate.py"),
+    Case("an absurd number of samples", "--num_samples 1000000000000", ("--num_samples", "at most"),
+         script="generate.py"),
+    Case("temperature 0", "--temperature 0", ("--temperature 0.0", "above 0"), script="generate.py"),
+    Case("top_p 2", "--top_p 2", ("--top_p 2.0", "at most 1"), script="generate.py"),
+    Case("greedy samples", "--greedy --num_samples 2", ("--num_samples 2", "--greedy"), script="generate.py"),
+    Case("no prompts file", "--prompts_file p.txt", ("--prompts_file p.txt", "No such file"), script="generate.py"),
+    Case("prompts file is a directory", "--prompts_file .", ("--prompts_file .", "directory"), script="generate.py"),
+    Case("prompts file is not UTF-8", "--prompts_file p.txt", ("--prompts_file p.txt", "utf-8"),
+         (file("p.txt", b"\xff\xfe"),), "generate.py"),
+    Case("prompts file is empty", "--prompts_file p.txt", ("no prompt",), (file("p.txt", "\n"),), "generate.py"),
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+
+BASE = {
+    "train.py": {"--model": None, "--train_files": "good.txt", "--block_size": "16", "--max_steps": "2"},
+    "perplexity.py": {"--model": None, "--files": "good.txt", "--block_size": "16"},
+    "generate.py": {"--model": None, "--prompt": "the model", "--max_new_tokens": "4"},
+}
+INSTEAD = {"--dataset": "--train_files", "--model_config": "--model", "--prompts_file": "--prompt"}
+
+
+def arguments(case: Case) -> list[str]:
+    """The case's flags after those of a call that is fine, so far as the case does not give them itself."""
+    given = shlex.split(case.flags)
+    taken = {flag for word in given for flag in (word.partition("=")[0], INSTEAD.get(word.partition("=")[0]))}
+    base = {flag: value or str(good_model()) for flag, value in BASE[case.script].items() if flag not in taken}
+    words = [word for flag in base.items() for word in flag]
+    return words + [word for word in given if word != "--model="]
+
+
+def listing(directory: Path) -> dict[str, tuple]:
+    """Names, kinds, sizes and times of all that is there."""
+    paths = [directory, *directory.rglob("*")]
+    stats = {str(path): path.lstat() for path in paths}
+    return {path: (stat.st_mode, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def check(case: Case, run: Callable[[str, list[str], Path], tuple[int, str, str]]) -> str | None:
+    """Runs the case in a new directory and returns what is wrong with the answer, or None."""
+    with tempfile.TemporaryDirectory(prefix="case-") as name:
+        directory = Path(name)
+        directory.chmod(0o777 if case.as_nobody else 0o755)
+        (directory / "good.txt").write_text(make_text(600), encoding="utf-8")
+        for build in case.build:
+            build(directory)
+        before, argv = listing(directory), arguments(case)
+        drop = case.as_nobody and os.geteuid() == 0
+        if drop:
+            os.setresuid(NOBODY, NOBODY, 0)
+        try:
+            code, out, err = run(case.script, argv, directory)
+        finally:
+            if drop:
+                os.setresuid(0, 0, 0)
+        after = listing(directory)
+    lines = err.splitlines()
+    several = case.name == "two numbers at once"  # all that is wrong with the flags is said at once, a line each
+    problems = [
+        (code != 2, f"exit code {code}"),
+        (len(lines) != 1 + several, f"{len(lines)} lines on stderr"),
+        (not all(re.match(rf"{case.script}: error: \S", line) for line in lines), "stderr has another form"),
+        ("Traceback" in out + err, "a traceback"),
+        (any(word not in err for word in case.words), f"lacks {[word for word in case.words if word not in err]}"),
+        (case.absent and case.absent in out + err, f"holds {case.absent}"),
+        (before != after, f"wrote {sorted(dict(after.items() ^ before.items()))}"),
+    ]
+    found = [problem for holds, problem in problems if holds]
+    return f"{case.name}: {', '.join(found)}\n{err[-3000:]}" if found else None
