@@ -330,7 +330,8 @@ def main() -> None:
     tokenizer = load_tokenizer(model_config, train_documents)
     train_stream, eval_stream = tokenize(train_documents, tokenizer), tokenize(eval_documents, tokenizer)
     for name, stream, needed in (("training", train_stream, data_config.block_size), ("evaluation", eval_stream, 2)):
-        require(len(stream) >= needed, f"the {name} text has {len(stream)} tokens; {needed} or more are needed")
+        rule = f"the {name} text has {len(stream)} tokens, and {needed} or more are needed"
+        require(len(stream) >= needed, f"{rule}; give more text or a smaller --block_size")
     train_blocks = group_texts(train_stream, data_config.block_size)
     eval_blocks = group_texts(eval_stream, data_config.block_size)
     updates_per_epoch = math.ceil(math.ceil(len(train_blocks) / config.batch_size) / config.grad_accum_steps)

@@ -14,6 +14,7 @@ from model import (
     check_causal,
     check_model,
     count_predicted,
+    load_config,
     load_model,
     load_tokenizer,
     next_token_nll,
@@ -62,6 +63,10 @@ def test_a_bert_that_looks_ahead_is_refused_and_a_decoder_is_not():
     check_causal(from_scratch("bert", is_decoder=True), 24)
 
 
+def load(config, tokenizer):
+    return load_model(config, load_config(config, tokenizer))
+
+
 def test_position_limits():
     assert position_limit(tiny_gpt2(300)) == 64
     assert position_limit(from_scratch("mamba")) is None
@@ -83,7 +88,7 @@ def test_blocks_and_vocabulary_must_fit(tokenizer):
 
 def test_master_weights_are_float32_whatever_the_checkpoint_holds(tmp_path, tokenizer):
     tiny_gpt2(len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path)
-    model = load_model(ModelConfig(model=str(tmp_path)), tokenizer)
+    model = load(ModelConfig(model=str(tmp_path)), tokenizer)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -92,11 +97,11 @@ def test_from_scratch_takes_the_tokenizer_and_the_overrides(tmp_path, tokenizer)
     path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 32, "n_positions": 64}))
     for source in (tmp_path, path):
         config = ModelConfig(model_config=str(source), model_overrides='{"n_layer": 1}', tokenizer="given")
-        model = load_model(config, tokenizer)
+        model = load(config, tokenizer)
         assert model.config.n_layer == 1 and model.config.eos_token_id == tokenizer.eos_token_id
         assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     with pytest.raises(UserError, match="no setting n_layers"):
-        load_model(ModelConfig(model_config=str(path), model_overrides='{"n_layers": 1}'), tokenizer)
+        load(ModelConfig(model_config=str(path), model_overrides='{"n_layers": 1}'), tokenizer)
 
 
 def test_a_trained_tokenizer_writes_any_text(text_file, tokenizer, tmp_path):
@@ -127,10 +132,10 @@ def test_wrong_model_settings(settings, words):
 
 def test_models_that_cannot_be_loaded(tmp_path, tokenizer):
     with pytest.raises(UserError, match="--model no/such-model: no model config"):
-        load_model(ModelConfig(model="no/such-model"), tokenizer)
+        load(ModelConfig(model="no/such-model"), tokenizer)
     tiny_gpt2(300).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_model(ModelConfig(model=str(tmp_path)), tokenizer)
+        load(ModelConfig(model=str(tmp_path)), tokenizer)
     with pytest.raises(UserError, match="--tokenizer: a Hub id"):
         load_tokenizer(ModelConfig(model=str(tmp_path)), None)
 
