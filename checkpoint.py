@@ -1,4 +1,4 @@
-"""Directories that are whole or not there: atomic save, verified load, retention.
+"""Directories and files that are whole or not there: atomic save, verified load, retention.
 
     save(path := run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100})
     prune(run_dir / "checkpoints", keep=2, newest=path)
@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     new one. File modes follow the umask, also for libraries that create private files. Raises SaveError, and leaves
     ``path`` as it was, where that is not possible; ``num_bytes`` is about what is needed.
     """
-    temporary = path.parent / f".{path.name}.writing"
-    try:
+    temporary = path.with_name(f".{path.name}.writing")
+    with _saving(path, num_bytes):
         mend(path.parent)
         temporary.mkdir(parents=True)
         write(temporary)
@@ -120,6 +121,22 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
         _sync(temporary)
         _put_in_place(temporary, path)
         _sync(path.parent)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Puts a file in the place of another one, in one step."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with _saving(path, len(text)):
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.rename(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def _saving(path: Path, num_bytes: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         mend(path.parent)
         home = next(parent for parent in path.parents if parent.exists())
@@ -128,7 +145,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
             f"{shutil.disk_usage(home).free:,} are free; make room and go on with --resume"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # what was in the place of `path` before
+        mend(path.parent)  # what was in the place of `path` before goes as well
 
 
 def mend(directory: Path) -> None:

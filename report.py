@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from checkpoint import write_file
 from config import SaveError, UserError, one_line, warn
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
@@ -151,12 +152,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
-    temporary = run_dir / ".metrics.jsonl.writing"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run_dir / "metrics.jsonl")
+    write_file(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
 def mark_finished(run_dir: Path) -> None:
@@ -174,6 +170,10 @@ def finished_step(run_dir: Path) -> int:
     """The last step of a run that came to its end, 0 for any other."""
     records = read_metrics(run_dir)
     return records[-1]["step"] if records and records[-1].get("final") else 0
+
+
+def last_step(run_dir: Path) -> int:
+    return max((record["step"] for record in read_metrics(run_dir)), default=0)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -278,7 +278,7 @@ def check_login(repo_id: str) -> None:
 def push(model_dir: Path, repo_id: str) -> str:
     """Uploads model, tokenizer and card; returns the address. The token is the environment's or the saved login's."""
     card = model_dir / "README.md"
-    card.write_text(card.read_text(encoding="utf-8").replace(NAME, repo_id), encoding="utf-8")
+    write_file(card, card.read_text(encoding="utf-8").replace(NAME, repo_id))
     try:
         api = HfApi()
         repo_id = api.create_repo(repo_id, exist_ok=True).repo_id

@@ -67,7 +67,7 @@ from perplexity import evaluate, perplexity
 
 T = TypeVar("T")
 
-RUN_CONTENT = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model")
+RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")  # deleted in this order
 
 
 @dataclass
@@ -109,7 +109,7 @@ class TrainConfig:
     oom: Literal["stop", "halve"] = flag(
         "stop", "when memory runs out; halve makes the same update from micro-batches of half the blocks"
     )
-    num_workers: Annotated[int, Range(least=0, most=1024)] = flag(0, "processes that read batches ahead")
+    num_workers: Annotated[int, Range(least=0, most=256)] = flag(0, "processes that read batches ahead")
     worker_timeout: Annotated[int, Range(least=1)] = flag(300, "seconds without a batch until a worker counts as hung")
     push_to_hub: str | None = flag(
         None, "a Hub repo id to upload the model to; the login is `hf auth login`'s or HF_TOKEN"
@@ -354,7 +354,7 @@ def main() -> None:
     resumed, state, tensors, progress = None, {}, {}, Progress(config.batch_size)
     if resumes:
         lock_directory(run_dir)
-        for directory in (run_dir, run_dir / "checkpoints"):
+        for directory in (run_dir, run_dir / "checkpoints", run_dir / "model"):
             checkpoint.mend(directory)
         if resumed := checkpoint.newest(run_dir / "checkpoints"):
             state, tensors = checkpoint.load(resumed)
@@ -373,9 +373,9 @@ def main() -> None:
             return finish(run_dir, config)
         if resumed:
             note_changes(state["settings"], settings)
-        elif done:
+        elif done or report.last_step(run_dir) > config.save_every:
             fix = "use its model as it is, or --overwrite the run"
-            raise checkpoint.NoCheckpointError(f"{run_dir}: finished, but no checkpoint is left to go on from; {fix}")
+            raise checkpoint.NoCheckpointError(f"{run_dir}: no checkpoint is left there to go on from; {fix}")
         else:
             print(f"{run_dir}: the run there was stopped before its first checkpoint; starting over")
 
@@ -391,7 +391,7 @@ def main() -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
     compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
-    step_model = torch.compile(model) if compiled else model  # shares its weights with `model`
+    step_model = torch.compile(model, dynamic=False) if compiled else model  # shares its weights with `model`
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -451,12 +451,12 @@ output    {run_dir}""")
                 f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so the update was left out; its "
                 f"blocks were {', '.join(map(str, blocks[:8]))}{', ...' if blocks[8:] else ''} of epoch {before.epoch}"
             )
-            if config.on_nonfinite == "stop" or progress.skips > config.max_skips:
-                in_a_row = f", --max_skips {config.max_skips}" if progress.skips > config.max_skips else ""
-                raise NonFiniteError(
-                    f"{problem}; lower --learning_rate {config.learning_rate:g} or mend the text{in_a_row}; "
-                    f"--resume takes the last checkpoint, with --on_nonfinite skip past such updates"
-                )
+            if config.on_nonfinite == "stop":
+                fix = f"lower --learning_rate {config.learning_rate:g}, mend the text, or go on past it with"
+                raise NonFiniteError(f"{problem}; {fix} --resume --on_nonfinite skip")
+            if progress.skips > config.max_skips:
+                fix = f"lower --learning_rate {config.learning_rate:g} or raise --max_skips {config.max_skips}"
+                raise NonFiniteError(f"{problem}, as were the {config.max_skips} updates before it; {fix}")
             warn(problem)
         updates.clear()
 
@@ -577,16 +577,17 @@ output    {run_dir}""")
                     memory_gib=report.peak_memory_gib(device),
                 )
         evaluate_where_due()
-        if progress.step % config.save_every == 0 and progress.step < max_steps:
-            save_checkpoint()
-        obey_signals()
+        if progress.step < max_steps:
+            if progress.step % config.save_every == 0:
+                save_checkpoint()
+            obey_signals()
         started += time.perf_counter() - paused  # the speed is that of training alone
 
     evaluations = report.evaluations(run_dir)
     first, best = evaluations[0], min(evaluations[1:], key=lambda record: record["loss"])
     kept = evaluations[-1] if config.keep == "last" else best
     log.hyperparameters(settings, {key: kept[key] for key in ("loss", "perplexity")})
-    report.model_card(settings, facts, evaluations).save(run_dir / "model" / "README.md")
+    checkpoint.write_file(run_dir / "model" / "README.md", str(report.model_card(settings, facts, evaluations)))
     save_checkpoint()
     log.close()
     report.mark_finished(run_dir)
@@ -594,6 +595,8 @@ output    {run_dir}""")
     print(f"held-out perplexity {first['perplexity']:.2f} before, {kept['perplexity']:.2f} after (step {kept['step']})")
     if kept["loss"] >= first["loss"]:
         print("warning: training did not improve on the model it started from; try another --learning_rate")
+    for number in set(signals.received) - {signal.SIGUSR1}:  # all is saved; an upload may take long
+        sys.exit(128 + number)
     finish(run_dir, config)
 
 
@@ -656,9 +659,8 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
     once = ("resume", "overwrite", "dry_run", "push_to_hub")
     kept = {key: value for key, value in settings.items() if key not in once and value not in (None, [])}
     made_with = ", ".join(f"{name} {version}" for name, version in report.versions().items())
-    path.write_text(
-        f"# made with {made_with}\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}", encoding="utf-8"
-    )
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    checkpoint.write_file(path, f"# made with {made_with}\n{text}")
 
 
 def should_compile(choice: str, device: torch.device, flops: float) -> bool:

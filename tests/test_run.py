@@ -292,11 +292,16 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
     model = (tmp_path / "copy/model/model.safetensors").read_bytes()
     assert "this run is finished (26 of 26 steps" in resume("--max_steps", STEPS + 2)
     code, words = refusal("--max_steps", STEPS + 4)
-    assert code == 3 and "no checkpoint is left to go on from" in words
+    assert code == 3 and "no checkpoint is left there to go on from" in words
     assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
-    # Stopped before its first checkpoint, after its first evaluation: there is nothing to lose.
+    # Not finished, but past its first checkpoint, which is at step 6: it has something to lose.
     lines = (tmp_path / "copy/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "copy/metrics.jsonl").write_text("".join(lines[:12]))
+    code, words = refusal("--max_steps", STEPS)
+    assert code == 3 and "no checkpoint is left there to go on from" in words
+    assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
+    # Stopped before its first checkpoint: there is nothing to lose.
+    (tmp_path / "copy/metrics.jsonl").write_text("".join(lines[:6]))
     done = run_script(*arguments, "--max_steps", 3, cwd=cwd)
     assert done.returncode == 0 and "stopped before its first checkpoint; starting over" in done.stdout, done.stderr
     steps = [(r["step"], r["split"]) for r in read_jsonl(tmp_path / "copy/metrics.jsonl")]
@@ -348,3 +353,23 @@ def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(
     line = "--train_files x.jsonl: not readable as json (line 2: Expecting value); mend the file"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {line}\n")
     assert os.listdir(tmp_path) == ["x.jsonl"]
+
+
+def test_the_best_weights_are_kept_or_the_last(finished, tmp_path):
+    """A learning rate that ruins the model after its first evaluation."""
+    cwd, _ = finished
+    flags = ["--config", "small.yaml", "--learning_rate", 0.9, "--eval_every", 1, "--max_steps", 6, "--save_every", 1]
+    for keep in ("best", "last"):
+        run_dir = tmp_path / keep
+        done = run_script("train.py", *flags, "--warmup_ratio", 0.5, "--keep", keep, "--output_dir", run_dir, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        losses = [r["loss"] for r in read_jsonl(run_dir / "metrics.jsonl") if r["split"] == "eval"]
+        best = min(range(1, 7), key=lambda step, losses=losses: losses[step])
+        assert best < 5
+        step = {"best": best, "last": 6}[keep]
+        assert f"(step {step})" in done.stdout
+        kept, last = (
+            load_file(path)["transformer.wte.weight"]
+            for path in (run_dir / "model/model.safetensors", run_dir / "checkpoints/step-000006/weights.safetensors")
+        )
+        assert torch.equal(kept, last) == (keep == "last")
