@@ -381,6 +381,7 @@ def main() -> None:
 
     # Model.
     transformers.set_seed(config.seed)
+    make_deterministic()
     model = load_model(model_config, architecture).to(device)
     check_model(model, tokenizer, data_config.block_size)
     limit = position_limit(model) or math.inf
@@ -671,6 +672,13 @@ def should_compile(choice: str, device: torch.device, flops: float) -> bool:
     # time, or two runs with one seed could differ; so it assumes a slow machine's rate and wants ten minutes of work.
     slow_rate = 1e14 if device.type == "cuda" else 2e11
     return choice == "on" or (choice == "auto" and has_compiler and flops > 600 * slow_rate)
+
+
+def make_deterministic() -> None:
+    """Sums in one order: else compiled code and some CUDA kernels add up gradients in the order that threads come in."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility have it
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some operations of some models know no other way
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding mistakes, and slow
 
 
 def device_name(device: torch.device) -> str:
