@@ -29,7 +29,7 @@ train: .venv/installed $(PREPARED)
 	@$(BIN)/python train.py --config $(CONFIG) --resume $(ARGS)
 
 tensorboard: .venv/installed
-	$(BIN)/python -m tensorboard.main --logdir $(RUNS) $(ARGS)
+	$(BIN)/python -m tensorboard.main --host localhost --logdir $(RUNS) $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -675,7 +675,7 @@ def should_compile(choice: str, device: torch.device, flops: float) -> bool:
 
 
 def make_deterministic() -> None:
-    """Sums in one order: else compiled code and some CUDA kernels add up gradients in the order that threads come in."""
+    """Sums in one order: compiled code and CUDA kernels would add up gradients in the order that threads come in."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility have it
     torch.use_deterministic_algorithms(True, warn_only=True)  # some operations of some models know no other way
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding mistakes, and slow
