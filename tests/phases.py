@@ -42,6 +42,8 @@ class Phases:
         return self._values[2 + 2 * PHASES.index(phase)] / max(1, self.count(phase))
 
     def enter(self, phase: str) -> None:
+        if phase == self.current:
+            return
         now, index = time.monotonic(), PHASES.index(phase)
         self._values[2 + 2 * PHASES.index(self.current)] += now - self._since
         self._since = now
