@@ -302,9 +302,10 @@ class Runs:
             ):
                 row = f"disk full at {place}, --on_save_error {choice}"
                 self.table.trial(row, self.full_disk, place, room, sign, choice)
+        self.trials(("disk full at any moment, with any room", self.full_disk_anywhere, i) for i in range(20))
 
     def full_disk(self, place: str, room: int, sign: str, choice: str) -> tuple[str, float]:
-        with Disk(self.directory / f"disk-{place[-5:].strip()}-{choice}") as disk:
+        with Disk(self.directory / f"disk-{place.split()[-1]}-{choice}") as disk:
             run_dir, at_log = disk.path / "run", place == "the log"
             rare = ("--save_every", 1000, "--eval_every", 1000) if at_log else ()
             process, phases = self.start(run_dir, *rare, "--on_save_error", choice)
@@ -338,6 +339,25 @@ class Runs:
                 self.train(run_dir, "--resume")
             self.same(run_dir, curves=not at_log)
             return disk.kind, 0.0
+
+    def full_disk_anywhere(self, number: int) -> tuple[str, float]:
+        draw = self.draw("disk", number)
+        with Disk(self.directory / f"disk-{number}") as disk:
+            run_dir = disk.path / "run"
+            process, phases = self.start(run_dir)
+            self.wait_for(process, phases, draw.choice(LOOP), draw)
+            room = int(draw.random() * 4 * (self.directory / "alone/model/model.safetensors").stat().st_size)
+            disk.leave(process, room, room)
+            code, said = self.end(process), process.stderr
+            disk.enlarge(process)
+            if code:
+                expect(code == 5 and re.fullmatch(r"train\.py: error: .*\n", said), f"exit code {code}: {said}")
+                expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
+                damaged = [path.name for path in (run_dir / "checkpoints").glob("*") if checkpoint.verify(path)]
+                expect(not damaged, f"do not verify: {damaged}")
+                self.train(run_dir, "--resume")
+            self.same(run_dir)
+            return f"exit {code}", 0.0
 
     def signals(self, args: argparse.Namespace) -> None:
         names = ("SIGTERM", "SIGINT", "SIGINT twice", "SIGUSR1")
