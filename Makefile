@@ -10,7 +10,7 @@ BIN    := .venv/bin
 # A recipe that names a file of the quickstart gets it made first.
 PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
 
-.PHONY: all help install train tensorboard test lint clean
+.PHONY: all help install train tensorboard test torture lint clean
 .DELETE_ON_ERROR:
 
 all: install help
@@ -21,6 +21,7 @@ help:
 	@echo 'make train ARGS="--max_steps 50"       any flag of train.py, see $(BIN)/python train.py --help'
 	@echo 'make tensorboard                       the curves of all runs, on http://localhost:6006'
 	@echo 'make test, make lint                   the tests and the linter'
+	@echo 'make torture                           kills, crashes, damage, full disks, signals: the long tests, as a table'
 
 install: .venv/installed
 
@@ -33,6 +34,9 @@ tensorboard: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+torture: .venv/installed-dev
+	$(BIN)/python tests/torture.py $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

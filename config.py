@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
@@ -117,13 +118,16 @@ def run(main: Callable[[], None]) -> NoReturn:
     if not sys.stdout.isatty():
         datasets.disable_progress_bars()
     threading.excepthook = _thread_failed
+    code: Any = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as stop:
+        code = stop.code or 0
     except BrokenPipeError:  # whoever read our output has seen enough
         _drop_output()
-        sys.exit(1)
+        code = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         known = _as_user_error(error)
         if known is None:
@@ -133,11 +137,16 @@ def run(main: Callable[[], None]) -> NoReturn:
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         if isinstance(known, SaveError):
             _drop_output()
-        sys.exit(known.exit_code)
+        code = known.exit_code
     finally:
         for child in multiprocessing.active_children():  # a DataLoader worker that hangs would outlive us
             child.kill()
-    sys.exit(0)
+    # Python takes a while to end, and a signal would show as a traceback: a second one ends it at once.
+    with suppress(OSError):
+        sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
+    sys.exit(code)
 
 
 def _drop_output() -> None:

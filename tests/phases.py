@@ -1,0 +1,103 @@
+"""Runs a script as ``python SCRIPT ARGS`` does, and shows from outside in which phase it is.
+
+    python tests/phases.py FILE train.py --config small.yaml
+
+The script is the real one. Around the functions of its modules that make up a phase a note is taken in FILE, which is
+mapped into memory, so that whoever kills the process knows afterwards in which phase it died.
+"""
+
+import functools
+import mmap
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PHASES = ("start", "preparation", "loading", "training", "evaluation", "sampling", "saving", "end")
+SIZE = 8 * (1 + 2 * len(PHASES))
+
+
+class Phases:
+    """The current phase, and for each phase how often it began and how many seconds it took."""
+
+    def __init__(self, path: str | Path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.truncate(descriptor, SIZE)
+        self._values = memoryview(mmap.mmap(descriptor, SIZE)).cast("d")
+        os.close(descriptor)
+        self._since = time.monotonic()
+
+    @property
+    def current(self) -> str:
+        return PHASES[int(self._values[0])]
+
+    def count(self, phase: str) -> int:
+        return int(self._values[1 + 2 * PHASES.index(phase)])
+
+    def seconds(self, phase: str) -> float:
+        """How long a phase usually lasts."""
+        return self._values[2 + 2 * PHASES.index(phase)] / max(1, self.count(phase))
+
+    def enter(self, phase: str) -> None:
+        if phase == self.current:
+            return
+        now, index = time.monotonic(), PHASES.index(phase)
+        self._values[2 + 2 * PHASES.index(self.current)] += now - self._since
+        self._since = now
+        self._values[0] = index
+        self._values[1 + 2 * index] += 1
+
+    def within(self, phase: str, function: Callable) -> Callable:
+        """``function``, noted as ``phase``; training goes on after the first evaluation or batch."""
+
+        @functools.wraps(function)
+        def noted(*args: Any, **options: Any) -> Any:
+            before = self.current
+            if phase == before:
+                return function(*args, **options)
+            self.enter(phase)
+            try:
+                return function(*args, **options)
+            finally:
+                begins = before == "preparation" and phase in ("training", "evaluation")
+                stays = before == "start" or phase == "end"
+                self.enter("training" if begins else phase if stays else before)
+
+        return noted
+
+
+def main() -> None:
+    path, script, *arguments = sys.argv[1:]
+    import checkpoint
+    import config
+    import data
+    import generate
+    import model
+    import perplexity
+    import report
+
+    phases = Phases(path)
+    for owner, name, phase in (
+        (config, "parse", "preparation"),  # the first thing that `main` does after it has set its signals
+        (model, "load_model", "loading"),
+        (model, "check_model", "loading"),
+        (data, "training_batches", "training"),
+        (perplexity, "evaluate", "evaluation"),
+        (generate, "generate", "sampling"),
+        (checkpoint, "save", "saving"),
+        (checkpoint, "prune", "saving"),
+        (checkpoint, "write_directory", "saving"),
+        (report.RunLog, "sync", "saving"),
+        (report, "mark_finished", "end"),
+    ):
+        setattr(owner, name, phases.within(phase, getattr(owner, name)))
+    script = str(Path(__file__).resolve().parent.parent / script)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

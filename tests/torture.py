@@ -1,0 +1,616 @@
+"""The long tests: kills, crashes, damage, full disks, signals, lost workers and wrong input, as a table.
+
+    make torture
+    make torture ARGS="--kills 10 --seed 3 --only kills signals"
+
+One run of `train.py` is left alone. Every other one, whatever was done to it, must end with the same SHA-256 of
+weights, optimizer, random state and model, and with the same curves. Runs are real processes. Moments are random, and
+repeat with --seed as far as a machine repeats itself. Exits with 1 where anything did not hold.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# One thread a run and two runs at once; and what `phases.py`, in another directory than the scripts, imports from.
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+import processes  # noqa: E402
+from conftest import make_text, read_jsonl  # noqa: E402  sets the environment of a test and starts a server
+
+processes.prepare(root=ROOT / "tests")
+
+import torch  # noqa: E402
+from crashes import crash_in_save  # noqa: E402
+from inputs import CASES, Case, check, good_model  # noqa: E402
+from phases import PHASES, Phases  # noqa: E402
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+import checkpoint  # noqa: E402
+
+TIMEOUT = 120  # seconds a process
+MEASURED = ("tokens_per_second", "memory_gib")  # differ from run to run
+EARLY, LOOP = ("preparation", "loading"), ("training", "evaluation", "sampling", "saving")
+SETTINGS = {
+    "model_config": "gpt2.json",
+    "tokenizer": "train:320",
+    "train_files": "text.jsonl",
+    "block_size": 64,
+    "batch_size": 4,
+    "grad_accum_steps": 2,
+    "num_epochs": 3,
+    "eval_fraction": 0.3,
+    "learning_rate": 1e-3,
+    "warmup_ratio": 0.1,
+    "eval_every": 8,
+    "save_every": 5,
+    "log_every": 1,
+    "precision": "fp32",
+    "sample_prompt": "the model",
+}
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 128}  # its dropout is 0.1
+
+
+class Table:
+    """What was tried, how often it held, what was wrong where it did not; rows in the order of their first trial.
+
+    The work of a trial raises where something does not hold. It may return what to show, and seconds it took.
+    """
+
+    def __init__(self, minutes: float):
+        self.rows: dict[str, list[str | None]] = defaultdict(list)
+        self.details: dict[str, dict[str, float]] = defaultdict(dict)
+        self.started, self.end, self.printed = time.monotonic(), time.monotonic() + 60 * minutes, 0.0
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def trial(self, row: str, work: Callable[..., tuple[str, float] | None], *args: object) -> str | None:
+        problem, detail = None, None
+        try:
+            expect(self.left() > 0, "not tried: the time was over")
+            detail = work(*args)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        self.rows[row].append(problem)
+        if detail:
+            self.details[row][detail[0]] = max(detail[1], self.details[row].get(detail[0], 0))
+        if problem or time.monotonic() - self.printed > 1:
+            self.printed = time.monotonic()
+            said = problem or f"{self.rows[row].count(None)} held"
+            print(f"{self.printed - self.started:5.0f} s  {row}: {said}", flush=True)
+        return problem
+
+    def show(self) -> bool:
+        print("\n| what | tried | held | detail |\n| --- | ---: | ---: | --- |")
+        for row, problems in self.rows.items():
+            shown = [what + f" within {seconds:.1f} s" * (seconds > 0) for what, seconds in self.details[row].items()]
+            print(f"| {row} | {len(problems)} | {problems.count(None)} | {'; '.join(shown)} |")
+        failed = [(row, problem) for row, problems in self.rows.items() for problem in problems if problem]
+        for row, problem in failed:
+            print(f"\nDID NOT HOLD: {row}: {problem}")
+        return not failed
+
+
+class Runs:
+    """Runs of one configuration in one directory, to be disturbed and compared with the one that was left alone."""
+
+    def __init__(self, directory: Path, fast: Path, table: Table, seed: int):
+        self.directory, self.fast, self.table, self.seed = directory, fast, table, seed
+        self.started: list[processes.Process] = []
+        (directory / "gpt2.json").write_text(json.dumps(GPT2))
+        texts = (json.dumps({"text": make_text(60 + i, i)}) + "\n" for i in range(45))
+        (directory / "text.jsonl").write_text("".join(texts))
+        (directory / "small.yaml").write_text("".join(f"{key}: {value}\n" for key, value in SETTINGS.items()))
+
+    def start(self, run_dir: Path, *flags: object, noted: bool = True) -> tuple[processes.Process, Phases]:
+        """A process, and a view of the phase it is in, if it is to be noted."""
+        notes = self.directory / f"phases-{len(self.started)}-{threading.get_ident()}"
+        launcher = ("tests/phases.py", notes, "train.py") if noted else ("train.py",)
+        arguments = (*launcher, "--config", "small.yaml", "--output_dir", run_dir, *flags)
+        process = processes.start(*arguments, cwd=self.directory, fresh=run_dir.name == "alone")
+        self.started.append(process)
+        return process, Phases(notes)
+
+    def end(self, process: processes.Process) -> int:
+        try:
+            return process.wait(max(1, min(TIMEOUT, self.table.left())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+    def train(self, run_dir: Path, *flags: object, code: int = 0) -> processes.Process:
+        """To the end, as people run it."""
+        process, _ = self.start(run_dir, *flags, noted=False)
+        ended = self.end(process)
+        expect(ended == code, f"train.py {' '.join(map(str, flags))} ended with {ended}, not {code}\n{process.stderr}")
+        return process
+
+    def leave_alone(self) -> None:
+        """The run that all are compared with, in an interpreter of its own, and one whose phases are timed."""
+        self.train(self.directory / "alone")
+        self.alone = outcome(self.directory / "alone")
+        process, self.usual = self.start(self.directory / "noted")
+        expect(self.end(process) == 0, process.stderr)
+        self.same(self.directory / "noted")
+        times = (f"{self.usual.count(phase)} x {self.usual.seconds(phase) * 1000:.0f} ms {phase}" for phase in PHASES)
+        print(f"a run: {', '.join(times)}", flush=True)
+
+    def same(self, run_dir: Path, curves: bool = True) -> None:
+        found = outcome(run_dir)
+        names = [name for name in self.alone if curves or not name.startswith("curves")]
+        differ = [name for name in names if found[name] != self.alone[name]]
+        expect(not differ, f"{', '.join(differ)} differ from the run that was left alone ({run_dir.name})")
+        shutil.rmtree(run_dir)
+
+    def draw(self, *names: object) -> random.Random:
+        return random.Random(" ".join(map(str, (self.seed, *names))))
+
+    def wait_for(self, process: processes.Process, phases: Phases, wanted: str, draw: random.Random, part: float = 1.0):
+        """Waits for a random moment in one of the phases ``wanted``, out of the first ``part`` of those in a run.
+
+        Where it went by unseen, for one as far into a later such phase. False where the process ended before.
+        """
+        count = 1 + int(draw.random() * part * self.usual.count(wanted))
+        seconds = draw.random() * self.usual.seconds(wanted)
+        while process.returncode is None:
+            expect(self.table.left() > 0, "the time was over")
+            if phases.count(wanted) >= count:
+                time.sleep(seconds)
+                if phases.current == wanted:
+                    return True
+                count = phases.count(wanted) + 1
+            time.sleep(0.0005)
+        return False
+
+    def trials(self, jobs: Iterable[tuple]) -> None:
+        """Two at once."""
+        pool = ThreadPoolExecutor(2)
+        try:
+            list(pool.map(lambda job: self.table.trial(*job), jobs))
+        except BaseException:  # Ctrl-C: the others end soon
+            self.table.end = 0
+            for process in self.started:
+                process.kill()
+            raise
+        finally:
+            pool.shutdown()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def crashes(self, args: argparse.Namespace) -> None:
+        """In the process of a save, before each line of checkpoint.py and shutil that it runs."""
+        none = SimpleNamespace(EINVAL=0, ENOSYS=0, ENOTSUP=0)  # with the next line, what NFS answers
+        cannot = mock.patch("ctypes.CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+        for names, patches in (("", []), ("not ", [mock.patch.object(checkpoint, "errno", none), cannot])):
+            row, outcomes = f"crash at each line of a save, names {names}exchangeable", []
+
+            def die(outcomes: list[str] = outcomes) -> None:
+                outcomes.append("")
+                directory = self.fast / f"crash-{len(outcomes)}"
+                outcomes[-1] = crash_in_save(directory, len(outcomes) - 1)
+                shutil.rmtree(directory)
+
+            with ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(patch)
+                while "ended" not in outcomes and len(outcomes) < 2000:
+                    self.table.trial(row, die)
+            counts = {f"the {kind} state {outcomes.count(kind)} times": 0.0 for kind in ("old", "new")}
+            self.table.details[row] = counts
+
+    def kills(self, args: argparse.Namespace) -> None:
+        """A third each in training and saving, the rest in evaluation and the samples drawn there."""
+        wanted = ("training", "saving", "evaluation", "training", "saving", "sampling")
+        jobs = ((f"SIGKILL in {wanted[i % 6]}", self.kill, wanted[i % 6], i) for i in range(args.kills))
+        self.trials(jobs)
+
+    def kill(self, wanted: str, number: int) -> None:
+        draw = self.draw("kill", number)
+        for attempt in range(10):
+            run_dir = self.directory / f"kill-{number}-{attempt}"
+            process, phases = self.start(run_dir)
+            self.wait_for(process, phases, wanted, draw)
+            process.kill()
+            code = self.end(process)
+            if code == -signal.SIGKILL and phases.current == wanted:
+                break  # else it was in another phase, or at its end, when the signal came
+            shutil.rmtree(run_dir)
+        expect(phases.current == wanted, f"no kill came into {wanted}")
+        if number % 5:
+            self.train(run_dir, "--resume")
+            return self.same(run_dir)
+        process, phases = self.start(run_dir, "--resume")
+        wanted = draw.choice(("preparation", *LOOP))
+        self.wait_for(process, phases, wanted, draw, 1.0 if wanted == "preparation" else 0.3)
+        process.kill()
+        again = self.end(process) == -signal.SIGKILL
+
+        def go_on() -> None:
+            self.train(run_dir, "--resume")
+            self.same(run_dir)
+
+        problem = self.table.trial("SIGKILL once more, while resuming", go_on) if again else go_on()
+        expect(problem is None, str(problem))
+
+    def damage(self, args: argparse.Namespace) -> None:
+        """One run, stopped in an evaluation, in many copies with something wrong in each."""
+        stopped = self.directory / "stopped"
+        process, phases = self.start(stopped)
+        while process.returncode is None and phases.count("evaluation") < 3:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGTERM)
+        self.end(process)
+        newest = max((stopped / "checkpoints").iterdir())
+        kinds, names = ("truncate", "zero-fill", "flip a bit in", "delete"), sorted(os.listdir(newest))
+        pairs = [(kind, name) for kind in kinds for name in names]
+        self.trials((f"{k} a file of the newest checkpoint", self.damage_one, newest, k, n) for k, n in pairs)
+        self.table.trial("all checkpoints damaged: exit 3, nothing changed", self.damage_all, stopped)
+        small = self.fast / "step-000001"
+        checkpoint.save(small, {"weights": {"w": torch.arange(2.0)}}, {"step": 1})
+        for path in sorted(small.iterdir()):
+            self.table.trial("flip each bit of each file of a small checkpoint", flip_each_bit, path)
+
+    def damage_one(self, newest: Path, kind: str, name: str) -> None:
+        run_dir = self.directory / f"{kind}-{name}"
+        shutil.copytree(newest.parent.parent, run_dir)
+        spoil(run_dir / "checkpoints" / newest.name / name, kind, self.draw(kind, name))
+        done = self.train(run_dir, "--resume")
+        said = rf"warning: .*{newest.name}: {re.escape(name)} .*; looking at the checkpoint before it\n"
+        expect(re.fullmatch(said, done.stderr), f"stderr: {done.stderr}")
+        expect("resuming from" in done.stdout and f"{newest.name} at step" not in done.stdout, done.stdout[-1000:])
+        self.same(run_dir)
+
+    def damage_all(self, stopped: Path) -> None:
+        for path in (stopped / "checkpoints").iterdir():
+            spoil(path / "random.safetensors", "truncate", self.draw("all"))
+        before = content(stopped)
+        lines = self.train(stopped, "--resume", code=3).stderr.splitlines()
+        expect([line.partition(": ")[0] for line in lines] == ["warning", "warning", "train.py"], str(lines))
+        expect(content(stopped) == before, "something was changed")
+
+    def full_disks(self, args: argparse.Namespace) -> None:
+        """What is left for a while: not enough for the next checkpoint, for the next model, for anything."""
+        weights = (self.directory / "alone/model/model.safetensors").stat().st_size
+        for choice in ("stop", "continue"):
+            for place, room, sign in (
+                ("step-000010", 3 * weights // 2, "model"),
+                ("model", weights // 2, "checkpoints/step-000005"),
+                ("the log", 0, "checkpoints/step-*"),
+            ):
+                row = f"disk full at {place}, --on_save_error {choice}"
+                self.table.trial(row, self.full_disk, place, room, sign, choice)
+        self.trials(("disk full at any moment, with any room", self.full_disk_anywhere, i) for i in range(20))
+
+    def full_disk(self, place: str, room: int, sign: str, choice: str) -> tuple[str, float]:
+        with Disk(self.directory / f"disk-{place.split()[-1]}-{choice}") as disk:
+            run_dir, at_log = disk.path / "run", place == "the log"
+            rare = ("--save_every", 1000, "--eval_every", 1000) if at_log else ()
+            process, phases = self.start(run_dir, *rare, "--on_save_error", choice)
+            if at_log:  # nothing else is to be written for a while
+                self.wait_for(process, phases, "training", self.draw(choice), 0)
+                process.send_signal(signal.SIGUSR1)
+            while process.returncode is None and not list(run_dir.glob(sign)):
+                time.sleep(0.0005)
+            disk.leave(process, room, room or (run_dir / "metrics.jsonl").stat().st_size)
+            message = rf"\S*run.*: {place} cannot be .*\n" if at_log else rf"\S*{place}: cannot be .* [\d,]+ bytes .*\n"
+            if choice == "continue":
+                while process.returncode is None and not process.stderr:
+                    time.sleep(0.0005)
+                disk.enlarge(process)
+                expect(self.end(process) == 0, process.stderr)
+                expect(re.fullmatch(f"(warning: {message})+", process.stderr), f"stderr: {process.stderr}")
+            else:
+                expect(self.end(process) == 5, f"exit code {process.returncode}: {process.stderr}")
+                expect(re.fullmatch(rf"train\.py: error: {message}", process.stderr), f"stderr: {process.stderr}")
+                expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
+                newest = max((run_dir / "checkpoints").iterdir())
+                expect(checkpoint.verify(newest) is None, f"{newest} does not verify")
+                if at_log:
+                    before = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
+                    process, _ = self.start(run_dir, "--resume")
+                    disk.leave(process, 0, 1)
+                    expect(self.end(process) == 5 and process.stderr.count("\n") == 1, f"again: {process.stderr}")
+                    after = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
+                    expect(after == before, "something was lost by resuming on a full disk")
+                disk.enlarge(process)
+                self.train(run_dir, "--resume")
+            self.same(run_dir, curves=not at_log)
+            return disk.kind, 0.0
+
+    def full_disk_anywhere(self, number: int) -> tuple[str, float]:
+        draw = self.draw("disk", number)
+        with Disk(self.directory / f"disk-{number}") as disk:
+            run_dir = disk.path / "run"
+            process, phases = self.start(run_dir)
+            self.wait_for(process, phases, draw.choice(LOOP), draw)
+            room = int(draw.random() * 4 * (self.directory / "alone/model/model.safetensors").stat().st_size)
+            disk.leave(process, room, room)
+            code, said = self.end(process), process.stderr
+            disk.enlarge(process)
+            if code:
+                expect(code == 5 and re.fullmatch(r"train\.py: error: .*\n", said), f"exit code {code}: {said}")
+                expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
+                damaged = [path.name for path in (run_dir / "checkpoints").glob("*") if checkpoint.verify(path)]
+                expect(not damaged, f"do not verify: {damaged}")
+                self.train(run_dir, "--resume")
+            self.same(run_dir)
+            return f"exit {code}", 0.0
+
+    def signals(self, args: argparse.Namespace) -> None:
+        names = ("SIGTERM", "SIGINT", "SIGINT twice", "SIGUSR1")
+        rows = [(name, wanted) for name in names for wanted in (*EARLY, *LOOP)]
+        self.trials((f"{name} in {wanted}", self.signal, name, wanted, i) for name, wanted in rows for i in range(3))
+
+    def signal(self, name: str, wanted: str, attempt: int) -> tuple[str, float]:
+        number, run_dir = signal.Signals[name.split()[0]], self.directory / f"{name}-{wanted}-{attempt}"
+        process, phases = self.start(run_dir, "--keep_checkpoints", 99)
+        part = 0.0 if wanted in EARLY else 0.6
+        expect(self.wait_for(process, phases, wanted, self.draw(name, wanted, attempt), part), f"never in {wanted}")
+        since = time.monotonic()
+        process.send_signal(number)
+        if "twice" in name:
+            time.sleep(0.02)
+            process.send_signal(number)
+        code, seconds, said = self.end(process), time.monotonic() - since, process.stdout[-1000:]
+        expect(process.stderr == "", f"stderr: {process.stderr}")
+        expect(code == (0 if name == "SIGUSR1" else 128 + number), f"exit code {code}: {said}")
+        if name == "SIGUSR1" and wanted in LOOP:
+            step = re.search(r"^step (\d+): saved, asked by SIGUSR1$", process.stdout, re.MULTILINE)
+            expect(step, process.stdout)
+            path = run_dir / "checkpoints" / f"step-{int(step[1]):06}"
+            expect(checkpoint.verify(path) is None, f"{path} does not verify")
+        if name == "SIGUSR1":
+            return self.same(run_dir)
+        expect(seconds < 5, f"ended only after {seconds:.1f} seconds")
+        if wanted in EARLY:
+            expect(not run_dir.exists(), "something was written")
+        elif "twice" not in name:
+            expect(f"stopped by {name} at step" in said, said)
+        self.train(run_dir, "--resume")
+        self.same(run_dir)
+        return f"exit {code}", seconds
+
+    def workers(self, args: argparse.Namespace) -> None:
+        deeds = ("left alone", *(["one killed"] * 3), *(["one stopped"] * 3), *(["their parent killed"] * 3))
+        self.trials((f"two workers, {what}", self.lose_worker, what, i) for i, what in enumerate(deeds))
+
+    def lose_worker(self, what: str, number: int) -> tuple[str, float] | None:
+        run_dir, draw = self.directory / f"workers-{number}", self.draw(what, number)
+        process, phases = self.start(run_dir, "--num_workers", 2, "--worker_timeout", 3)
+        if what == "left alone":
+            expect(self.end(process) == 0 and process.stderr == "", process.stderr)
+            return self.same(run_dir)
+        if number % 3:
+            self.wait_for(process, phases, "training", draw, 0.3)
+        before, seen = set(children(process.pid)), []
+        while process.returncode is None and (len(seen) < 2 or before & set(seen)):  # none that has read all already
+            seen = children(process.pid)
+        time.sleep(draw.random() * 0.02)
+        since = time.monotonic()
+        if what == "their parent killed":
+            process.kill()
+        else:
+            os.kill(draw.choice(seen), signal.SIGKILL if what == "one killed" else signal.SIGSTOP)
+        code = self.end(process)
+        while (alive := [pid for pid in {*seen, process.pid} if is_alive(pid)]) and time.monotonic() - since < 10:
+            time.sleep(0.01)
+        seconds = time.monotonic() - since
+        expect(not alive, f"alive after 10 seconds: {alive}")
+        if what != "their parent killed":
+            expect(code == 6, f"exit code {code}: {process.stderr}")
+            expect(re.fullmatch(r"train\.py: error: --num_workers 2: .*\n", process.stderr), f"said {process.stderr}")
+        self.train(run_dir, "--resume")
+        self.same(run_dir)
+        return f"exit {code}, no process left", seconds
+
+    def inputs(self, args: argparse.Namespace) -> None:
+        """The table of inputs.py, each case in a process, and what each answered as a table to be shown at the end."""
+        self.answers: dict[str, str] = {}
+
+        def one(case: Case) -> None:
+            def run(script: str, argv: list[str], cwd: Path) -> tuple[int, str, str]:
+                command, started = ["tests/nobody.py", script] if case.as_nobody else [script], time.monotonic()
+                done = processes.run(*command, *argv, cwd=cwd, env=case.env, timeout=TIMEOUT)
+                message = " ".join(done.stderr.partition("error: ")[2].split())[:100].replace("|", r"\|")
+                message = "".join(letter if letter.isprintable() else "?" for letter in message)
+                self.answers[case.name] = f"{done.returncode} | {time.monotonic() - started:.1f} | {message}"
+                return done.returncode, done.stdout, done.stderr
+
+            problem = check(case, run)
+            expect(problem is None, str(problem))
+
+        disable_progress_bar()
+        good_model()
+        row = "wrong input: exit 2, one line, nothing written"
+        self.trials((row, one, case) for case in CASES if not case.as_nobody)
+        for case in CASES:
+            if case.as_nobody:  # and so is this process while it runs
+                self.table.trial(row, one, case)
+
+    def show_answers(self) -> None:
+        print("\n| wrong input | exit | seconds | message |\n| --- | ---: | ---: | --- |")
+        for case in CASES:
+            print(f"| {case.name} | {self.answers.get(case.name, 'not tried | | ')} |")
+
+
+PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage, Runs.full_disks, Runs.signals,
+                                          Runs.workers, Runs.inputs)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A file system that has little room for a while: a tmpfs, or for all but root a limit on the size of a file."""
+
+    def __init__(self, path: Path):
+        path.mkdir()
+        self.path = path
+        command = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(path)]
+        self.mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+        self.kind = "on a tmpfs" if self.mounted else "by RLIMIT_FSIZE"
+
+    def __enter__(self) -> "Disk":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+    def leave(self, process: processes.Process, room: int, file_size: int) -> None:
+        if not self.mounted:
+            return self._limit(process, file_size)
+        while True:
+            disk = os.statvfs(self.path)
+            used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+            if self._remount(used + room // disk.f_frsize * disk.f_frsize):  # fails where more was written meanwhile
+                return
+
+    def enlarge(self, process: processes.Process) -> None:
+        self._remount(1 << 30) if self.mounted else self._limit(process, resource.RLIM_INFINITY)
+
+    def _remount(self, size: int) -> bool:
+        command = ["mount", "-o", f"remount,size={size}", str(self.path)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    def _limit(self, process: processes.Process, size: int) -> None:
+        if process.returncode is None:
+            hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+def expect(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise AssertionError(otherwise)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {str(path): sha256(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def leftovers(run_dir: Path) -> list[str]:
+    return [str(path.relative_to(run_dir)) for path in run_dir.rglob(".*")]
+
+
+def outcome(run_dir: Path) -> dict[str, object]:
+    """All that must not depend on what was done to a run."""
+    last = max((run_dir / "checkpoints").iterdir())
+    files = [last / f"{name}.safetensors" for name in ("weights", "optimizer", "random")]
+    # As TensorBoard's server reads them, which drops what a killed process had written beyond its last checkpoint.
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    names = [name for name in events.Tags()["tensors"] if not name.endswith(MEASURED) and "_hparams_" not in name]
+    board = {name: [(e.step, e.tensor_proto.SerializeToString()) for e in events.Tensors(name)] for name in names}
+    records = read_jsonl(run_dir / "metrics.jsonl")
+    return {
+        **{str(path.relative_to(run_dir)): sha256(path) for path in (*files, run_dir / "model/model.safetensors")},
+        "curves in metrics.jsonl": [{k: v for k, v in record.items() if k not in MEASURED} for record in records],
+        "curves in TensorBoard": board,
+        "names": sorted(os.listdir(run_dir)) + leftovers(run_dir),
+    }
+
+
+def spoil(path: Path, kind: str, draw: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "delete":
+        return path.unlink()
+    if kind == "truncate":
+        del data[draw.randrange(len(data)) :]
+    elif kind == "zero-fill":
+        data = bytes(len(data))
+    else:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def flip_each_bit(path: Path) -> tuple[str, float]:
+    whole, missed = path.read_bytes(), []
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        if checkpoint.verify(path.parent) is None:
+            missed.append(bit)
+    path.write_bytes(whole)
+    expect(not missed, f"{path.name}: not noticed at bits {missed[:20]}")
+    return f"{path.name}: {8 * len(whole):,} bits", 0.0
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def machine() -> str:
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; commit {git.stdout.strip()}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="runs to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the damage")
+    parser.add_argument("--minutes", type=float, default=30, help="after which nothing new is tried")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to try")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is cleared away
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each event that it drops
+    table = Table(args.minutes)
+    print(f"{machine()}; seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="torture-") as name, Disk(Path(name) / "fast") as fast:
+        runs = Runs(Path(name), fast.path, table, args.seed)
+        try:
+            runs.leave_alone()
+            for part in args.only:
+                PARTS[part](runs, args)
+        finally:
+            for process in runs.started:
+                process.kill()
+    held = table.show()
+    if "inputs" in args.only:
+        runs.show_answers()
+    print(f"\n{machine()}; seed {args.seed}; {(time.monotonic() - table.started) / 60:.1f} minutes")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
