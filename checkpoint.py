@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from config import SaveError, UserError, one_line, warn
 
 MANIFEST = "manifest.json"
+WRITING, REPLACED = ".being-written", ".being-replaced"  # ends of names that stand for a moment only
 
 
 class NoCheckpointError(UserError):
@@ -52,7 +53,8 @@ def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[st
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """Returns (state, tensors by group) of a verified checkpoint, tensors on the CPU."""
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    tensors = {Path(name).stem: load_file(path / name) for name in listed if name.endswith(".safetensors")}
     return json.loads((path / "state.json").read_text(encoding="utf-8")), tensors
 
 
@@ -97,7 +99,16 @@ def prune(directory: Path, keep: int, newest: Path) -> None:
     paths = _checkpoints(directory)
     until = paths.index(newest) + 1
     for path in paths[: max(0, until - keep)] + paths[until:]:
-        shutil.rmtree(path)
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a directory all at once, or a symbolic link but not what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        leaving = path.name.endswith(WRITING)
+        shutil.rmtree(path if leaving else path.rename(path.with_name(f".{path.name}{WRITING}")))
 
 
 def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -> None:
@@ -107,7 +118,8 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     new one. File modes follow the umask, also for libraries that create private files. Raises SaveError, and leaves
     ``path`` as it was, where that is not possible; ``num_bytes`` is about what is needed.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    path = Path(os.path.realpath(path))  # it may be a link to a larger disk
+    temporary = path.with_name(f".{path.name}{WRITING}")
     with _saving(path, num_bytes):
         mend(path.parent)
         temporary.mkdir(parents=True)
@@ -125,8 +137,8 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
 
 def write_file(path: Path, text: str) -> None:
     """Puts a file in the place of another one, in one step."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with _saving(path, len(text)):
+    temporary = path.with_name(f".{path.name}{WRITING}")
+    with _saving(path, len(text.encode())):
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
         temporary.rename(path)
@@ -137,7 +149,9 @@ def write_file(path: Path, text: str) -> None:
 def _saving(path: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # the tokenizers library raises just that
+        if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
+            raise
         mend(path.parent)
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
@@ -150,11 +164,11 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
 
 def mend(directory: Path) -> None:
     """Clears away what a process that was killed while saving has left in ``directory``."""
-    for old in directory.glob(".*.old"):
-        path = old.with_name(old.name[1:].removesuffix(".old"))
-        shutil.rmtree(old) if path.exists() else old.rename(path)
-    for leftover in directory.glob(".*.writing"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for old in directory.glob(f".*{REPLACED}"):
+        path = old.with_name(old.name[1:].removesuffix(REPLACED))
+        remove(old) if path.exists() else old.rename(path)
+    for leftover in directory.glob(f".*{WRITING}"):
+        remove(leftover)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -170,7 +184,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
     if failed and ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         # A file system that cannot exchange names, such as NFS: two steps, and `mend` after a crash between them.
-        old = path.with_name(f".{path.name}.old")
+        old = path.with_name(f".{path.name}{REPLACED}")
         path.rename(old)
         temporary.rename(path)
         old.rename(temporary)
@@ -180,7 +194,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 def _checkpoints(directory: Path) -> list[Path]:
     """All checkpoints, oldest first: their names carry the step with leading zeros."""
-    found = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
+    found = {int(path.name[5:]): path for path in directory.glob("step-*/") if path.name[5:].isdecimal()}
     return [found[step] for step in sorted(found)]
 
 

@@ -21,7 +21,7 @@ import threading
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from errno import EDQUOT, EFBIG, EIO, ENOSPC, EROFS
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except SystemExit as stop:
         code = stop.code or 0
     except BrokenPipeError:  # whoever read our output has seen enough
-        _drop_output()
+        drop_output()
         code = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         known = _as_user_error(error)
@@ -136,7 +136,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             for line in str(known).splitlines():
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         if isinstance(known, SaveError):
-            _drop_output()
+            drop_output()
         code = known.exit_code
     finally:
         for child in multiprocessing.active_children():  # a DataLoader worker that hangs would outlive us
@@ -149,7 +149,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def _drop_output() -> None:
+def drop_output() -> None:
     """What cannot be written must not turn into another exit code when Python ends."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -172,6 +172,8 @@ def _as_user_error(error: Exception) -> UserError | None:
         return error
     if out_of_memory(error):
         return UserError(f"out of memory ({one_line(error)}); lower --batch_size or --block_size")
+    if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG, ENOTDIR):
+        return UserError(f"{error.filename}: {error.strerror}; give another path or the right to write there")
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EROFS, EIO):
         return SaveError(
             f"{error.filename or 'the output'}: {error.strerror}; make room there, then go on with --resume"

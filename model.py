@@ -57,6 +57,10 @@ class ModelConfig:
         return [
             (bool(self.model) != bool(self.model_config), both if self.model else none),
             (
+                not (self.model_revision and Path(self.model or "").is_dir()),
+                f"--model_revision {self.model_revision}: the directory {self.model} has no revisions; leave it out",
+            ),
+            (
                 size is None or 257 <= size <= 10**6,
                 f"--tokenizer {self.tokenizer}: train:N needs N of at least 257 (256 bytes and {END_OF_TEXT}), "
                 f"at most 1000000",

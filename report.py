@@ -1,11 +1,10 @@
 """What a run tells: metrics.jsonl, TensorBoard and the terminal; the model card and the upload to the Hub."""
 
-import functools
 import json
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from checkpoint import write_file
-from config import SaveError, UserError, one_line, warn
+from config import SaveError, UserError, drop_output, one_line, warn
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
 
@@ -40,14 +39,13 @@ class RunLog:
         _rewrite(run_dir, records)
         self._file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 open as long as the run
         self._unwritten = b""
-        self._open_board = functools.partial(SummaryWriter, str(run_dir / "tensorboard"), purge_step=step + evaluated)
+        # TensorBoard drops what older files have from this step on, so a part of it may have to be drawn once more.
+        self._purge_step = step + evaluated
+        self._recent = [record for record in records if record["step"] == step and not evaluated]
         self._board: SummaryWriter | None = None
         self._run_dir, self.goes_on = run_dir, goes_on
         self.terminal = sys.stdout.isatty()
         self._bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, disable=not self.terminal)
-        for record in records:
-            if record["step"] == step and not evaluated:  # its curves end before this step now
-                self._draw(**record)
 
     def step(self) -> None:
         self._bar.update()
@@ -75,26 +73,29 @@ class RunLog:
         # TensorBoard renders Markdown; an indented block shows the text as it is.
         lines = "\n".join("    " + line for line in (prompt + text).splitlines())
         with self._saving():
-            self._curves().add_text(f"sample: {prompt}", lines, step)
+            self._draw(lambda board: board.add_text(f"sample: {prompt}", lines, step))
         self.say(f"sample: {prompt}{text}")
 
     def hyperparameters(self, values: dict[str, Any], final: dict[str, float]) -> None:
         """Hyperparameters with the final metrics, under the tags of the curves that they end."""
         given = {key: value for key, value in values.items() if value not in (None, [], False)}
         plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()}
+        summaries = hparams(plain, {f"eval/{key}": value for key, value in final.items()})
         with self._saving():
-            for summary in hparams(plain, {f"eval/{key}": value for key, value in final.items()}):
-                self._curves().file_writer.add_summary(summary)
+            self._draw(lambda board: [board.file_writer.add_summary(summary) for summary in summaries])
 
     def say(self, text: str) -> None:
         with self._saving():
-            if self.terminal:
-                tqdm.write(text, file=sys.stdout)
-            else:
-                print(text, flush=True)
+            try:
+                if self.terminal:
+                    tqdm.write(text, file=sys.stdout)
+                else:
+                    print(text, flush=True)
+            except BrokenPipeError:  # a long run does not end because nobody reads on
+                drop_output()
 
     def sync(self) -> None:
-        """Brings all records to the disk, so that no checkpoint there is ahead of them."""
+        """Brings all records to the disk before a checkpoint, which is not to be ahead of them."""
         with self._saving():
             self._write_lines()
             os.fsync(self._file.fileno())
@@ -106,48 +107,56 @@ class RunLog:
             self._board.close()
 
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        self._unwritten += (json.dumps({"step": step, "split": split, **values}) + "\n").encode()
+        record = {"step": step, "split": split, **values}
+        self._unwritten += (json.dumps(record) + "\n").encode()
         with self._saving():
             self._write_lines()
-            self._draw(step, split, **values)
-
-    def _draw(self, step: int, split: str, **values: Any) -> None:
-        for key, value in values.items():
-            if key not in NO_CURVES and split != "nonfinite":
-                self._curves().add_scalar(f"{split}/{key}", value, step)
+            self._draw(lambda board: _add_scalars(board, **record))
+            self._purge_step = step
+            self._recent = [record for record in self._recent if record["step"] == step]
+        self._recent.append(record)
 
     def _write_lines(self) -> None:
         while self._unwritten:  # a full disk takes a part of a line: what is left follows when there is room again
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
-    def _curves(self) -> SummaryWriter:
-        self._board = self._board or self._open_board()
-        return self._board
+    def _draw(self, add: Callable[[SummaryWriter], Any]) -> None:
+        if self._board is None:
+            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
+            for record in self._recent:
+                _add_scalars(self._board, **record)
+        add(self._board)
+        self._board.flush()
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
         try:
             yield
-            if self._board:
-                self._board.flush()
-        except BrokenPipeError:
-            raise
         except OSError as error:
-            self._board = None  # its writing thread has ended; the next record opens another file
+            self._board = None  # its writing thread may have ended; the next record opens another file
             problem = f"{self._run_dir}: the log cannot be written ({one_line(error)}); make room"
             if not self.goes_on:
                 raise SaveError(f"{problem} and go on with --resume") from error
             warn(problem)
 
 
+def _add_scalars(board: SummaryWriter, step: int, split: str, **values: Any) -> None:
+    for key, value in values.items():
+        if key not in NO_CURVES and split != "nonfinite":
+            board.add_scalar(f"{split}/{key}", value, step)
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line that was being written when the run died is left out."""
     path, records = run_dir / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            records.append({"step": int(record["step"]), "split": str(record["split"]), **record})
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                warn(f"{path}: line {number} is damaged and left out")
     return records
 
 
@@ -167,9 +176,9 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def finished_step(run_dir: Path) -> int:
-    """The last step of a run that came to its end, 0 for any other."""
+    """The last step of a run that came to its end and has its model, 0 for any other."""
     records = read_metrics(run_dir)
-    return records[-1]["step"] if records and records[-1].get("final") else 0
+    return records[-1]["step"] if records and records[-1].get("final") and (run_dir / "model").is_dir() else 0
 
 
 def last_step(run_dir: Path) -> int:
@@ -268,7 +277,7 @@ def check_login(repo_id: str) -> None:
         raise UserError(f"--push_to_hub {repo_id}: not a repo id ({one_line(error)}); give user/name") from error
     try:
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
         raise UserError(
             f"--push_to_hub {repo_id}: not logged in to the Hub ({one_line(error)}); "
             f"run `hf auth login` or set HF_TOKEN, or leave the flag out and upload later"
@@ -284,7 +293,7 @@ def push(model_dir: Path, repo_id: str) -> str:
         repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo_id, folder_path=model_dir, commit_message="Upload model, tokenizer and card")
         return f"{api.endpoint}/{repo_id}"
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:
         raise UserError(
             f"--push_to_hub {repo_id}: the upload failed ({one_line(error)}); the model is safe in {model_dir}, "
             f"upload it with `hf upload {repo_id} {model_dir}`"

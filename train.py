@@ -67,7 +67,7 @@ from perplexity import evaluate, perplexity
 
 T = TypeVar("T")
 
-RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")  # deleted in this order
+RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
 
 @dataclass
@@ -167,6 +167,7 @@ def train_step(
     num_tokens = sum(count_predicted(batch["labels"]) for batch in micro_batches)
     if num_tokens == 0:
         return torch.zeros((), device=device), torch.zeros((), device=device), 0
+    first_scale = scaler.get_scale()
     while True:
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=device)
@@ -177,18 +178,22 @@ def train_step(
             scaler.scale(share).backward()
             loss += share.detach()
 
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        if not scaler.is_enabled():  # the scaler does the same where the scaled gradients of fp16 overflow
-            optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # fused AdamW then does nothing
         scale = scaler.get_scale()  # a host sync in fp16, and in fp16 alone
-        scaler.step(optimizer)
-        scaler.update()
+        with out_of_memory_is_final():
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            if not scaler.is_enabled():  # the scaler does the same where the scaled gradients of fp16 overflow
+                optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # fused AdamW then does nothing
+            scaler.step(optimizer)
+            scaler.update()
         # After an overflow the same blocks once more with the smaller scale: none is lost, and the learning rate does
-        # not move on. What overflows without any scale is not an overflow.
-        if scaler.get_scale() >= scale or scale <= 1:
+        # not move on.
+        if scaler.get_scale() >= scale:
+            return loss, grad_norm, num_tokens
+        if scale <= 1:  # what overflows without any scale is not an overflow, and no reason to change the scale
+            scaler.update(first_scale)
             return loss, grad_norm, num_tokens
 
 
@@ -206,10 +211,7 @@ def training_state(
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    generators = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    return {"weights": _weights(model), "optimizer": moments, "random": generators}
+    return {"weights": _weights(model), "optimizer": moments, "random": random_state(device)}
 
 
 def restore_state(
@@ -225,9 +227,20 @@ def restore_state(
     for key, value in tensors["optimizer"].items():
         name, _, moment = key.rpartition(":")
         optimizer.state[parameters[name]][moment] = value.to(device)
-    torch.set_rng_state(tensors["random"]["cpu"])
+    restore_random_state(tensors["random"], device)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random"]["cuda"], device)
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -257,7 +270,8 @@ class Progress:
     position: Position = field(default_factory=Position)
     tokens_seen: int = 0
     evaluated: int = -1  # the last step whose evaluation is complete
-    best_loss: float | None = None
+    kept_step: int | None = None  # whose weights are in model/
+    kept_loss: float = 0.0  # and their evaluation loss
     skips: int = 0  # updates in a row that were left out
 
 
@@ -293,8 +307,20 @@ def warns_only(enabled: bool) -> Iterator[None]:
         warn(str(error))
 
 
-def within_memory(work: Callable[[int], T], blocks: int, oom: str) -> tuple[T, int]:
+@contextmanager
+def out_of_memory_is_final() -> Iterator[None]:
+    """For what no smaller batch makes smaller, and what cannot be made again because a part of it is done."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("out of memory with weights, gradients and AdamW's moments; take a smaller model") from error
+
+
+def within_memory(work: Callable[[int], T], blocks: int, oom: str, device: torch.device) -> tuple[T, int]:
     """Returns ``work(blocks)`` and ``blocks``, halved as often as memory demands and ``oom`` allows."""
+    before = random_state(device)
     while True:
         try:
             return work(blocks), blocks
@@ -307,6 +333,7 @@ def within_memory(work: Callable[[int], T], blocks: int, oom: str) -> tuple[T, i
                     fix = "lower --batch_size and raise --grad_accum_steps by as much, give --oom halve, or " + fix
                 raise UserError(f"out of memory with {blocks} blocks at once; {fix}") from error
         blocks //= 2  # out of reach of the exception, which holds the tensors of the attempt
+        restore_random_state(before, device)
         warn(f"out of memory; from here on {blocks} blocks at once, accumulated to the same update")
 
 
@@ -361,6 +388,9 @@ def main() -> None:
             check_same_run(run_dir, state["identity"], identity)
             progress = Progress(**state["progress"])
             progress.position = Position(**state["progress"]["position"])
+            if progress.kept_step is not None and not (run_dir / "model").is_dir():
+                warn(f"{run_dir}/model is gone, with the weights of step {progress.kept_step}; keeping later ones")
+                progress.kept_step, progress.evaluated = None, -1
         done = report.finished_step(run_dir)
         if resumed:
             done = progress.step if progress.evaluated >= max_steps else 0
@@ -373,7 +403,7 @@ def main() -> None:
             return finish(run_dir, config)
         if resumed:
             note_changes(state["settings"], settings)
-        elif done or report.last_step(run_dir) > config.save_every:
+        elif done or report.last_step(run_dir) > save_every_of(run_dir):
             fix = "use its model as it is, or --overwrite the run"
             raise checkpoint.NoCheckpointError(f"{run_dir}: no checkpoint is left there to go on from; {fix}")
         else:
@@ -424,6 +454,8 @@ output    {run_dir}""")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resumes:
         lock_directory(run_dir)
+        if check_run_dir(run_dir, config) and not holds_run:
+            raise UserError(f"--output_dir {run_dir}: another run was made there meanwhile; give another directory")
     if resumed:
         restore_state(tensors, model, optimizer, device)
         _restore_python_random_state(state["random"])
@@ -461,7 +493,7 @@ output    {run_dir}""")
             warn(problem)
         updates.clear()
 
-    def save_checkpoint() -> None:
+    def save_checkpoint() -> bool:
         settle()
         log.sync()
         path = run_dir / "checkpoints" / f"step-{progress.step:06}"
@@ -475,15 +507,17 @@ output    {run_dir}""")
         with warns_only(log.goes_on):
             checkpoint.save(path, training_state(model, optimizer, device), state)
             checkpoint.prune(path.parent, config.keep_checkpoints, path)
+            return True
+        return False
 
     def obey_signals() -> None:
         """Called between steps, and between the batches and samples of an evaluation, which change no state."""
         while signals.received:
             number = signal.Signals(signals.received.pop(0))
             log.goes_on &= number == signal.SIGUSR1
-            save_checkpoint()
+            saved = save_checkpoint()
             if number == signal.SIGUSR1:
-                log.say(f"step {progress.step}: saved, asked by {number.name}")
+                log.say(f"step {progress.step}: {'saved' if saved else 'not saved'}, asked by {number.name}")
             else:
                 log.close()
                 print(f"stopped by {number.name} at step {progress.step}; saved. Go on with --resume.")
@@ -499,7 +533,7 @@ output    {run_dir}""")
         def measure(size: int) -> tuple[float, int]:
             return evaluate(step_model, make_loader(eval_blocks, size), precision, obey_signals)
 
-        measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom)
+        measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom, device)
         nll_sum, num_predicted = measured
         loss = nll_sum / num_predicted
         if not math.isfinite(loss):
@@ -516,10 +550,10 @@ output    {run_dir}""")
         log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=num_predicted)
         for prompt, text in zip(config.sample_prompt, samples, strict=True):
             log.sample(step, prompt, text)
-        if step and (config.keep == "last" or progress.best_loss is None or loss < progress.best_loss):
+        if step and (config.keep == "last" or progress.kept_step is None or loss < progress.kept_loss):
             with warns_only(log.goes_on):
                 save_model(run_dir, model, tokenizer, settings, facts)
-                progress.best_loss = loss
+                progress.kept_step, progress.kept_loss = step, loss
         progress.evaluated = step
 
     # The loop.
@@ -549,7 +583,7 @@ output    {run_dir}""")
             raise
         learning_rate = learning_rate_at(progress.step, config.learning_rate, warmup_steps, max_steps)
         (loss, grad_norm, num_predicted), progress.micro_batch_size = within_memory(
-            partial(update, micro_batches, learning_rate), progress.micro_batch_size, config.oom
+            partial(update, micro_batches, learning_rate), progress.micro_batch_size, config.oom, device
         )
         progress.step += 1
         updates.append((progress.step, progress.position, (loss, grad_norm)))
@@ -585,15 +619,15 @@ output    {run_dir}""")
         started += time.perf_counter() - paused  # the speed is that of training alone
 
     evaluations = report.evaluations(run_dir)
-    first, best = evaluations[0], min(evaluations[1:], key=lambda record: record["loss"])
-    kept = evaluations[-1] if config.keep == "last" else best
-    log.hyperparameters(settings, {key: kept[key] for key in ("loss", "perplexity")})
+    first, kept = evaluations[0], {"loss": progress.kept_loss, "perplexity": perplexity(progress.kept_loss)}
+    log.hyperparameters(settings, kept)
     checkpoint.write_file(run_dir / "model" / "README.md", str(report.model_card(settings, facts, evaluations)))
     save_checkpoint()
     log.close()
     report.mark_finished(run_dir)
     signals.can_wait = False
-    print(f"held-out perplexity {first['perplexity']:.2f} before, {kept['perplexity']:.2f} after (step {kept['step']})")
+    before, after = first["perplexity"], kept["perplexity"]
+    print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {progress.kept_step})")
     if kept["loss"] >= first["loss"]:
         print("warning: training did not improve on the model it started from; try another --learning_rate")
     for number in set(signals.received) - {signal.SIGUSR1}:  # all is saved; an upload may take long
@@ -613,7 +647,8 @@ def check_run_dir(run_dir: Path, config: TrainConfig) -> bool:
     require(there.is_dir(), f"--output_dir {run_dir}: {there} is a file; give a directory")
     require(os.access(there, os.W_OK), f"--output_dir {run_dir}: {there} is read-only; give another directory")
     present = [name for name in RUN_CONTENT if os.path.lexists(run_dir / name)]
-    if present and "metrics.jsonl" not in present:  # --overwrite must never delete what no run has made
+    is_run = "metrics.jsonl" in present or any((run_dir / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}"))
+    if present and not is_run:  # --overwrite must never delete what no run has made
         raise UserError(f"--output_dir {run_dir}: holds {', '.join(present)}, but no run; give another directory")
     if present and not (config.resume or config.overwrite or config.dry_run):
         fix = "go on with --resume, delete it with --overwrite, or give another directory"
@@ -630,16 +665,24 @@ def lock_directory(run_dir: Path) -> None:
 
 
 def remove_run(run_dir: Path) -> None:
+    """Deletes a run so that what a death half-way leaves is a run that has to start over."""
+    checkpoint.remove(run_dir / "checkpoints")
+    checkpoint.write_file(run_dir / "metrics.jsonl", "")
     for name in RUN_CONTENT:
-        path = run_dir / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        checkpoint.remove(run_dir / name)
+
+
+def save_every_of(run_dir: Path) -> int:
+    """The --save_every of the run that is there: past this step it had a checkpoint."""
+    path = run_dir / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["save_every"] if path.exists() else 0
 
 
 def check_same_run(run_dir: Path, before: dict, now: dict) -> None:
     """Raises UserError where resuming would be another run."""
     for name in [name for name in before if name in now]:  # another transformers may know other settings
         if before[name] != now[name] and name not in ("model's transformers_version", "model's dtype"):
-            shown = (f"{str(value)[:16]}" for value in (before[name], now[name]))
+            shown = (f"{str(value)[:60]}" for value in (before[name], now[name]))
             raise UserError(
                 f"--resume: {name} was {next(shown)} and is now {next(shown)}, so this is not the run in {run_dir}; "
                 f"give what it was made with (see {run_dir}/config.yaml), another --output_dir, or --overwrite"
@@ -649,7 +692,7 @@ def check_same_run(run_dir: Path, before: dict, now: dict) -> None:
 def note_changes(before: dict, now: dict) -> None:
     """Says what a resumed run does otherwise from here on, the learning rate's new course included."""
     shaping = {"max_steps", "num_epochs", "learning_rate", "warmup_steps", "warmup_ratio"}
-    shaping |= {"weight_decay", "max_grad_norm", "precision", "compile"}
+    shaping |= {"weight_decay", "max_grad_norm", "precision", "compile", "keep"}
     for name in sorted(shaping):
         if before[name] != now[name]:
             print(f"note: --{name} was {before[name]} and is {now[name]} from here on")
@@ -695,7 +738,7 @@ def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None
         parts = list(split_batch(batch, size))
         return train_step(model, optimizer, scaler, parts, 0.0, config.max_grad_norm, precision)
 
-    (loss, _, _), _ = within_memory(step, config.batch_size, config.oom)
+    (loss, _, _), _ = within_memory(step, config.batch_size, config.oom, device)
     print(
         f"{'dry run':<10}loss {loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
         f"{report.peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"

@@ -117,7 +117,7 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     save(tmp_path / "step-000001", TENSORS, {})
     files = {"weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert set(order[:4]) == files
-    assert order[4:] == [".step-000001.writing", "rename to step-000001", tmp_path.name]
+    assert order[4:] == [".step-000001.being-written", "rename to step-000001", tmp_path.name]
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import random
 import re
 import resource
+import shutil
 import signal
 import time
 
@@ -17,7 +19,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import train
 from checkpoint import verify
+from config import SaveError
 
 STEPS = 12
 
@@ -74,6 +78,12 @@ def result(run_dir):
     return [file.read_bytes() for file in files], records
 
 
+def curve(run_dir, name):
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars(name)]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(directory):
     process = run(directory, "undisturbed")
@@ -117,10 +127,8 @@ def test_sigusr1_saves_inside_an_evaluation_and_the_run_goes_on(directory, undis
     again = run(directory, tmp_path / "run", "--resume")
     assert again.returncode == 0, again.stderr
     assert result(tmp_path / "run") == undisturbed
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("eval/loss")] == [0, 6, 12]
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert curve(tmp_path / "run", "eval/loss") == [0, 6, 12]
+    assert curve(tmp_path / "run", "train/loss") == list(range(1, STEPS + 1))
 
 
 def test_a_second_sigint_leaves_at_once_and_harms_nothing(directory, undisturbed, tmp_path):
@@ -172,6 +180,8 @@ def test_a_run_can_go_on_without_saving_until_there_is_room(directory, undisturb
     warned = process.stderr.splitlines()
     assert len(warned) >= 2 and all(line.startswith(f"warning: {tmp_path}/run/") for line in warned), warned
     assert result(tmp_path / "run") == undisturbed
+    assert curve(tmp_path / "run", "train/loss") == list(range(1, STEPS + 1))
+    assert curve(tmp_path / "run", "eval/loss") == [0, 6, 12]
 
 
 def test_a_log_that_cannot_be_written_follows_when_there_is_room(tmp_path, capfd):
@@ -189,8 +199,40 @@ def test_a_log_that_cannot_be_written_follows_when_there_is_room(tmp_path, capfd
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.evaluation(3, loss=1.0, perplexity=math.e)
-    log.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert curve(tmp_path, "eval/loss") == [2, 3] and curve(tmp_path, "train/loss") == [1]
+    log.goes_on = False
+    with capfd.disabled():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(SaveError, match=f"{tmp_path}: the log cannot be written"):
+                log.evaluation(4, loss=1.0, perplexity=math.e)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.close()
+
+
+def test_signals_wait_for_a_boundary_and_a_second_sigint_does_not():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        signals = train.Signals()
+        signals.can_wait = True
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert signals.received == [signal.SIGUSR1, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_random_states_are_taken_up():
+    state = json.loads(json.dumps(train._python_random_state()))
+    drawn = random.random(), np.random.rand()
+    train._restore_python_random_state(state)
+    assert (random.random(), np.random.rand()) == drawn
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +358,39 @@ def test_when_memory_runs_out(directory, tmp_path):
     assert re.match(r"warning: out of memory; from here on 128 blocks at once", halved.stderr), halved.stderr
     state = json.loads((tmp_path / "halve/checkpoints/step-000020/state.json").read_text())
     assert state["progress"]["micro_batch_size"] <= 128 and state["progress"]["step"] == 20
+
+
+def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_path):
+    run(directory, tmp_path / "run")
+    train.checkpoint.remove(tmp_path / "run/checkpoints")  # what `remove_run` does first, and second
+    train.checkpoint.write_file(tmp_path / "run/metrics.jsonl", "")
+    again = run(directory, tmp_path / "run", "--resume")
+    assert again.returncode == 0 and "starting over" in again.stdout, again.stderr
+    assert result(tmp_path / "run") == undisturbed
+
+
+def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
+    name = tmp_path / "run"
+    assert run(directory, name).returncode == 0
+    shutil.rmtree(name / "model")
+    again = run(directory, name, "--resume")
+    assert again.returncode == 0 and "warning" in again.stderr and f"after (step {STEPS})" in again.stdout
+    kept, last = (
+        load_file(path)["transformer.wte.weight"]
+        for path in (name / "model/model.safetensors", name / f"checkpoints/step-{STEPS:06}/weights.safetensors")
+    )
+    assert torch.equal(kept, last)
+    assert curve(name, "eval/loss") == [0, 6, 12]
+
+
+def test_a_run_that_was_made_meanwhile_is_not_deleted(directory, tmp_path):
+    name = tmp_path / "run"
+    late = start(directory, name)
+    while not handled_signals(late.pid) >> signal.SIGUSR1 - 1 & 1:
+        time.sleep(0.001)
+    late.send_signal(signal.SIGSTOP)
+    assert not name.exists()
+    assert run(directory, name).returncode == 0
+    late.send_signal(signal.SIGCONT)
+    assert late.wait(30) == 2 and "holds another run" in late.stderr
+    assert (name / f"checkpoints/step-{STEPS:06}").exists()

@@ -12,6 +12,7 @@ from config import UserError
 from data import Position, collate, group_texts, make_loader, split_batch, tokenize, training_batches
 from train import learning_rate_at, make_optimizer, restore_state, train_step, training_state, within_memory
 
+CPU = torch.device("cpu")
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
 
 
@@ -203,6 +204,25 @@ def test_fp16_ends_where_no_scale_helps(blocks, tokenizer):
     before = model.lm_head.weight.clone()
     loss, _, _ = train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
     assert math.isnan(loss) and torch.equal(model.lm_head.weight, before)
+    assert scaler.get_scale() == 2.0**16  # the next update does not suffer for it
+
+
+def test_out_of_memory_in_the_optimizer_is_final(blocks, tokenizer, monkeypatch):
+    """A smaller batch does not make it fit, and a part of the update may be done."""
+    model, batch = tiny_gpt2(len(tokenizer)), collate([blocks[i] for i in range(4)])
+    optimizer, tried = make_optimizer(model, DECAY), []
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    def work(size):
+        tried.append(size)
+        return train_step(model, optimizer, no_scaler(), list(split_batch(batch, size)), 1e-3)
+
+    optimizer.register_step_pre_hook(fail)
+    with pytest.raises(UserError, match="AdamW's moments"):
+        within_memory(work, 4, "halve", CPU)
+    assert tried == [4]
 
 
 def test_an_update_without_anything_to_predict_changes_nothing(blocks, tokenizer):
@@ -230,16 +250,16 @@ def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
         def work(size, model=model, optimizer=optimizer):
             return train_step(model, optimizer, no_scaler(), list(split_batch(batch, size)), 1e-3)
 
-        _, left = within_memory(work, 5, "halve")
+        _, left = within_memory(work, 5, "halve", CPU)
         weights.append((left, model.lm_head.weight))
     assert sizes == [5, 2, 2, 1, 5] and [left for left, _ in weights] == [2, 5]
     assert (weights[0][1] - weights[1][1]).abs().max() < 1e-6
     with pytest.raises(UserError, match="out of memory with 5 blocks at once; lower --batch_size"):
-        within_memory(lambda size: torch.empty(1 << 50), 5, "stop")
+        within_memory(lambda size: torch.empty(1 << 50), 5, "stop", CPU)
     with pytest.raises(UserError, match="out of memory with 1 blocks at once; lower --block_size"):
-        within_memory(lambda size: torch.empty(1 << 50), 5, "halve")
+        within_memory(lambda size: torch.empty(1 << 50), 5, "halve", CPU)
     with pytest.raises(RuntimeError, match="another mistake"):
-        within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve")
+        within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve", CPU)
 
 
 def test_compiled_shares_weights_and_numbers(blocks, tokenizer):
@@ -267,18 +287,17 @@ def test_state_is_taken_up_to_the_bit(blocks, tokenizer):
             train_step(model, optimizer, no_scaler(), update, 1e-3)
         return position
 
-    cpu = torch.device("cpu")
     model, optimizer = start()
     torch.manual_seed(5)
     position = go_on(model, optimizer, Position(), 4)
     saved = {
         group: {name: tensor.clone() for name, tensor in content.items()}
-        for group, content in training_state(model, optimizer, cpu).items()
+        for group, content in training_state(model, optimizer, CPU).items()
     }
     go_on(model, optimizer, position, 4)
     again, again_optimizer = start()
     torch.manual_seed(99)
-    restore_state(saved, again, again_optimizer, cpu)
+    restore_state(saved, again, again_optimizer, CPU)
     go_on(again, again_optimizer, position, 4)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
