@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -285,11 +285,13 @@ class Signals:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if number != signal.SIGUSR1 and not self.can_wait:
-            sys.exit(128 + number)
-        self.received.append(number)
         if number != signal.SIGUSR1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if not self.can_wait:
+                with suppress(Exception):
+                    sys.stdout.flush()
+                os._exit(128 + number)  # an exception might be caught by whatever is under way
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        self.received.append(number)
 
 
 class NonFiniteError(UserError):
