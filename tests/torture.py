@@ -426,6 +426,26 @@ class Runs:
         self.same(run_dir)
         return f"exit {code}, no process left", seconds
 
+    def compiled(self, args: argparse.Namespace) -> None:
+        """Compiled code on two threads, which adds up gradients in any order unless it is told not to."""
+        self.table.trial("compiled, SIGKILL in training", self.kill_compiled)
+
+    def kill_compiled(self) -> None:
+        found = []
+        for name, until in (("whole", "-"), ("whole", "-"), ("cut", "step 12/")):
+            run_dir = self.directory / f"compiled-{name}-{len(found)}"
+            arguments = ("train.py", "--config", "small.yaml", "--compile", "on", "--output_dir", run_dir, "--resume")
+            for stops in (True, False):
+                process = processes.start(*arguments, cwd=self.directory, env={"OMP_NUM_THREADS": "2"})
+                self.started.append(process)
+                if stops and any(line.startswith(until) for line in process.lines(3 * TIMEOUT)):
+                    process.kill()
+                code = process.wait(3 * TIMEOUT)
+                expect(code == (-signal.SIGKILL if stops and name == "cut" else 0), process.stderr)
+            found.append(outcome(run_dir))
+        expect(found[0] == found[1], "two runs that were left alone differ")
+        expect(found[0] == found[2], "the resumed run differs from one that was left alone")
+
     def inputs(self, args: argparse.Namespace) -> None:
         """The table of inputs.py, each case in a process, and what each answered as a table to be shown at the end."""
         self.answers: dict[str, str] = {}
@@ -457,7 +477,7 @@ class Runs:
 
 
 PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage, Runs.full_disks, Runs.signals,
-                                          Runs.workers, Runs.inputs)}  # fmt: skip
+                                          Runs.workers, Runs.compiled, Runs.inputs)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
