@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TextIO, get_args, get_type_hints
 
 import datasets
 import huggingface_hub
@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except SystemExit as stop:
         code = stop.code or 0
     except BrokenPipeError:  # whoever read our output has seen enough
-        drop_output()
+        drop_output(sys.stdout)
         code = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         known = _as_user_error(error)
@@ -136,7 +136,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             for line in str(known).splitlines():
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         if isinstance(known, SaveError):
-            drop_output()
+            drop_output(sys.stdout, sys.stderr)
         code = known.exit_code
     finally:
         for child in multiprocessing.active_children():  # a DataLoader worker that hangs would outlive us
@@ -149,9 +149,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def drop_output() -> None:
+def drop_output(*streams: TextIO) -> None:
     """What cannot be written must not turn into another exit code when Python ends."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -92,7 +92,7 @@ class RunLog:
                 else:
                     print(text, flush=True)
             except BrokenPipeError:  # a long run does not end because nobody reads on
-                drop_output()
+                drop_output(sys.stdout)
 
     def sync(self) -> None:
         """Brings all records to the disk before a checkpoint, which is not to be ahead of them."""
@@ -167,7 +167,7 @@ def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
 def mark_finished(run_dir: Path) -> None:
     """Adds ``"final": true`` to the last evaluation, once all that belongs to the run is written."""
     records = read_metrics(run_dir)
-    if records and records[-1]["split"] == "eval":
+    if records and records[-1]["split"] == "eval" and not records[-1].get("final"):  # its date tells the newest run
         _rewrite(run_dir, [*records[:-1], {**records[-1], "final": True}])
 
 

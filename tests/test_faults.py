@@ -8,6 +8,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -391,3 +393,28 @@ def test_a_run_that_was_made_meanwhile_is_not_deleted(directory, tmp_path):
     late.send_signal(signal.SIGCONT)
     assert late.wait(30) == 2 and "holds another run" in late.stderr
     assert (name / f"checkpoints/step-{STEPS:06}").exists()
+
+
+def test_a_run_whose_output_nobody_reads_goes_on_and_its_errors_are_still_said(poisoned):
+    """As after ``| head``: the pipe is closed before the run writes to it."""
+    (poisoned / "train.txt").write_text(" ".join([*make_text(700).split(" "), *["Q"] * 50]))
+    arguments = ["--model", "model", "--train_files", "train.txt", "--eval_files", "eval.txt", "--block_size", "32"]
+    arguments += [
+        "--batch_size",
+        "2",
+        "--precision",
+        "fp32",
+        "--overwrite",
+        "--output_dir",
+        "unread",
+        "--log_every",
+        "1",
+    ]
+    reader, writer = os.pipe()
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, cwd=poisoned, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    with open(reader) as lines:
+        assert any(line.startswith("output") for line in lines)  # all before the log
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4 and "the loss is nan" in errors

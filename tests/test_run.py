@@ -196,14 +196,15 @@ def test_checkpoints_are_kept_as_asked(finished):
 
 def test_a_finished_run_is_neither_lost_nor_a_riddle(finished):
     cwd, _ = finished
-    before = weights_sha256(cwd / "runs/small"), (cwd / "runs/small/metrics.jsonl").read_bytes()
+    metrics = cwd / "runs/small/metrics.jsonl"  # by its date generate.py knows the newest run
+    before = weights_sha256(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns
     refused = run_script("train.py", "--config", "small.yaml", cwd=cwd)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "runs/small: holds another run" in refused.stderr and "--overwrite" in refused.stderr
     again = run_script("train.py", "--config", "small.yaml", "--resume", cwd=cwd)
     assert again.returncode == 0 and "this run is finished (24 of 24 steps" in again.stdout
     assert "generate.py --model runs/small/model" in again.stdout
-    assert (weights_sha256(cwd / "runs/small"), (cwd / "runs/small/metrics.jsonl").read_bytes()) == before
+    assert (weights_sha256(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns) == before
 
 
 def test_the_written_config_repeats_the_run_bit_for_bit(finished):
