@@ -21,6 +21,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -542,17 +543,19 @@ def group_texts(stream: TokenStream, block_size: int, stride: int | None = None)
     return Blocks(stream, block_size, stride or block_size)
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stacks blocks to (batch, longest); short ones are filled at the end with token 0 and the ignored label.
+def collate(items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0) -> dict[str, torch.Tensor]:
+    """Stacks blocks to (batch, longest), at least (rows, length); the rest is token 0 with the ignored label.
 
     No mask is needed: what follows a token cannot change its logits (`model.check_causal` has seen to that), and
     filled places are never scored.
     """
     fill = {"input_ids": 0, "labels": IGNORED_LABEL}
-    return {
-        key: torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
-        for key, value in fill.items()
-    }
+    batch = {}
+    for key, value in fill.items():
+        stacked = torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
+        missing = (0, max(0, length - stacked.shape[1]), 0, max(0, rows - len(items)))
+        batch[key] = torch.nn.functional.pad(stacked, missing, value=value)
+    return batch
 
 
 def split_batch(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -576,9 +579,16 @@ def _init_worker(worker_id: int) -> None:
 
 
 def make_loader(
-    blocks: Dataset, batch_size: int, indices: Sequence[int] | None = None, num_workers: int = 0
+    blocks: Blocks,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_workers: int = 0,
+    same_shape: bool = False,
 ) -> DataLoader:
-    """Batches of ``blocks`` in the order of ``indices``, or in their own order."""
+    """Batches of ``blocks`` in the order of ``indices``, or in their own order.
+
+    With ``same_shape`` the last ones are filled up to (batch_size, block_size), so that compiled code fits them all.
+    """
     indices = range(len(blocks)) if indices is None else indices
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     # Without a generator of its own, a DataLoader draws from the global one whenever iteration starts, and dropout
@@ -586,7 +596,7 @@ def make_loader(
     return DataLoader(
         blocks,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(collate, rows=batch_size, length=blocks.block_size) if same_shape else collate,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         num_workers=num_workers,
@@ -615,6 +625,7 @@ def training_batches(
     position: Position,
     num_workers: int = 0,
     worker_timeout: int = 300,
+    same_shape: bool = False,
 ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position]]:
     """Yields, without end, the micro-batches of one update and the position after it.
 
@@ -623,12 +634,12 @@ def training_batches(
     """
     while True:
         order = epoch_order(len(blocks), seed, position.epoch)[position.blocks :]
-        batches = iter(make_loader(blocks, batch_size, order, num_workers))
+        batches = iter(make_loader(blocks, batch_size, order, num_workers, same_shape))
         if num_workers:
             batches = _guarded(batches, num_workers, worker_timeout)
         while update := list(islice(batches, grad_accum_steps)):
-            position = Position(position.epoch, position.blocks + sum(len(batch["input_ids"]) for batch in update))
-            if position.blocks == len(blocks):
+            position = Position(position.epoch, position.blocks + batch_size * len(update))
+            if position.blocks >= len(blocks):
                 position = Position(position.epoch + 1)
             yield update, position
 

@@ -6,11 +6,12 @@ check_model(model, tokenizer, block_size=128)          # positions, vocabulary, 
 nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels that are not -100
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -220,24 +222,164 @@ def load_pretrained(
     return model
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
 def next_token_nll(
-    model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "sum"
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, reduction: Literal["sum", "none"] = "sum"
 ) -> torch.Tensor:
-    """Negative log-likelihood in nats of each label given the tokens before it, summed in float32.
+    """Negative log-likelihood in nats of each label given the tokens before it, in float32: summed, or one by one.
 
     input_ids and labels are (batch, sequence), not shifted; labels of -100 are skipped. The model's own ``labels=``
-    loss is never used: it is a mean, which accumulation cannot add up, and ten architectures forget the shift.
+    loss is never used: it is a mean, which accumulation cannot add up, and ten architectures forget the shift. Where
+    logits are nothing but hidden states times the head's weights, they never exist as a whole.
     """
-    logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting labels spares a copy of the logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
-    )
+    head = plain_head(model) if reduction == "sum" or not torch.is_grad_enabled() else None
+    with attention_kernel(input_ids), in_place_of(head, lambda hidden: hidden) if head else nullcontext():
+        logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary), or hidden states
+    if head is None:
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting labels spares a copy of the logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
+        )
+    operands = logits[:, :-1].flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten()
+    return LinearCrossEntropy.apply(*operands) if reduction == "sum" else linear_cross_entropy(*operands)[0]
 
 
 def count_predicted(labels: torch.Tensor) -> int:
     """The number of labels that `next_token_nll` sums over: the first token of a block has nothing to predict it."""
     return int((labels[:, 1:] != IGNORED_LABEL).sum())
+
+
+def attention_kernel(input_ids: torch.Tensor) -> AbstractContextManager:
+    """The kernel that is fastest: on a CPU, flash attention's backward pass in bfloat16 is slow for short blocks."""
+    device, length = input_ids.device.type, input_ids.shape[1]
+    plain = device == "cpu" and length <= 128 and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+@contextmanager
+def in_place_of(head: torch.nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def plain_head(model: torch.nn.Module) -> torch.nn.Linear | None:
+    """The output embedding, where it is linear and what it puts out are the logits: no soft cap, no scale after it.
+
+    Looked at once a model: in place of what the head puts out come known values, which have to come through.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is not torch.nn.Linear or "forward" in vars(head):
+        return None
+    if "has_plain_head" not in vars(model):
+        ids = torch.zeros(1, 8, dtype=torch.int64, device=model.device)
+        known = torch.linspace(-1e3, 1e3, ids.numel() * head.out_features, device=ids.device).view(1, 8, -1)
+        training = model.training
+        model.eval()
+        with torch.no_grad(), in_place_of(head, lambda _: known):
+            model.has_plain_head = torch.equal(model(input_ids=ids, use_cache=False).logits, known)
+        model.train(training)
+    return head if model.has_plain_head else None
+
+
+def largest_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers that a model is stacked from: the list of modules with most parameters, or else the model itself."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    size = {id(blocks): sum(p.numel() for block in blocks for p in block.parameters()) for blocks in lists}
+    return max(lists, key=lambda blocks: size[id(blocks)], default=[model])
+
+
+def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
+    """Arithmetic of a forward and backward pass: 6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B).
+
+    N are the parameters, L the layers, H Q the heads and their width (together the model's), T the block size.
+    """
+    config = model.config.get_text_config(decoder=True)
+    attends = getattr(config, "num_attention_heads", None)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * block_size if attends else 0
+    return 6 * model.num_parameters() + attention
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of `linear_cross_entropy`, whose gradients are made together with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        nll, *gradients = linear_cross_entropy(hidden, weight, bias, targets, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        return nll.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(None if gradient is None else gradient.mul_(grad) for gradient in ctx.saved_tensors), None
+
+
+@torch.no_grad()
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    wanted: Sequence[bool] = (False, False, False),
+    chunk: int = 1024,
+    tile: int = 8192,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The cross-entropy (tokens,) in nats of logits ``hidden @ weight.T + bias``, and the gradients of its sum.
+
+    hidden is (tokens, width), weight (vocabulary, width), bias (vocabulary,) or None, targets (tokens,), of which -100
+    counts nothing; gradients that are not ``wanted`` are None. Logits exist for ``chunk`` tokens at a time, made
+    ``tile`` columns at a time so that they are still in a CPU's cache when their exponentials are taken. With m a
+    tile's maximum, softmax is exp(logits - m) exp(m - logsumexp); the second factor goes to the narrow operands.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    tiles = weight.to(dtype).split(tile)
+    nll = torch.empty(len(targets), device=hidden.device)
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
+    d_weight = torch.zeros_like(weight) if wanted[1] else None
+    d_bias = torch.zeros_like(bias) if wanted[2] else None
+    for start in range(0, len(targets), chunk):
+        rows = slice(start, start + chunk)
+        states, known = hidden[rows], targets[rows, None] != IGNORED_LABEL
+        target = targets[rows].clamp_min(0)
+        operand, exps, tops, sums = states.to(dtype), [], [], []
+        for i, columns in enumerate(tiles):
+            logits = operand @ columns.T  # (chunk, tile)
+            if bias is not None:
+                logits += bias[i * tile : (i + 1) * tile]
+            tops.append(logits.amax(1, keepdim=True).float())
+            exp = (logits - tops[-1]).exp_()
+            sums.append(exp.sum(1, keepdim=True))
+            exps.append(exp.to(dtype) if any(wanted) else None)
+        tops = torch.cat(tops, 1)  # (chunk, number of tiles)
+        logsumexp = (tops + torch.cat(sums, 1).log()).logsumexp(1, keepdim=True)
+        target_logit = (states.float() * weight[target]).sum(1, keepdim=True)
+        if bias is not None:
+            target_logit += bias[target, None]
+        nll[rows] = ((logsumexp - target_logit) * known).squeeze(1)
+        factors = (tops - logsumexp).exp() * known
+        for i, (columns, exp) in enumerate(zip(tiles, exps, strict=True)):
+            factor = factors[:, i : i + 1]
+            if d_hidden is not None:
+                d_hidden[rows].addcmul_(exp @ columns, factor)
+            if d_weight is not None:
+                d_weight[i * tile : (i + 1) * tile] += exp.T @ (states * factor).to(dtype)
+            if d_bias is not None:
+                d_bias[i * tile : (i + 1) * tile] += (exp * factor).sum(0)
+        if d_hidden is not None:
+            d_hidden[rows] -= weight[target] * known
+        if d_weight is not None:
+            d_weight.index_add_(0, target, (states * known).to(d_weight.dtype), alpha=-1)
+        if d_bias is not None:
+            d_bias.index_add_(0, target, known.squeeze(1).to(d_bias.dtype), alpha=-1)
+    return nll, None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +439,14 @@ def check_causal(model: PreTrainedModel, block_size: int) -> None:
 
 
 def select_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    # Tensors of megabytes are taken from the system and given back with each operation, and to have their pages
+    # mapped anew takes longer than most operations: a third of a step. So freed memory is kept.
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
+    return torch.device("cpu")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:

@@ -22,6 +22,12 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import SaveError, UserError, drop_output, one_line, warn
 
+# Dense bfloat16 FLOP/s, from the datasheets, by the words in a device's name; the first that fits.
+PEAK_FLOPS = {
+    "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
+}  # fmt: skip
+
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
 
 
@@ -55,9 +61,10 @@ class RunLog:
         if self.terminal:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
         else:
+            mfu = f"mfu {values['mfu']:.1%}  " if "mfu" in values else ""
             self.say(
                 f"step {step}/{max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-                f"grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
+                f"grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  {mfu}"
                 f"{duration(seconds_left)} left"
             )
 
@@ -144,6 +151,12 @@ def _add_scalars(board: SummaryWriter, step: int, split: str, **values: Any) -> 
     for key, value in values.items():
         if key not in NO_CURVES and split != "nonfinite":
             board.add_scalar(f"{split}/{key}", value, step)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense bfloat16 FLOP/s of a device, by PyTorch's name for it, or None where it is not known."""
+    words = set(device_name.replace("-", " ").split())
+    return next((peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split())), None)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

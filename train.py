@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,10 +55,13 @@ from model import (
     autocast,
     check_model,
     count_predicted,
+    flops_per_token,
+    largest_blocks,
     load_config,
     load_model,
     load_tokenizer,
     next_token_nll,
+    plain_head,
     position_limit,
     resolve_precision,
     select_device,
@@ -89,7 +92,7 @@ class TrainConfig:
         "auto", "of the arithmetic; weights are float32. auto: the fastest the device does well"
     )
     compile: Literal["auto", "on", "off"] = flag(
-        "auto", "torch.compile; auto: where the run is long enough to pay for it"
+        "auto", "torch.compile; auto: on a GPU, where the run is long enough to pay for it"
     )
     seed: Seed = flag(42, "of initialization, order of the data, dropout, and the held-out part")
     eval_every: Count = flag(500, "updates between evaluations; there is one at the start and one at the end as well")
@@ -421,10 +424,12 @@ def main() -> None:
     for prompt in config.sample_prompt:
         fits = len(tokenizer(prompt)["input_ids"]) + sampling.max_new_tokens <= limit
         require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters, flops = model.num_parameters(), flops_per_token(model, data_config.block_size)
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
-    compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
-    step_model = torch.compile(model, dynamic=False) if compiled else model  # shares its weights with `model`
+    peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
+    compiled = should_compile(config.compile, device, flops * block_tokens * max_steps)
+    if compiled:
+        compile_blocks(model)
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -450,7 +455,7 @@ device    {device_name(device)}, {precision}{", compiled" if compiled else ""}
 output    {run_dir}""")
     sys.stdout.flush()
     if config.dry_run:
-        return dry_run(step_model, optimizer, scaler, train_blocks, config, precision, device)
+        return dry_run(model, optimizer, scaler, train_blocks, config, precision, device)
 
     # The run's directory. Until here nothing was written.
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -533,7 +538,7 @@ output    {run_dir}""")
         log.goes_on &= not last
 
         def measure(size: int) -> tuple[float, int]:
-            return evaluate(step_model, make_loader(eval_blocks, size), precision, obey_signals)
+            return evaluate(model, make_loader(eval_blocks, size, same_shape=compiled), precision, obey_signals)
 
         measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom, device)
         nll_sum, num_predicted = measured
@@ -546,7 +551,7 @@ output    {run_dir}""")
         for prompt in config.sample_prompt:
             obey_signals()
             # The training's random numbers stay untouched.
-            with torch.random.fork_rng(), autocast(device, precision):
+            with torch.random.fork_rng(), autocast(device, precision), uncompiled(compiled):
                 torch.manual_seed(config.seed)
                 samples.append(generate(model, tokenizer, [prompt], sampling)[0])
         log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=num_predicted)
@@ -570,11 +575,12 @@ output    {run_dir}""")
         progress.position,
         config.num_workers,
         config.worker_timeout,
+        same_shape=compiled,
     )
 
     def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int):
         parts = [part for batch in micro_batches for part in split_batch(batch, size)]
-        return train_step(step_model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision)
+        return train_step(model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision)
 
     tokens_timed, started = 0, time.perf_counter()
     while progress.step < max_steps:
@@ -612,6 +618,7 @@ output    {run_dir}""")
                     tokens_seen=progress.tokens_seen,
                     epoch=position.epoch + position.blocks / len(train_blocks),
                     memory_gib=report.peak_memory_gib(device),
+                    **({"mfu": speed * flops / peak_flops} if peak_flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:
@@ -710,13 +717,29 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
 
 
 def should_compile(choice: str, device: torch.device, flops: float) -> bool:
-    """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
+    """Whether to use torch.compile; ``flops`` is the run's arithmetic."""
     has_compiler = device.type == "cuda" or any(map(shutil.which, ("g++", "c++", "clang++")))
     require(choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off")
-    # Compiling costs about a minute and saves about a quarter of a step. The decision must not depend on a measured
-    # time, or two runs with one seed could differ; so it assumes a slow machine's rate and wants ten minutes of work.
-    slow_rate = 1e14 if device.type == "cuda" else 2e11
-    return choice == "on" or (choice == "auto" and has_compiler and flops > 600 * slow_rate)
+    # On a CPU compiled steps are hardly faster (benchmarks/RESULTS.md). On a GPU compiling takes a minute or less. The
+    # decision must not depend on a measured time, or two runs with one seed could differ.
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and flops > 600 * 1e14)
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compiles the layers of ``model`` in place; being alike they share one compiled code, which is kept on the disk.
+
+    To compile the whole model takes longer by the number of its layers, and makes it no faster.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "torch", "inductor")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # PyTorch's own default does not outlive a reboot
+    plain_head(model)  # which runs the model on a shape of its own
+    for block in largest_blocks(model):
+        block.compile(dynamic=False)
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager:
+    """For generation, whose lengths change with each token. Importing the compiler takes seconds, so only if needed."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def make_deterministic() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 # Before any Hugging Face library is imported: a cache of our own, and no network.
 CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
 # Threads that wait asleep: on a busy machine, those that spin took most of the time of such small models.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.pop("HF_TOKEN", None)

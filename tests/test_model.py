@@ -1,9 +1,11 @@
 import json
+import resource
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_gpt2
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from config import UserError
@@ -14,13 +16,18 @@ from model import (
     check_causal,
     check_model,
     count_predicted,
+    flops_per_token,
+    linear_cross_entropy,
     load_config,
     load_model,
     load_tokenizer,
     next_token_nll,
+    plain_head,
     position_limit,
     resolve_precision,
+    select_device,
 )
+from report import peak_flops
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300}
 
@@ -47,6 +54,105 @@ def test_nll_is_the_shifted_cross_entropy():
         )
         assert next_token_nll(model, ids, labels).item() == pytest.approx(expected, rel=1e-6)
     assert count_predicted(labels) == 19 * 3 - 4 - 9
+
+
+def plain_nll(model, ids, labels):
+    logits = model(input_ids=ids).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="sum", ignore_index=-100)
+
+
+def gradients(model, nll):
+    model.zero_grad()
+    nll.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "is_plain"),
+    [
+        ("gpt2", {}, True),  # tied
+        ("llama", {"tie_word_embeddings": False}, True),
+        ("phi", {}, True),  # with a bias
+        ("bert", {"is_decoder": True}, True),  # with a transform before the head
+        ("gemma2", {"head_dim": 16, "num_key_value_heads": 2, "final_logit_softcapping": 2.0}, False),
+        ("cohere", {"logit_scale": 0.5}, False),
+    ],
+)
+def test_gradients_without_the_logits_are_those_of_cross_entropy(model_type, settings, is_plain):
+    model = from_scratch(model_type, pad_token_id=0, **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and soft caps count for something
+    ids = torch.randint(300, (3, 20))
+    labels = ids.clone()
+    labels[0, :5], labels[2, :] = -100, -100
+    expected = plain_nll(model, ids, labels)
+    wanted = gradients(model, expected)
+    nll = next_token_nll(model, ids, labels)
+    assert (plain_head(model) is not None) is is_plain
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
+    found = gradients(model, nll)
+    assert found.keys() == wanted.keys()
+    largest = max(gradient.norm() for gradient in wanted.values())
+    for name, gradient in found.items():
+        assert (gradient - wanted[name]).norm() <= 1e-5 * max(wanted[name].norm(), 1e-2 * largest), name
+    with torch.no_grad():
+        each = next_token_nll(model, ids, labels, reduction="none")
+    assert each.sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert int((each != 0).sum()) == count_predicted(labels)
+
+
+@pytest.mark.parametrize(("chunk", "tile"), [(1, 300), (7, 64), (64, 7), (1000, 1000)])
+def test_any_chunk_and_tile_size(chunk, tile):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator).mul_(2).requires_grad_() for shape in ((100, 16), (300, 16), (300,))
+    )
+    targets = torch.randint(300, (100,), generator=generator)
+    targets[::3] = -100
+    F.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum").backward()
+    nll, *found = linear_cross_entropy(hidden, weight, bias, targets, (True, True, True), chunk, tile)
+    assert nll.allclose(F.cross_entropy(hidden @ weight.T + bias, targets, reduction="none"), rtol=1e-5, atol=1e-5)
+    for gradient, operand in zip(found, (hidden, weight, bias), strict=True):
+        assert (gradient - operand.grad).norm() <= 1e-5 * operand.grad.norm()
+    assert linear_cross_entropy(hidden, weight, bias, targets, (True, False, False), chunk, tile)[2:] == (None, None)
+
+
+def test_logits_never_exist_as_a_whole():
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            result = operation(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    model, ids = tiny_gpt2(20_000, n_positions=256), torch.randint(300, (16, 256))
+    plain_head(model)
+    with Sizes() as sizes, autocast(torch.device("cpu"), "bf16"):
+        loss = next_token_nll(model, ids, ids)
+        loss.backward()
+    assert sizes.largest <= 1024 * 8192 < ids.numel() * 20_000 / 9
+    logits_nll = plain_nll(model, ids, ids).item()
+    assert loss.item() == pytest.approx(logits_nll, rel=2e-3)
+
+
+def test_freed_memory_is_not_given_back_to_the_system():
+    select_device()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)  # 64 MiB, 16,384 pages
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 1000
+
+
+def test_flops_are_those_of_palm_and_peaks_those_of_datasheets():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2"))  # 124 M parameters, 12 layers of 768
+    assert flops_per_token(model, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA A10") == 125e12
+    assert peak_flops("NVIDIA A10G") is None and peak_flops("CPU (2 threads)") is None
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba"])

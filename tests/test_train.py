@@ -10,7 +10,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear
 
 from config import UserError
 from data import Position, collate, group_texts, make_loader, split_batch, tokenize, training_batches
-from train import learning_rate_at, make_optimizer, restore_state, train_step, training_state, within_memory
+from generate import SamplingConfig, generate
+from model import plain_head
+from perplexity import evaluate
+from train import (
+    compile_blocks,
+    learning_rate_at,
+    make_optimizer,
+    restore_state,
+    train_step,
+    training_state,
+    uncompiled,
+    within_memory,
+)
 
 CPU = torch.device("cpu")
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
@@ -238,6 +250,7 @@ def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
     batch, weights, sizes = collate([blocks[i] for i in range(5)]), [], []
     for most in (3, 5):
         model = tiny_gpt2(len(tokenizer))
+        plain_head(model)  # looks at the model with a pass of its own
 
         def fail(module, inputs, most=most, **kwargs):
             sizes.append(len(kwargs["input_ids"]) if kwargs else len(inputs[0]))
@@ -262,15 +275,28 @@ def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
         within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve", CPU)
 
 
-def test_compiled_shares_weights_and_numbers(blocks, tokenizer):
-    batch = collate([blocks[i] for i in range(2)])
-    plain, model = tiny_gpt2(len(tokenizer)), tiny_gpt2(len(tokenizer))
-    compiled = torch.compile(model, backend="aot_eager")
-    expected = [train_step(plain, make_optimizer(plain, 0), no_scaler(), [batch], 1e-3)[0].item() for _ in range(2)]
-    optimizer = make_optimizer(model, 0)
-    assert train_step(compiled, optimizer, no_scaler(), [batch], 1e-3)[0].item() == pytest.approx(expected[0], abs=1e-5)
-    assert torch.allclose(model.lm_head.weight, model.transformer.wte.weight)
-    assert not torch.equal(model.lm_head.weight, tiny_gpt2(len(tokenizer)).lm_head.weight)
+def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tokenizer):
+    """Short last batches, evaluation with one, and samples of growing length included."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_gpt2(len(tokenizer))
+    losses = []
+    for compiled in (False, True):
+        model.load_state_dict(tiny_gpt2(len(tokenizer)).state_dict())
+        if compiled:
+            compile_blocks(model)
+        optimizer = make_optimizer(model, 0)
+        batches = training_batches(blocks, 5, 1, 0, Position(), same_shape=compiled)
+        for _ in range(2 * math.ceil(len(blocks) / 5)):
+            micro_batches, position = next(batches)
+            losses.append(train_step(model, optimizer, no_scaler(), micro_batches, 1e-3)[0].item())
+        assert position == Position(2, 0)
+        nll_sum, num_tokens = evaluate(model, make_loader(blocks, 5, same_shape=compiled))
+        losses.append(nll_sum / num_tokens)
+        with uncompiled(compiled):
+            generate(model, tokenizer, ["one"], SamplingConfig(max_new_tokens=5))
+    assert len(blocks) % 5 and losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], abs=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_state_is_taken_up_to_the_bit(blocks, tokenizer):
