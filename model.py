@@ -329,21 +329,23 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     wanted: Sequence[bool] = (False, False, False),
     chunk: int = 1024,
-    tile: int = 8192,
+    tile: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The cross-entropy (tokens,) in nats of logits ``hidden @ weight.T + bias``, and the gradients of its sum.
 
     hidden is (tokens, width), weight (vocabulary, width), bias (vocabulary,) or None, targets (tokens,), of which -100
-    counts nothing; gradients that are not ``wanted`` are None. Logits exist for ``chunk`` tokens at a time, made
-    ``tile`` columns at a time so that they are still in a CPU's cache when their exponentials are taken. With m a
-    tile's maximum, softmax is exp(logits - m) exp(m - logsumexp); the second factor goes to the narrow operands.
+    counts nothing; gradients that are not ``wanted`` are None. Logits exist for ``chunk`` tokens at a time; a CPU makes
+    them ``tile`` columns at a time, which are still in its cache when their exponentials are taken. With m a tile's
+    maximum, softmax is exp(logits - m) exp(m - logsumexp); the second factor goes to the narrow operands.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    tile = tile or (8192 if device == "cpu" else len(weight))
     tiles = weight.to(dtype).split(tile)
     nll = torch.empty(len(targets), device=hidden.device)
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-    d_weight = torch.zeros_like(weight) if wanted[1] else None
+    empty = torch.empty_like if len(targets) else torch.zeros_like  # the first chunk writes it, later ones add to it
+    d_weight = empty(weight) if wanted[1] else None
     d_bias = torch.zeros_like(bias) if wanted[2] else None
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
@@ -370,7 +372,8 @@ def linear_cross_entropy(
             if d_hidden is not None:
                 d_hidden[rows].addcmul_(exp @ columns, factor)
             if d_weight is not None:
-                d_weight[i * tile : (i + 1) * tile] += exp.T @ (states * factor).to(dtype)
+                part = d_weight[i * tile : (i + 1) * tile]
+                (part.add_ if start else part.copy_)(exp.T @ (states * factor).to(dtype))
             if d_bias is not None:
                 d_bias[i * tile : (i + 1) * tile] += (exp * factor).sum(0)
         if d_hidden is not None:
