@@ -275,9 +275,7 @@ def start(bench: Bench) -> Iterator[Row]:
     def ours() -> float:
         shutil.rmtree(bench.work / "run", ignore_errors=True)
         metrics = bench.work / "run" / "metrics.jsonl"
-        return until(
-            bench, ["train.py", *flags], lambda _: metrics.exists() and '"train"' in metrics.read_text(), "start-ours"
-        )
+        return until(bench, ["train.py", *flags], lambda _: '"train"' in content(metrics), "start-ours")
 
     def peer() -> float:
         return until(bench, guide, lambda said: "first step" in said, "start-peer")
@@ -298,14 +296,22 @@ def until(bench: Bench, command: list, reached: Callable[[str], bool], name: str
             [sys.executable, *map(str, command)], cwd=ROOT, env=bench.environment(), stdout=out, stderr=out
         )
     try:
-        while not reached(log.read_text(errors="replace")):
-            if process.poll() is not None and not reached(log.read_text(errors="replace")):
-                raise ContenderError(f"{name} has ended: {log.read_text(errors='replace')[-1500:]}")
+        while not reached(content(log)):
+            if process.poll() is not None and not reached(content(log)):
+                raise ContenderError(f"{name} has ended: {content(log)[-1500:]}")
             time.sleep(0.01)
         return time.perf_counter() - started
     finally:
         process.kill()
         process.wait()
+
+
+def content(path: Path) -> str:
+    """What is in the file, which may come and go."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def blocks(bench: Bench) -> Iterator[Row]:
