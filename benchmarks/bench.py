@@ -494,9 +494,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *map(str, rows)])
 
 
-def shown(argv: list[str]) -> str:
+def shown(argv: list[str], module: str = "bench") -> str:
     """The command without the directories of the machine that it ran on."""
-    return " ".join(["python -m benchmarks.bench", *(Path(arg).name if arg.startswith("/") else arg for arg in argv)])
+    names = (Path(argument).name if argument.startswith("/") else argument for argument in argv)
+    return " ".join([f"python -m benchmarks.{module}", *names])
 
 
 def main() -> int:
