@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -515,6 +516,7 @@ def main() -> int:
     chosen = chosen or [measurement for measurement, quick in MEASUREMENTS.items() if quick or settings.full]
     left_out = [name for name, measurement in names.items() if measurement not in chosen]
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contenders and files do not outlive this
     began, failed = time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         bench = Bench(settings, Path(work))
