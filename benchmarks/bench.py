@@ -207,7 +207,7 @@ def step(bench: Bench) -> Iterator[Row]:
             if quick or bench.full:
                 with bench.contender(name, **options) as peer:
                     peer.turn(2)
-                    pairs = take_turns(ours, peer, bench.rounds(3, 6))
+                    pairs = take_turns(ours, peer, bench.rounds(3, 8), units=bench.rounds(1, 2))
                 mine, other = medians(pairs)
                 yield Row(f"step: {label}", rate(tokens, mine), rate(tokens, other), speeds(pairs), target)
 
@@ -282,7 +282,11 @@ def start(bench: Bench) -> Iterator[Row]:
         return until(bench, guide, lambda said: "first step" in said, "start-peer")
 
     ours(), peer()  # the caches are warm
-    pairs = [(ours(), peer()) for _ in range(bench.rounds(1, 5))]
+    pairs = []
+    for i in range(bench.rounds(2, 6)):
+        second = peer() if i % 2 else None
+        mine = ours()
+        pairs.append((mine, second or peer()))
     mine, other = medians(pairs)
     label = f"start to the end of step 1: Trainer{', bf16' * bf16} (ours evaluates a block before)"
     yield Row(label, f"{mine:.1f} s", f"{other:.1f} s", shares(pairs), ("<=", 0.8))
