@@ -10,7 +10,7 @@ BIN    := .venv/bin
 # A recipe that names a file of the quickstart gets it made first.
 PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
 
-.PHONY: all help install train tensorboard test torture lint clean
+.PHONY: all help install train tensorboard test torture bench lint clean
 .DELETE_ON_ERROR:
 
 all: install help
@@ -22,6 +22,7 @@ help:
 	@echo 'make tensorboard                       the curves of all runs, on http://localhost:6006'
 	@echo 'make test, make lint                   the tests and the linter'
 	@echo 'make torture                           kills, crashes, damage, full disks, signals: the long tests, as a table'
+	@echo 'make bench                             speed and memory beside the peers, 3 minutes; ARGS=--full takes 30'
 
 install: .venv/installed
 
@@ -37,6 +38,9 @@ test: .venv/installed-dev
 
 torture: .venv/installed-dev
 	$(BIN)/python tests/torture.py $(ARGS)
+
+bench: .venv/installed-dev quickstart/smollm2 quickstart/text.jsonl
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
