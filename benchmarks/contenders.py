@@ -57,9 +57,17 @@ from data import (
     training_batches,
 )
 from generate import SamplingConfig, generate
-from model import autocast, count_predicted, load_pretrained, next_token_nll, resolve_precision, select_device
+from model import (
+    autocast,
+    count_predicted,
+    flops_per_token,
+    load_pretrained,
+    next_token_nll,
+    resolve_precision,
+    select_device,
+)
 from perplexity import evaluate
-from report import RunLog, peak_memory_gib
+from report import RunLog, peak_flops, peak_memory_gib
 
 BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6
 PROMPTS = ["The with statement is used to", "A list comprehension", "To open a file for reading,", "In Python, a class"]
@@ -75,7 +83,7 @@ class Turns:
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._left, self._started = 0, 0.0
-        self._device = select_device()
+        self._device = plain_device()
         self.facts: dict[str, Any] = {}
         self.between: Callable[[], None] = lambda: None  # called at the end of a turn, after the clock has stopped
 
@@ -102,9 +110,14 @@ def shape(o: Options) -> GPT2Config:
     return GPT2Config(**{"n_layer": 6, "bos_token_id": 0, "eos_token_id": 0, **o.get("shape", {})})
 
 
+def plain_device() -> torch.device:
+    """For the peers: `model.select_device` also sets the memory allocator, which is ours and not theirs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fresh_model(o: Options) -> GPT2LMHeadModel:
     transformers.set_seed(42)
-    return GPT2LMHeadModel(shape(o)).to(select_device())
+    return GPT2LMHeadModel(shape(o)).to(plain_device())
 
 
 def text_blocks(o: Options) -> Blocks:
@@ -130,7 +143,9 @@ def ours(turns: Turns, o: Options) -> None:
     model = fresh_model(o)
     train.make_deterministic()
     model.train()
-    step_model = torch.compile(model, dynamic=False) if o.get("compile") else model
+    compiled = o.get("compile", False)
+    if compiled:
+        train.compile_blocks(model)
     optimizer = train.make_optimizer(model, 0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     directory = Path(o["work"]) / f"ours-{os.getpid()}"
@@ -142,12 +157,17 @@ def ours(turns: Turns, o: Options) -> None:
         turns.facts["losses"] = [loss.item() for loss in losses]
 
     turns.between = tell_losses
+    turns.facts |= {
+        "flops_per_token": flops_per_token(model, o["block_size"]),
+        "peak_flops": peak_flops(train.device_name(device)),
+    }
     if o.get("count_syncs"):
         turns.between = count_syncs(turns)
-    for step, (micro_batches, position) in enumerate(training_batches(blocks, BATCH, 1, 42, Position()), 1):
+    batches = training_batches(blocks, BATCH, 1, 42, Position(), same_shape=compiled)
+    for step, (micro_batches, position) in enumerate(batches, 1):
         turns.boundary()
         rate = train.learning_rate_at(step - 1, o.get("learning_rate", PEAK_RATE), o.get("warmup", 0), max_steps)
-        done = train.train_step(step_model, optimizer, scaler, micro_batches, rate, CLIP, precision)
+        done = train.train_step(model, optimizer, scaler, micro_batches, rate, CLIP, precision)
         loss, norm, num_predicted = done
         losses.append(loss)
         updates += [loss, norm]
@@ -229,6 +249,8 @@ def trainer_arguments(o: Options, **more: Any) -> TrainingArguments:
 
 
 def trainer(turns: Turns, o: Options) -> None:
+    if o.get("keeps_memory"):
+        select_device()
     settings = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY, report_to=["tensorboard"])
     data = Dataset.from_list(full_blocks(o, 1024))
     Trainer(model=fresh_model(o), args=settings, train_dataset=data, callbacks=[StopsAtSteps(turns)]).train()
@@ -305,7 +327,7 @@ class NanoGPT(nn.Module):
 
 def nanogpt(turns: Turns, o: Options) -> None:
     """nanoGPT's step: targets are the next tokens, also of a block's last one; betas and decay are its own."""
-    device = select_device()
+    device = plain_device()
     transformers.set_seed(42)
     model = NanoGPT(shape(o)).to(device)
     groups = [
@@ -454,7 +476,7 @@ def pipeline_generation(turns: Turns, o: Options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(o["model"], padding_side="left")  # as its documentation asks for batches
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     dtype = torch.bfloat16 if o["precision"] == "bf16 weights" else torch.float32
-    make = pipeline("text-generation", o["model"], tokenizer=tokenizer, dtype=dtype, device=select_device())
+    make = pipeline("text-generation", o["model"], tokenizer=tokenizer, dtype=dtype, device=plain_device())
     while True:
         turns.boundary()
         made = make(
@@ -470,7 +492,7 @@ def pipeline_generation(turns: Turns, o: Options) -> None:
 
 def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a checkpoint after one update."""
-    model, device = fresh_model(o), select_device()
+    model, device = fresh_model(o), plain_device()
     optimizer = train.make_optimizer(model, 0.01)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -479,6 +501,7 @@ def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def our_checkpoint(turns: Turns, o: Options) -> None:
+    select_device()
     tensors, path = trained_state(o), Path(o["work"]) / "checkpoints" / "step-000001"
     turns.between = lambda: shutil.rmtree(path, ignore_errors=True)
     while True:
@@ -509,7 +532,7 @@ def plain_checkpoint(turns: Turns, o: Options) -> None:
 
 def prepare(turns: Turns, o: Options) -> None:
     """Makes what several contenders need: the model's directory, a text of about a block to evaluate on."""
-    work, device = Path(o["work"]), select_device()
+    work, device = Path(o["work"]), plain_device()
     model = fresh_model(o)
     model.save_pretrained(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
