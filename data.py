@@ -121,8 +121,9 @@ class Rows:
         try:
             for number, value in zip(self._numbers, values, strict=True):
                 text = self._join(value, path)
-                require(text is not None, f"{where} {number + 1} holds {str(value)[:40]}, not text; take it out")
-                require("\0" not in text, f"{where} {number + 1} holds a NUL character; take it out")
+                if text is None or "\0" in text:
+                    held = f"{str(value)[:40]}, not text" if text is None else "a NUL character"
+                    raise UserError(f"{where} {number + 1} holds {held}; take it out")
                 yield iter([text])
         except UnicodeDecodeError as error:
             raise UserError(f"{where} {number + 2} or a later one is not UTF-8 ({error.reason}); convert it") from error
@@ -137,7 +138,7 @@ class Rows:
         return value if isinstance(value, str) else None
 
     def select(self, indices: Sequence[int]) -> "Rows":
-        return dataclasses.replace(self, table=self.table.select(indices), numbers=self._numbers[list(indices)])
+        return dataclasses.replace(self, table=self.table.select(indices), numbers=self._numbers[indices])
 
     def cut(self, fraction: float) -> tuple["Rows", "Rows"]:
         """The only document as two, the first with about ``fraction`` of its characters."""
@@ -225,7 +226,7 @@ def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]
         return documents.cut(1 - config.eval_fraction)
     order = np.random.default_rng(seed).permutation(len(documents))
     held_out = min(max(1, round(len(order) * config.eval_fraction)), len(order) - 1)
-    return documents.select(np.sort(order[held_out:]).tolist()), documents.select(np.sort(order[:held_out]).tolist())
+    return documents.select(np.sort(order[held_out:])), documents.select(np.sort(order[:held_out]))
 
 
 def read_documents(config: TextConfig, flag_name: str, files: list[str]) -> Documents:
@@ -339,9 +340,9 @@ class TokenStream:
     """
 
     def __init__(self, table: datasets.Dataset):
-        rows = table.data.column("input_ids").chunks
         self._table = table
-        self._rows = [row.flatten().to_numpy(zero_copy_only=True) for row in rows]
+        rows = [row for chunk in table.data.column("input_ids").chunks for row in chunk]
+        self._rows = [np.frombuffer(row.as_buffer(), np.int32) for row in rows]  # no copies
         self._starts = np.cumsum([0] + [len(row) for row in self._rows])
         self.num_documents = sum(table.data.column("num_documents").to_pylist())
         self.num_bytes = sum(table.data.column("num_bytes").to_pylist())
@@ -365,8 +366,9 @@ class TokenStream:
         return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
 
 
+# The ids are int32, one after the other; of a list of them `datasets` would make Python numbers.
 TOKEN_ROW = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "sha256": datasets.Value("string")}
+    {"input_ids": datasets.Value("binary"), "sha256": datasets.Value("string")}
     | {count: datasets.Value("int64") for count in ("num_documents", "num_bytes")}
 )
 
@@ -374,13 +376,14 @@ TOKEN_ROW = datasets.Features(
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """Tokenizes without special tokens; each document is followed by the end-of-text token. Cached by `datasets`."""
     end = end_of_text_id(tokenizer)
-    key = hashlib.sha256(f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}".encode()).hexdigest()
+    tokenizer([""])  # switches off the truncation and padding that its file may ask for
+    key = f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{TOKEN_ROW}"
     try:
         table = datasets.Dataset.from_generator(
             _token_rows,
             features=TOKEN_ROW,
             gen_kwargs={"documents": documents, "tokenizer": tokenizer, "end": end},
-            fingerprint=key[:32],
+            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
             writer_batch_size=1,  # rows are large: buffering a thousand of them would hold the corpus in memory
         )
     except DatasetGenerationError as error:
@@ -440,6 +443,7 @@ def _windows(documents: Documents, size: int) -> Iterator[_Window]:
 def _token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
     # A slow (pure Python) tokenizer cannot say where its tokens start: its documents stay whole.
     windows = _windows(documents, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
+    end_of_text = np.array([end] if documents.ended else [], np.int32)
     before: _Window | None = None  # a window whose document goes on
     for batch in _batches(windows):
         _encode(batch, tokenizer)
@@ -449,13 +453,13 @@ def _token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: i
                 window = _join(before, window, parts, tokenizer)
             before = None if window.last else window
             if window.last:
-                parts += [window.ids[window.owned :], [end] if documents.ended else []]
-        ids = np.concatenate([np.empty(0, np.int32), *parts], dtype=np.int32, casting="unsafe")
+                parts += [window.ids[window.owned :], end_of_text]
+        ids = np.concatenate([np.empty(0, np.int32), *parts]).tobytes()
         yield {
             "input_ids": ids,
             "num_documents": sum(window.last for window in batch),
             "num_bytes": sum(len(window.text[len(window.text) - window.fresh :].encode()) for window in batch),
-            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(ids).hexdigest(),
         }
 
 
@@ -473,18 +477,19 @@ def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
 
 def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
     in_parts = any(window.start or not window.last for window in windows)
-    encoded = tokenizer(
-        [window.text for window in windows],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=in_parts,
-        verbose=False,  # no warning about long sequences: blocks follow
-    )
-    for i, window in enumerate(windows):
-        window.ids = np.asarray(encoded["input_ids"][i], np.int32)
+    texts = [window.text for window in windows]
+    if not tokenizer.is_fast:
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)  # no warning about long texts
+        for window, ids in zip(windows, encoded["input_ids"], strict=True):
+            window.ids = np.asarray(ids, np.int32)
+        return
+    # Called directly, as transformers would make lists of all that it knows about a token.
+    backend = tokenizer.backend_tokenizer
+    encode = backend.encode_batch if in_parts else backend.encode_batch_fast  # which knows no offsets
+    for window, encoding in zip(windows, encode(texts, add_special_tokens=False), strict=True):
+        window.ids = np.asarray(encoding.ids, np.int32)
         if in_parts:
-            offsets = np.asarray(encoded["offset_mapping"][i], np.int64).reshape(-1, 2)
+            offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
             window.starts = window.start + offsets[:, 0]
 
 

@@ -8,6 +8,7 @@
 The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,8 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from config import Count, Range, Seed, UserError, flag, parse, require, run
 from model import (
+    DTYPES,
     Precision,
-    autocast,
     check_model,
     load_pretrained,
     load_tokenizer_by_name,
@@ -50,7 +51,7 @@ class GenerateConfig(SamplingConfig):
     num_samples: Count = flag(1, "texts a prompt")
     batch_size: Count = flag(16, "texts made at once")
     seed: Seed = flag(42, "of the sampling")
-    precision: Precision = flag("fp32", "fp32 is exact; auto is the fastest that the device does well")
+    precision: Precision = flag("fp32", "of weights and arithmetic; fp32 is exact; auto: the fastest")
 
     def rules(self) -> list[tuple[bool, str]]:
         same = f"--num_samples {self.num_samples}: --greedy makes the same text each time; drop one of them"
@@ -59,28 +60,31 @@ class GenerateConfig(SamplingConfig):
 
 
 class Printer(BaseStreamer):
-    """Prints a text while it is made. ``text`` is all of it so far, without the prompt."""
+    """Prints a text while it is made."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer, self._ids, self._prompt, self.text = tokenizer, [], "", ""
+        self._tokenizer, self._ids, self._shown = tokenizer, [], 0  # how many of the ids are printed, or the prompt's
 
     def put(self, value: torch.Tensor) -> None:
         first = not self._ids
         self._ids += value.flatten().tolist()
-        # Decoded together with the prompt: alone, some tokenizers would drop the first space.
-        whole = _decode(self._tokenizer, self._ids)
         if first:  # transformers sends the prompt, and then each token
-            self._prompt = whole
-        elif not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not whole yet
-            self._show(whole)
+            self._shown = len(self._ids)
+        elif not (text := self._new()).endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not whole yet
+            self._show(text)
 
     def end(self) -> None:
-        self._show(_decode(self._tokenizer, self._ids))
-        print(flush=True)
+        self._show(self._new() + "\n")
 
-    def _show(self, whole: str) -> None:
-        print(whole[len(self._prompt) + len(self.text) :], end="", flush=True)
-        self.text = whole[len(self._prompt) :]
+    def _new(self) -> str:
+        """What is not printed yet. Decoded together with a few tokens before: some tokenizers drop the first space."""
+        start = max(0, self._shown - 16)
+        before = _decode(self._tokenizer, self._ids[start : self._shown])
+        return _decode(self._tokenizer, self._ids[start:])[len(before) :]
+
+    def _show(self, text: str) -> None:
+        print(text, end="", flush=True)
+        self._shown = len(self._ids)
 
 
 @torch.no_grad()
@@ -142,6 +146,7 @@ def _batches(encoded: list[list[int]], model: PreTrainedModel) -> list[list[list
     return [list(run) for _, run in groupby(encoded, len)]
 
 
+@functools.lru_cache(maxsize=1)  # it is the architecture's: one look is enough for all that a model makes
 def _overlooks_pads(model: PreTrainedModel) -> bool:
     """Whether masked tokens on the left leave the next token's logits as they are."""
     rows = model.get_input_embeddings().num_embeddings
@@ -160,7 +165,8 @@ def _overlooks_pads(model: PreTrainedModel) -> bool:
         ).logits[0]
         for tokens, visible in ((ids, mask), padded)
     )
-    return bool((alone - beside).abs().max() <= 1e-3 * alone.abs().max())
+    tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)
+    return bool((alone - beside).abs().max() <= tolerance * alone.abs().max())
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -214,15 +220,14 @@ def main() -> None:
     if not config.model:
         print(f"model: {name}", file=sys.stderr)
     tokenizer = load_tokenizer_by_name(name, "--model", config.model_revision)
-    model = load_pretrained(name, revision=config.model_revision).to(device)
+    model = load_pretrained(name, revision=config.model_revision, dtype=DTYPES[precision]).to(device)
     check_model(model, tokenizer, block_size=2)
     torch.manual_seed(config.seed)
 
     def answer(prompts: list[str], streamed: bool) -> None:
         if streamed:
             print(prompts[0], end="", flush=True)
-        with autocast(device, precision):
-            texts = generate(model, tokenizer, prompts, config, Printer(tokenizer) if streamed else None)
+        texts = generate(model, tokenizer, prompts, config, Printer(tokenizer) if streamed else None)
         for prompt, text in [] if streamed else zip(prompts, texts, strict=True):
             print(prompt + text + "\n", flush=True)
 

@@ -38,6 +38,7 @@ from config import UserError, find_hub, flag, one_line, require, warn
 from data import IGNORED_LABEL, Documents
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
 
@@ -199,16 +200,19 @@ def load_model(config: ModelConfig, settings: PreTrainedConfig) -> PreTrainedMod
 
 
 def load_pretrained(
-    name: str, settings: PreTrainedConfig | None = None, revision: str | None = None
+    name: str,
+    settings: PreTrainedConfig | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,  # transformers 5 would load in the checkpoint's own
 ) -> PreTrainedModel:
-    """Loads weights from safetensors alone: a pickle can run code."""
+    """Loads weights from safetensors alone: a pickle can run code. What is trained is float32; see `DTYPES`."""
     fix = "give a Hub id or a directory with config.json and model.safetensors"
     with _loading(f"--model {name}", "causal language model", fix):
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=settings,
             revision=revision,
-            dtype=torch.float32,  # transformers 5 would load in the checkpoint's own
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -429,7 +433,7 @@ def check_causal(model: PreTrainedModel, block_size: int) -> None:
     )
     model.train(training)
     leak = (earlier - same).abs().max() / earlier.abs().max().clamp_min(1e-6)
-    if not leak <= 1e-4:
+    if not leak <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
         raise UserError(
             f"{model.config.model_type} is not causal here: changing later tokens moves earlier logits by {leak:.1e} "
             f"of their size, so its loss would be worthless; make it a decoder with "
@@ -466,5 +470,4 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which forward passes run; master weights stay float32."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])

@@ -59,7 +59,6 @@ def test_the_stream_may_span_many_rows(rows, tokenizer, monkeypatch):
     whole = tokenize(rows, tokenizer)[:]
     monkeypatch.setattr(data, "ROW_CHARACTERS", 500)
     table = datasets.Dataset.from_list(list(data._token_rows(rows, tokenizer, tokenizer.eos_token_id)))
-    table = table.cast_column("input_ids", datasets.List(datasets.Value("int32")))
     stream = data.TokenStream(table)
     assert len(table) > 20
     assert np.array_equal(stream[:], whole)
@@ -115,7 +114,7 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_pa
     documents = TextFiles(((str(path), 0, None),))
     assert texts(documents) == [text]
     rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
-    ids = np.concatenate([row["input_ids"] for row in rows]).tolist()
+    ids = np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist()
     assert ids == expected_ids(documents, tokenizer)
     assert sum(row["num_bytes"] for row in rows) == len(text.encode())
     assert sum(row["num_documents"] for row in rows) == 1
@@ -126,8 +125,20 @@ def test_a_long_row_is_windowed_too(tokenizer, monkeypatch):
     monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
     documents = Rows(datasets.Dataset.from_dict({"text": ["short one", make_text(2000), "", make_text(900)]}), "text")
     rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
-    assert np.concatenate([row["input_ids"] for row in rows]).tolist() == expected_ids(documents, tokenizer)
+    assert np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist() == expected_ids(
+        documents, tokenizer
+    )
     assert sum(row["num_documents"] for row in rows) == 4
+
+
+def test_truncation_that_the_tokenizer_file_asks_for_is_not_done(rows, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    cut = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    cut.backend_tokenizer.enable_truncation(max_length=5)
+    cut.backend_tokenizer.enable_padding(length=9)
+    first = tokenize(rows, cut)
+    assert first[:].tolist() == expected_ids(rows, tokenizer)
+    assert data.tokenizer_fingerprint(cut) == data.tokenizer_fingerprint(tokenizer)  # a resumed run is the same
 
 
 def test_every_format_gives_the_same_documents(tmp_path):

@@ -10,6 +10,7 @@ from conftest import ROOT, run_script, tiny_gpt2
 from test_data import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
+import generate as generate_module
 from config import UserError
 from generate import Printer, SamplingConfig, generate
 from model import load_pretrained
@@ -76,6 +77,16 @@ def test_what_is_streamed_is_what_is_returned(kind, tokenizer, capsys):
     assert capsys.readouterr().out == text + "\n" and " " in text.strip()
 
 
+def test_streaming_a_long_text_decodes_a_few_tokens_at_a_time(tokenizer, monkeypatch, capsys):
+    model, lengths, decode = tiny_gpt2(len(tokenizer), n_positions=256).eval(), [], generate_module._decode
+    monkeypatch.setattr(
+        generate_module, "_decode", lambda _, ids: [lengths.append(len(ids)), decode(tokenizer, ids)][1]
+    )
+    (text,) = generate(model, tokenizer, ["the model"], SamplingConfig(max_new_tokens=200), Printer(tokenizer))
+    assert capsys.readouterr().out == text + "\n"
+    assert max(lengths[:-2]) < 60  # the last two are of what is returned
+
+
 def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
     def sample(seed):
         torch.manual_seed(seed)
@@ -110,6 +121,19 @@ def test_commands(model_dir, model, tokenizer, tmp_path):
     assert run_script(*flags, cwd=tmp_path, stdin="\n".join(lines) + "\n\n").stdout == expected
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     assert run_script(*flags, "--prompts_file", "prompts.txt", "--batch_size", 3, cwd=tmp_path).stdout == expected
+
+
+def test_bf16_is_of_the_weights_and_not_of_the_rotations(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), initializer_range=0.5, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    (text,) = generate(model, tokenizer, PROMPTS[:1], GREEDY)
+    flags = ("--model", tmp_path, "--greedy", "--max_new_tokens", 12, "--precision", "bf16", "--prompt", PROMPTS[0])
+    assert run_script("generate.py", *flags, cwd=tmp_path).stdout == PROMPTS[0] + text + "\n"
 
 
 def test_no_finished_run(tmp_path):
