@@ -339,8 +339,8 @@ def linear_cross_entropy(
 
     hidden is (tokens, width), weight (vocabulary, width), bias (vocabulary,) or None, targets (tokens,), of which -100
     counts nothing; gradients that are not ``wanted`` are None. Logits exist for ``chunk`` tokens at a time; a CPU makes
-    them ``tile`` columns at a time, which are still in its cache when their exponentials are taken. With m a tile's
-    maximum, softmax is exp(logits - m) exp(m - logsumexp); the second factor goes to the narrow operands.
+    them ``tile`` columns at a time, which are still in its cache when their exponentials are taken. Softmax is a tile's
+    softmax times exp(tile_logsumexp - logsumexp); this second factor goes to the narrow operands of the products.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -355,31 +355,36 @@ def linear_cross_entropy(
         rows = slice(start, start + chunk)
         states, known = hidden[rows], targets[rows, None] != IGNORED_LABEL
         target = targets[rows].clamp_min(0)
-        operand, exps, tops, sums = states.to(dtype), [], [], []
+        operand, softmaxes, tops, totals = states.to(dtype), [], [], []
         for i, columns in enumerate(tiles):
             logits = operand @ columns.T  # (chunk, tile)
             if bias is not None:
                 logits += bias[i * tile : (i + 1) * tile]
             tops.append(logits.amax(1, keepdim=True).float())
             exp = (logits - tops[-1]).exp_()
-            sums.append(exp.sum(1, keepdim=True))
-            exps.append(exp.to(dtype) if any(wanted) else None)
+            totals.append(exp.sum(1, keepdim=True))
+            if any(wanted):
+                softmaxes.append(torch.div(exp, totals[-1], out=torch.empty_like(exp, dtype=dtype)))
         tops = torch.cat(tops, 1)  # (chunk, number of tiles)
-        logsumexp = (tops + torch.cat(sums, 1).log()).logsumexp(1, keepdim=True)
+        largest = tops.amax(1, keepdim=True)
+        tile_logsumexp = tops - largest + torch.cat(totals, 1).log()
+        logsumexp = tile_logsumexp.logsumexp(1, keepdim=True)  # like the tiles', less the largest logit
         target_logit = (states.float() * weight[target]).sum(1, keepdim=True)
         if bias is not None:
             target_logit += bias[target, None]
-        nll[rows] = ((logsumexp - target_logit) * known).squeeze(1)
-        factors = (tops - logsumexp).exp() * known
-        for i, (columns, exp) in enumerate(zip(tiles, exps, strict=True)):
+        nll[rows] = ((logsumexp + (largest - target_logit)) * known).squeeze(1)
+        if not any(wanted):
+            continue
+        factors = (tile_logsumexp - logsumexp).exp() * known
+        for i, (columns, softmax) in enumerate(zip(tiles, softmaxes, strict=True)):
             factor = factors[:, i : i + 1]
             if d_hidden is not None:
-                d_hidden[rows].addcmul_(exp @ columns, factor)
+                d_hidden[rows].addcmul_(softmax @ columns, factor)
             if d_weight is not None:
                 part = d_weight[i * tile : (i + 1) * tile]
-                (part.add_ if start else part.copy_)(exp.T @ (states * factor).to(dtype))
+                (part.add_ if start else part.copy_)(softmax.T @ (states * factor).to(dtype))
             if d_bias is not None:
-                d_bias[i * tile : (i + 1) * tile] += (exp * factor).sum(0)
+                d_bias[i * tile : (i + 1) * tile] += (softmax * factor).sum(0)
         if d_hidden is not None:
             d_hidden[rows] -= weight[target] * known
         if d_weight is not None:

@@ -79,7 +79,7 @@ class TrainConfig:
     grad_accum_steps: Count = flag(1, "micro-batches an update")
     max_steps: Count | None = flag(None, "updates in all; wins over --num_epochs")
     num_epochs: Annotated[float, Range(above=0, below=1e6)] = flag(3.0, "passes over the training text")
-    learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-5, "the peak, reached after the warmup")
+    learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-4, "the peak, reached after the warmup")
     weight_decay: Annotated[float, Range(least=0, below=10)] = flag(
         0.01, "of AdamW, on matrices and embeddings, not on biases and norms"
     )

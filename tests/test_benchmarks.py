@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -34,7 +35,9 @@ class FewTurns(contenders.Turns):
 @pytest.fixture(autouse=True)
 def as_before():
     """What a contender switches on for its process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.use_deterministic_algorithms(False)
 
 
