@@ -27,6 +27,7 @@ from model import (
     autocast,
     check_model,
     count_predicted,
+    keep_freed_memory,
     load_pretrained,
     load_tokenizer_by_name,
     next_token_nll,
@@ -97,6 +98,8 @@ def perplexity(loss: float) -> float:
 def main() -> None:
     config, _ = parse([PerplexityConfig], __doc__)
     device = select_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = resolve_precision(config.precision, device)
     documents = read_documents(config, "--files", config.files)
     tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)

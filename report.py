@@ -156,7 +156,8 @@ def _add_scalars(board: SummaryWriter, step: int, split: str, **values: Any) -> 
 def peak_flops(device_name: str) -> float | None:
     """The dense bfloat16 FLOP/s of a device, by PyTorch's name for it, or None where it is not known."""
     words = set(device_name.replace("-", " ").split())
-    return next((peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split())), None)
+    fitting = (peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split()) and "MIG" not in words)
+    return next(fitting, None)  # of a part of a GPU (MIG) it is not known
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -56,6 +56,7 @@ from model import (
     check_model,
     count_predicted,
     flops_per_token,
+    keep_freed_memory,
     largest_blocks,
     load_config,
     load_model,
@@ -417,6 +418,8 @@ def main() -> None:
     # Model.
     transformers.set_seed(config.seed)
     make_deterministic()
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_model(model_config, architecture).to(device)
     check_model(model, tokenizer, data_config.block_size)
     limit = position_limit(model) or math.inf
@@ -424,10 +427,11 @@ def main() -> None:
     for prompt in config.sample_prompt:
         fits = len(tokenizer(prompt)["input_ids"]) + sampling.max_new_tokens <= limit
         require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
-    num_parameters, flops = model.num_parameters(), flops_per_token(model, data_config.block_size)
+    num_parameters = model.num_parameters()
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
-    compiled = should_compile(config.compile, device, flops * block_tokens * max_steps)
+    flops = flops_per_token(model, data_config.block_size) if peak_flops else None
+    compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
     if compiled:
         compile_blocks(model)
     optimizer = make_optimizer(model, config.weight_decay)
@@ -618,7 +622,7 @@ output    {run_dir}""")
                     tokens_seen=progress.tokens_seen,
                     epoch=position.epoch + position.blocks / len(train_blocks),
                     memory_gib=report.peak_memory_gib(device),
-                    **({"mfu": speed * flops / peak_flops} if peak_flops else {}),
+                    **({"mfu": speed * flops / peak_flops} if flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:
@@ -717,7 +721,7 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
 
 
 def should_compile(choice: str, device: torch.device, flops: float) -> bool:
-    """Whether to use torch.compile; ``flops`` is the run's arithmetic."""
+    """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
     has_compiler = device.type == "cuda" or any(map(shutil.which, ("g++", "c++", "clang++")))
     require(choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off")
     # On a CPU compiled steps are hardly faster (benchmarks/RESULTS.md). On a GPU compiling takes a minute or less. The
@@ -726,14 +730,16 @@ def should_compile(choice: str, device: torch.device, flops: float) -> bool:
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """Compiles the layers of ``model`` in place; being alike they share one compiled code, which is kept on the disk.
+    """Compiles the layers of ``model`` in place. Those that are alike share one compiled code, which stays on the disk.
 
     To compile the whole model takes longer by the number of its layers, and makes it no faster.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "torch", "inductor")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # PyTorch's own default does not outlive a reboot
     plain_head(model)  # which runs the model on a shape of its own
-    for block in largest_blocks(model):
+    blocks = largest_blocks(model)
+    torch._dynamo.config.recompile_limit = 8 + 2 * len(blocks)  # where each layer is different; else it would give up
+    for block in blocks:
         block.compile(dynamic=False)
 
 

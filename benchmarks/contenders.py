@@ -58,9 +58,11 @@ from data import (
 )
 from generate import SamplingConfig, generate
 from model import (
+    DTYPES,
     autocast,
     count_predicted,
     flops_per_token,
+    keep_freed_memory,
     load_pretrained,
     next_token_nll,
     resolve_precision,
@@ -83,7 +85,7 @@ class Turns:
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._left, self._started = 0, 0.0
-        self._device = plain_device()
+        self._device = select_device()
         self.facts: dict[str, Any] = {}
         self.between: Callable[[], None] = lambda: None  # called at the end of a turn, after the clock has stopped
 
@@ -110,14 +112,9 @@ def shape(o: Options) -> GPT2Config:
     return GPT2Config(**{"n_layer": 6, "bos_token_id": 0, "eos_token_id": 0, **o.get("shape", {})})
 
 
-def plain_device() -> torch.device:
-    """For the peers: `model.select_device` also sets the memory allocator, which is ours and not theirs."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def fresh_model(o: Options) -> GPT2LMHeadModel:
     transformers.set_seed(42)
-    return GPT2LMHeadModel(shape(o)).to(plain_device())
+    return GPT2LMHeadModel(shape(o)).to(select_device())
 
 
 def text_blocks(o: Options) -> Blocks:
@@ -138,6 +135,7 @@ def full_blocks(o: Options, number: int | None = None) -> list[dict[str, torch.T
 
 def ours(turns: Turns, o: Options) -> None:
     """The loop of train.py's main without evaluations and checkpoints: its batches, its train_step, its log."""
+    keep_freed_memory()
     device = select_device()
     precision = resolve_precision(o.get("precision", "auto"), device)
     model = fresh_model(o)
@@ -209,6 +207,7 @@ def count_syncs(turns: Turns) -> Callable[[], None]:
 
 def bare(turns: Turns, o: Options) -> None:
     """Nothing but forward, backward, clipping and optimizer, with the settings and the model call of ours."""
+    keep_freed_memory()
     device = select_device()
     precision = resolve_precision("auto", device)
     model = fresh_model(o)
@@ -250,7 +249,7 @@ def trainer_arguments(o: Options, **more: Any) -> TrainingArguments:
 
 def trainer(turns: Turns, o: Options) -> None:
     if o.get("keeps_memory"):
-        select_device()
+        keep_freed_memory()
     settings = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY, report_to=["tensorboard"])
     data = Dataset.from_list(full_blocks(o, 1024))
     Trainer(model=fresh_model(o), args=settings, train_dataset=data, callbacks=[StopsAtSteps(turns)]).train()
@@ -327,7 +326,7 @@ class NanoGPT(nn.Module):
 
 def nanogpt(turns: Turns, o: Options) -> None:
     """nanoGPT's step: targets are the next tokens, also of a block's last one; betas and decay are its own."""
-    device = plain_device()
+    device = select_device()
     transformers.set_seed(42)
     model = NanoGPT(shape(o)).to(device)
     groups = [
@@ -356,6 +355,7 @@ def nanogpt(turns: Turns, o: Options) -> None:
 
 def products(turns: Turns, o: Options) -> None:
     """All matrix products of one step in bf16, each in its fastest layout, into memory that is already there."""
+    keep_freed_memory()
     device, work = select_device(), []
     for count, batch, m, k, n in step_products(shape(o), BATCH, o["block_size"]):
         candidates = [[*operands(batch, m, k, n, *turned, device)] for turned in product((False, True), repeat=2)]
@@ -435,6 +435,7 @@ def guide_blocks(turns: Turns, o: Options) -> None:
 
 
 def our_evaluation(turns: Turns, o: Options) -> None:
+    keep_freed_memory()
     model, device = fresh_model(o), select_device()
     loader = make_loader(text_blocks(o), BATCH, range(o["blocks"]))
     precision = resolve_precision("auto", device)
@@ -458,25 +459,21 @@ def prompts(o: Options) -> list[str]:
 
 
 def our_generation(turns: Turns, o: Options) -> None:
-    """generate.py's function, in the precision that its --precision would give, or with bf16 weights."""
+    """generate.py's function, on a model loaded as its --precision loads it."""
     device, tokenizer = select_device(), AutoTokenizer.from_pretrained(o["model"])
-    model = load_pretrained(o["model"]).to(device)
-    precision = "fp32" if o["precision"] == "bf16 weights" else resolve_precision(o["precision"], device)
-    if o["precision"] == "bf16 weights":
-        model = model.to(torch.bfloat16)
+    model = load_pretrained(o["model"], dtype=DTYPES[o["precision"]]).to(device)
     sampling = SamplingConfig(max_new_tokens=o["new_tokens"], greedy=True)
     while True:
         turns.boundary()
-        with autocast(device, precision):
-            texts = generate(model, tokenizer, prompts(o), sampling)
+        texts = generate(model, tokenizer, prompts(o), sampling)
         turns.facts |= {"texts": texts, "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts)}
 
 
 def pipeline_generation(turns: Turns, o: Options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(o["model"], padding_side="left")  # as its documentation asks for batches
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dtype = torch.bfloat16 if o["precision"] == "bf16 weights" else torch.float32
-    make = pipeline("text-generation", o["model"], tokenizer=tokenizer, dtype=dtype, device=plain_device())
+    dtype = DTYPES[o["precision"]]
+    make = pipeline("text-generation", o["model"], tokenizer=tokenizer, dtype=dtype, device=select_device())
     while True:
         turns.boundary()
         made = make(
@@ -492,7 +489,7 @@ def pipeline_generation(turns: Turns, o: Options) -> None:
 
 def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a checkpoint after one update."""
-    model, device = fresh_model(o), plain_device()
+    model, device = fresh_model(o), select_device()
     optimizer = train.make_optimizer(model, 0.01)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -501,7 +498,7 @@ def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def our_checkpoint(turns: Turns, o: Options) -> None:
-    select_device()
+    keep_freed_memory()
     tensors, path = trained_state(o), Path(o["work"]) / "checkpoints" / "step-000001"
     turns.between = lambda: shutil.rmtree(path, ignore_errors=True)
     while True:
@@ -532,7 +529,7 @@ def plain_checkpoint(turns: Turns, o: Options) -> None:
 
 def prepare(turns: Turns, o: Options) -> None:
     """Makes what several contenders need: the model's directory, a text of about a block to evaluate on."""
-    work, device = Path(o["work"]), plain_device()
+    work, device = Path(o["work"]), select_device()
     model = fresh_model(o)
     model.save_pretrained(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])

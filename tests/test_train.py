@@ -1,6 +1,7 @@
 """The loop against the Trainer, against itself with other batch shapes, and against what can go wrong."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from train import (
     learning_rate_at,
     make_optimizer,
     restore_state,
+    should_compile,
     train_step,
     training_state,
     uncompiled,
@@ -273,6 +275,19 @@ def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
         within_memory(lambda size: torch.empty(1 << 50), 5, "halve", CPU)
     with pytest.raises(RuntimeError, match="another mistake"):
         within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve", CPU)
+
+
+def test_compile_auto_is_for_gpus_and_long_runs():
+    cuda = torch.device("cuda")
+    assert [should_compile("auto", device, flops) for device in (CPU, cuda) for flops in (1e15, 1e18)] == [0, 0, 0, 1]
+    assert should_compile("on", CPU, 0) and not should_compile("off", cuda, 1e18)
+
+
+def test_compiled_code_is_kept_where_it_outlives_a_reboot(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_blocks(tiny_gpt2(len(tokenizer)))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torch" / "inductor")
 
 
 def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tokenizer):
