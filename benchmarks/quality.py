@@ -5,8 +5,9 @@
 
 The Trainer fine-tunes the model for one epoch in its defaults with bf16 (batch 8, blocks of 128, linear decay), once
 for each learning rate, on our blocks of our split; its held-out perplexity is measured by our `evaluate`. Then
-`python train.py` with its defaults, for one epoch too, runs until its metrics.jsonl shows the Trainer's best loss, which is measured in the same precision. Both times are from the start of the process, with tokens in the cache;
-the Trainer's ends with its training, before anything is evaluated, and ours has all its evaluations. Each runs once.
+`python train.py` with its defaults, for one epoch too, runs until its metrics.jsonl shows the Trainer's best loss,
+which is measured in the same precision. Both times are from the start of the process, with tokens in the cache; the
+Trainer's ends with its training, before anything is evaluated, and ours has all its evaluations. Each runs once.
 """
 
 import argparse
