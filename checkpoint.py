@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,8 @@ def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[st
                 {name: tensor.contiguous() for name, tensor in content.items()}, directory / f"{group}.safetensors"
             )
         (directory / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-        files = list(directory.iterdir())
-        with ThreadPoolExecutor() as pool:  # what a later reader will read is hashed, not what was meant to be written
-            sums = list(pool.map(_sha256, files))
-        listed = {file.name: {"bytes": file.stat().st_size, "sha256": x} for file, x in zip(files, sums, strict=True)}
-        (directory / MANIFEST).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in directory.iterdir()}
+        (directory / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
 
     write_directory(path, write, sum(tensor.nbytes for content in tensors.values() for tensor in content.values()))
 

@@ -336,14 +336,14 @@ def alive(pid):
 
 
 def test_when_memory_runs_out(directory, tmp_path):
-    """The address space is limited once the run is under way: updates of all blocks at once no longer fit."""
+    """The address space is limited before the first update: one of all blocks at once does not fit."""
     flags = ["--batch_size", 256, "--grad_accum_steps", 1, "--block_size", 64, "--max_steps", 20, "--eval_every", 99]
     flags += ["--train_files", "eval.jsonl", "--eval_files", "train.jsonl", "--log_every", 1]
 
     def limited(name, *more):
-        process = start(directory, tmp_path / name, *flags, *more, until="step 1/")
+        process = start(directory, tmp_path / name, *flags, *more, until="step 0:")
         pages = int((ROOT / f"/proc/{process.pid}/statm").read_text().split()[0])
-        room = pages * resource.getpagesize() + (20 << 20)
+        room = pages * resource.getpagesize() + (60 << 20)
         resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
         process.wait(60)
         return process
