@@ -293,9 +293,8 @@ def plain_head(model: torch.nn.Module) -> torch.nn.Linear | None:
 
 def largest_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers that a model is stacked from: the list of modules with most parameters, or else the model itself."""
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    size = {id(blocks): sum(p.numel() for block in blocks for p in block.parameters()) for blocks in lists}
-    return max(lists, key=lambda blocks: size[id(blocks)], default=[model])
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[model]))
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:

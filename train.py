@@ -724,8 +724,9 @@ def should_compile(choice: str, device: torch.device, flops: float) -> bool:
     """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
     has_compiler = device.type == "cuda" or any(map(shutil.which, ("g++", "c++", "clang++")))
     require(choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off")
-    # On a CPU compiled steps are hardly faster (benchmarks/RESULTS.md). On a GPU compiling takes a minute or less. The
-    # decision must not depend on a measured time, or two runs with one seed could differ.
+    # On a CPU compiled steps are no faster (`python -m benchmarks.bench --only compiled`). On a GPU, where it was not
+    # measured, ten minutes of work at a slow rate are wanted. The decision must not depend on a measured time, or two
+    # runs with one seed could differ.
     return choice == "on" or (choice == "auto" and device.type == "cuda" and flops > 600 * 1e14)
 
 
