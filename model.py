@@ -38,6 +38,7 @@ from config import UserError, find_hub, flag, one_line, require, warn
 from data import IGNORED_LABEL, Documents
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SHORT_BLOCK = 128  # tokens, up to which plain attention is the fastest on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
@@ -259,7 +260,7 @@ def count_predicted(labels: torch.Tensor) -> int:
 def attention_kernel(input_ids: torch.Tensor) -> AbstractContextManager:
     """The kernel that is fastest: on a CPU, flash attention's backward pass in bfloat16 is slow for short blocks."""
     device, length = input_ids.device.type, input_ids.shape[1]
-    plain = device == "cpu" and length <= 128 and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+    plain = device == "cpu" and length <= SHORT_BLOCK and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 

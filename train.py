@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
@@ -50,6 +52,7 @@ from data import (
 )
 from generate import SamplingConfig, generate
 from model import (
+    SHORT_BLOCK,
     ModelConfig,
     Precision,
     autocast,
@@ -93,7 +96,7 @@ class TrainConfig:
         "auto", "of the arithmetic; weights are float32. auto: the fastest the device does well"
     )
     compile: Literal["auto", "on", "off"] = flag(
-        "auto", "torch.compile; auto: on a GPU, where the run is long enough to pay for it"
+        "auto", "torch.compile; auto: where the run is long enough to pay for it"
     )
     seed: Seed = flag(42, "of initialization, order of the data, dropout, and the held-out part")
     eval_every: Count = flag(500, "updates between evaluations; there is one at the start and one at the end as well")
@@ -431,9 +434,9 @@ def main() -> None:
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
-    compiled = should_compile(config.compile, device, 6 * num_parameters * block_tokens * max_steps)
+    compiled = should_compile(config.compile, model, 6 * num_parameters * block_tokens * max_steps)
     if compiled:
-        compile_blocks(model)
+        compile_blocks(model, data_config.block_size)
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -720,28 +723,35 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
     checkpoint.write_file(path, f"# made with {made_with}\n{text}")
 
 
-def should_compile(choice: str, device: torch.device, flops: float) -> bool:
+def should_compile(choice: str, model: PreTrainedModel, flops: float) -> bool:
     """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
-    has_compiler = device.type == "cuda" or any(map(shutil.which, ("g++", "c++", "clang++")))
-    require(choice != "on" or has_compiler, "--compile on: needs a C++ compiler such as g++; install one or give off")
-    # On a CPU compiled steps are no faster (`python -m benchmarks.bench --only compiled`). On a GPU, where it was not
-    # measured, ten minutes of work at a slow rate are wanted. The decision must not depend on a measured time, or two
-    # runs with one seed could differ.
-    return choice == "on" or (choice == "auto" and device.type == "cuda" and flops > 600 * 1e14)
+    on_cpu = model.device.type == "cpu"
+    python_headers = Path(sysconfig.get_path("include"), "Python.h")
+    can = not on_cpu or (any(map(shutil.which, ("g++", "c++", "clang++"))) and python_headers.exists())
+    fix = "install them or give off"
+    require(choice != "on" or can, f"--compile on: needs a C++ compiler and {python_headers}; {fix}")
+    # The decision must not depend on a measured time, or two runs with one seed could differ.
+    slow_rate = torch.get_num_threads() * 2.5e11 if on_cpu else 1e14
+    is_long = flops > 600 * slow_rate  # compiling takes half a minute, and makes steps faster by a tenth or more
+    return choice == "on" or (choice == "auto" and can and is_long and model._can_compile_fullgraph)
 
 
-def compile_blocks(model: PreTrainedModel) -> None:
+def compile_blocks(model: PreTrainedModel, block_size: int) -> None:
     """Compiles the layers of ``model`` in place. Those that are alike share one compiled code, which stays on the disk.
 
     To compile the whole model takes longer by the number of its layers, and makes it no faster.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # PyTorch's own default does not outlive a reboot
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # which does not outlive a reboot
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     plain_head(model)  # which runs the model on a shape of its own
     blocks = largest_blocks(model)
     torch._dynamo.config.recompile_limit = 8 + 2 * len(blocks)  # where each layer is different; else it would give up
+    # On a CPU compiled code makes dropout's random numbers slower than PyTorch does, and twice, so as not to keep them;
+    # in long blocks, attention's are too many to keep.
+    random = {"fallback_random": model.device.type == "cpu" and block_size <= SHORT_BLOCK}
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, options=random)
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager:

@@ -204,17 +204,15 @@ def step(bench: Bench) -> Iterator[Row]:
                 mine, other = medians(pairs)
                 yield Row(f"step: {label}", rate(tokens, mine), rate(tokens, other), speeds(pairs), target)
 
-        with bench.contender("products") as limit:
-            limit.turn()
-            pairs = take_turns(ours, limit, bench.rounds(4, 8))
-        mine, other = medians(pairs)
-        yield Row(
-            "step: share of the matrix limit",
-            f"{mine:.2f} s",
-            f"{other:.2f} s of products",
-            speeds(pairs),
-            (">=", 0.65),
-        )
+        yield matrix_limit(bench, ours, "step")
+
+
+def matrix_limit(bench: Bench, ours: Contender, label: str) -> Row:
+    with bench.contender("products") as limit:
+        limit.turn()
+        pairs = take_turns(ours, limit, bench.rounds(4, 8))
+    mine, other = (f"{seconds:.2f} s" for seconds in medians(pairs))
+    return Row(f"{label}: share of the matrix limit", mine, f"{other} of products", speeds(pairs), (">=", 0.65))
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
@@ -245,6 +243,9 @@ def compiled(bench: Bench) -> Iterator[Row]:
             pairs = take_turns(ours, peer, bench.rounds(3, 6))
         own, other = medians(pairs)
         yield Row(f"step, {how}: {label}", rate(tokens, own), rate(tokens, other), speeds(pairs), target)
+    with bench.contender("ours", compile=True) as ours:
+        ours.turn(3)
+        yield matrix_limit(bench, ours, "step, ours compiled")
 
 
 def memory(bench: Bench) -> Iterator[Row]:
