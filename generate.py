@@ -8,7 +8,6 @@
 The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
 """
 
-import functools
 import sys
 from dataclasses import dataclass
 from itertools import groupby
@@ -146,9 +145,10 @@ def _batches(encoded: list[list[int]], model: PreTrainedModel) -> list[list[list
     return [list(run) for _, run in groupby(encoded, len)]
 
 
-@functools.lru_cache(maxsize=1)  # it is the architecture's: one look is enough for all that a model makes
 def _overlooks_pads(model: PreTrainedModel) -> bool:
-    """Whether masked tokens on the left leave the next token's logits as they are."""
+    """Whether masked tokens on the left leave the next token's logits as they are. Looked at once a model."""
+    if "overlooks_pads" in vars(model):
+        return model.overlooks_pads
     rows = model.get_input_embeddings().num_embeddings
     ids = torch.randint(rows, (1, 4), generator=torch.Generator().manual_seed(0)).to(model.device)
     mask = torch.ones_like(ids)
@@ -166,7 +166,8 @@ def _overlooks_pads(model: PreTrainedModel) -> bool:
         for tokens, visible in ((ids, mask), padded)
     )
     tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)
-    return bool((alone - beside).abs().max() <= tolerance * alone.abs().max())
+    model.overlooks_pads = bool((alone - beside).abs().max() <= tolerance * alone.abs().max())
+    return model.overlooks_pads
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
@@ -32,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    masking_utils,
 )
 
 from config import UserError, find_hub, flag, one_line, require, warn
@@ -241,7 +243,11 @@ def next_token_nll(
     logits are nothing but hidden states times the head's weights, they never exist as a whole.
     """
     head = plain_head(model) if reduction == "sum" or not torch.is_grad_enabled() else None
-    with attention_kernel(input_ids), in_place_of(head, lambda hidden: hidden) if head else nullcontext():
+    device = input_ids.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.half:
+        head = None  # its gradients would be made before the GradScaler can keep them within the range of float16
+    bare_head = in_place_of(head, lambda hidden: hidden) if head else nullcontext()
+    with never_packed(), attention_kernel(input_ids), bare_head:
         logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary), or hidden states
     if head is None:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting labels spares a copy of the logits
@@ -249,7 +255,10 @@ def next_token_nll(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
         )
     operands = logits[:, :-1].flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten()
-    return LinearCrossEntropy.apply(*operands) if reduction == "sum" else linear_cross_entropy(*operands)[0]
+    if torch.is_grad_enabled():
+        return LinearCrossEntropy.apply(*operands)
+    nll = linear_cross_entropy(*operands)[0]
+    return nll.sum() if reduction == "sum" else nll
 
 
 def count_predicted(labels: torch.Tensor) -> int:
@@ -262,6 +271,17 @@ def attention_kernel(input_ids: torch.Tensor) -> AbstractContextManager:
     device, length = input_ids.device.type, input_ids.shape[1]
     plain = device == "cpu" and length <= SHORT_BLOCK and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+@contextmanager
+def never_packed() -> Iterator[None]:
+    """To see that a block holds no several sequences, transformers would wait for position ids from the device."""
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 @contextmanager
@@ -279,14 +299,14 @@ def plain_head(model: torch.nn.Module) -> torch.nn.Linear | None:
     Looked at once a model: in place of what the head puts out come known values, which have to come through.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) is not torch.nn.Linear or "forward" in vars(head):
+    if type(head) is not torch.nn.Linear or "forward" in vars(head) or head._forward_hooks:
         return None
     if "has_plain_head" not in vars(model):
         ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
         known = torch.linspace(-1e3, 1e3, ids.numel() * head.out_features, device=ids.device).view(1, 2, -1)
         training = model.training
         model.eval()
-        with torch.no_grad(), in_place_of(head, lambda _: known):
+        with torch.no_grad(), in_place_of(head, lambda _: known.clone()):
             model.has_plain_head = torch.equal(model(input_ids=ids, use_cache=False).logits, known)
         model.train(training)
     return head if model.has_plain_head else None
@@ -302,7 +322,7 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
     """Arithmetic of a forward and backward pass: 6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B).
 
     N are all parameters, L the layers, H the heads, Q their width, T the block size. None for a mixture of experts, of
-    which only a part is at work.
+    which only a part is at work, and for layers of which only some attend to all that came before.
     """
     config = model.config.get_text_config(decoder=True)
     values = config.to_dict()
@@ -310,7 +330,8 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
         values.get(config.attribute_map.get(name, name))
         for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim")
     )
-    if any("experts" in name for name in values):
+    mixed = set(values.get("layer_types") or ()) - {"full_attention"} or any("experts" in name for name in values)
+    if mixed or not isinstance(layers, int):
         return None
     attention = 12 * layers * heads * (head_width or width / heads) * block_size if isinstance(heads, int) else 0
     return 6 * model.num_parameters() + attention
@@ -328,6 +349,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return nll.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *(None if gradient is None else gradient.mul_(grad) for gradient in ctx.saved_tensors), None
 

@@ -31,6 +31,7 @@ import torch
 import transformers
 import yaml
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
@@ -435,6 +436,8 @@ def main() -> None:
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
     compiled = should_compile(config.compile, model, 6 * num_parameters * block_tokens * max_steps)
+    if resumed and config.compile == "auto":  # a longer run, or another PATH, must not change what is computed
+        compiled = state["compiled"]
     if compiled:
         compile_blocks(model, data_config.block_size)
     optimizer = make_optimizer(model, config.weight_decay)
@@ -517,6 +520,7 @@ output    {run_dir}""")
             "random": _python_random_state(),
             "identity": identity,
             "settings": settings,
+            "compiled": compiled,
         }
         with warns_only(log.goes_on):
             checkpoint.save(path, training_state(model, optimizer, device), state)
@@ -726,10 +730,11 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
 def should_compile(choice: str, model: PreTrainedModel, flops: float) -> bool:
     """Whether to use torch.compile; ``flops`` is the run's arithmetic, 6 x parameters x tokens (Kaplan et al.)."""
     on_cpu = model.device.type == "cpu"
+    compilers = ("g++", "c++", "clang++") if on_cpu else ("cc", "gcc", "clang")
     python_headers = Path(sysconfig.get_path("include"), "Python.h")
-    can = not on_cpu or (any(map(shutil.which, ("g++", "c++", "clang++"))) and python_headers.exists())
-    fix = "install them or give off"
-    require(choice != "on" or can, f"--compile on: needs a C++ compiler and {python_headers}; {fix}")
+    can = any(map(shutil.which, compilers)) and python_headers.exists() and (on_cpu or has_triton())
+    needed = f"{compilers[0]}, {python_headers}{'' if on_cpu else ' and a GPU that Triton knows'}"
+    require(choice != "on" or can, f"--compile on: needs {needed}; install it or give off")
     # The decision must not depend on a measured time, or two runs with one seed could differ.
     slow_rate = torch.get_num_threads() * 2.5e11 if on_cpu else 1e14
     is_long = flops > 600 * slow_rate  # compiling takes half a minute, and makes steps faster by a tenth or more
@@ -749,9 +754,9 @@ def compile_blocks(model: PreTrainedModel, block_size: int) -> None:
     torch._dynamo.config.recompile_limit = 8 + 2 * len(blocks)  # where each layer is different; else it would give up
     # On a CPU compiled code makes dropout's random numbers slower than PyTorch does, and twice, so as not to keep them;
     # in long blocks, attention's are too many to keep.
-    random = {"fallback_random": model.device.type == "cpu" and block_size <= SHORT_BLOCK}
+    kept = model.device.type == "cpu" and block_size <= SHORT_BLOCK
     for block in blocks:
-        block.compile(dynamic=False, options=random)
+        block.compile(dynamic=False, options={"fallback_random": True} if kept else None)
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager:

@@ -60,7 +60,6 @@ from generate import SamplingConfig, generate
 from model import (
     DTYPES,
     autocast,
-    count_predicted,
     flops_per_token,
     keep_freed_memory,
     load_pretrained,
@@ -124,9 +123,9 @@ def text_blocks(o: Options) -> Blocks:
 
 
 def full_blocks(o: Options, number: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """The same blocks for the peers, which cannot batch a last one that is short."""
+    """The same blocks for the peers in whole batches: for a smaller one they would compile anew."""
     blocks = text_blocks(o)
-    return [blocks[i] for i in range(min(number or ENDLESS, len(blocks) - 1))]
+    return [blocks[i] for i in range(min(number or ENDLESS, len(blocks) - 1) // BATCH * BATCH)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,7 +546,6 @@ def prepare(turns: Turns, o: Options) -> None:
         "cuda": device.type == "cuda",
         "precision": resolve_precision("auto", device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "predicted": count_predicted(blocks[0]["labels"][None]),
         "tokens": len(blocks.stream),
     }
     turns.boundary()

@@ -1,7 +1,7 @@
 """The number that a user feels: how long until our run is as good as the Trainer's.
 
     python -m benchmarks.quality --text questions.jsonl --text_column answers.text     # hours; writes QUALITY.md
-    python -m benchmarks.quality --max_steps 2 --learning_rates 2e-5                   # does it work? writes nothing
+    python -m benchmarks.quality --text ... --max_steps 2 --learning_rates 2e-5        # does it work? writes nothing
 
 The Trainer fine-tunes the model for one epoch in its defaults with bf16 (batch 8, blocks of 128, linear decay), once
 for each learning rate, on our blocks of our split; its held-out perplexity is measured by our `evaluate`. Then
@@ -135,7 +135,7 @@ def minutes(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart/smollm2", help="a model's directory")
-    parser.add_argument("--text", default="quickstart/text.jsonl", help="JSON lines")
+    parser.add_argument("--text", required=True, help="JSON lines, and not those that our defaults were chosen on")
     parser.add_argument("--text_column", default="answers.text")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-5, 5e-5, 1e-4], help="of the Trainer")
     parser.add_argument(

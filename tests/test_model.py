@@ -159,6 +159,49 @@ def test_any_chunk_and_tile_size(chunk, tile):
     assert linear_cross_entropy(hidden, weight, bias, targets, (True, False, False), chunk, tile)[2:] == (None, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_in_float16_the_head_is_left_to_the_loss_scale(dtype):
+    """Its gradient is a sum over many tokens: float16 holds it only after it was scaled."""
+    model, ids = tiny_gpt2(300), torch.randint(300, (1, 8))
+    found = []
+    model.lm_head.register_forward_pre_hook(lambda head, inputs: found.append("forward" in vars(head)))
+    plain_head(model)
+    found.clear()
+    with torch.autocast("cpu", dtype=dtype):
+        next_token_nll(model, ids, ids)
+    assert found == [dtype is torch.bfloat16]
+
+
+def test_a_head_with_hooks_is_not_plain():
+    model = tiny_gpt2(300)
+    assert plain_head(model) is model.lm_head
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.tanh())
+    assert plain_head(model) is None
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_step_reads_nothing_back_from_the_device(model_type):
+    class Reads(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            self.number += operation is torch.ops.aten._local_scalar_dense.default
+            return operation(*arguments, **(options or {}))
+
+    model, ids = from_scratch(model_type), torch.randint(300, (2, 9))
+    plain_head(model)
+    with Reads() as reads:
+        next_token_nll(model, ids, ids).backward()
+    assert reads.number == 0
+
+
+def test_without_gradients_a_sum_makes_none():
+    model, ids = from_scratch("llama", tie_word_embeddings=False), torch.randint(300, (2, 9))
+    with torch.no_grad():
+        each, whole = (next_token_nll(model, ids, ids, reduction=reduction) for reduction in ("none", "sum"))
+    assert not whole.requires_grad and whole.item() == pytest.approx(each.sum().item(), rel=1e-6)
+
+
 def test_logits_never_exist_as_a_whole():
     class Sizes(TorchDispatchMode):
         largest = 0
@@ -206,6 +249,9 @@ def test_flops_are_those_of_palm_and_peaks_those_of_datasheets():
     no_attention = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
     assert flops_per_token(no_attention, 10) == 6 * no_attention.num_parameters()
     assert flops_per_token(from_scratch("mixtral", num_key_value_heads=2), 10) is None
+    sizes = {"hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    unknown = AutoModelForCausalLM.from_config(AutoConfig.for_model("prophetnet", vocab_size=300, **sizes))
+    assert flops_per_token(unknown, 10) is None  # its config does not say how many layers
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba"])
