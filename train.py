@@ -437,7 +437,7 @@ def main() -> None:
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
     compiled = should_compile(config.compile, model, 6 * num_parameters * block_tokens * max_steps)
     if resumed and config.compile == "auto":  # a longer run, or another PATH, must not change what is computed
-        compiled = state["compiled"]
+        compiled = state.get("compiled", compiled)
     if compiled:
         compile_blocks(model, data_config.block_size)
     optimizer = make_optimizer(model, config.weight_decay)
