@@ -23,6 +23,7 @@ from model import (
     DTYPES,
     Precision,
     check_model,
+    keep_freed_memory,
     load_pretrained,
     load_tokenizer_by_name,
     position_limit,
@@ -216,6 +217,8 @@ def main() -> None:
     interactive = not config.prompt and not config.prompts_file and sys.stdin.isatty()
     prompts = [] if interactive else _read_prompts(config)
     device = select_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = resolve_precision(config.precision, device)
     name = config.model or str(newest_finished_run(Path("runs")))
     if not config.model:

@@ -392,11 +392,11 @@ def linear_cross_entropy(
             place = (target - i * tile).clamp(0, len(columns) - 1)  # of the target, if this tile holds it
             places.append((place, target == place + i * tile))
             target_logit = torch.where(places[-1][1], logits.gather(1, place).float(), target_logit)
+            softmax = logits.softmax(1, dtype=torch.float32)
             tops.append(logits.amax(1, keepdim=True).float())
-            exp = (logits - tops[-1]).exp_()
-            totals.append(exp.sum(1, keepdim=True))
+            totals.append(1 / softmax.amax(1, keepdim=True))  # of exp(logits - top)
             if any(wanted):
-                softmaxes.append(torch.div(exp, totals[-1], out=torch.empty_like(exp, dtype=dtype)))
+                softmaxes.append(softmax.to(dtype))
         tops = torch.cat(tops, 1)  # (chunk, number of tiles)
         largest = tops.amax(1, keepdim=True)
         tile_logsumexp = tops - largest + torch.cat(totals, 1).log()
@@ -483,7 +483,7 @@ def select_device() -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Makes a CPU's steps faster by a third, at the price of memory that is not given back before the process ends."""
+    """Makes a CPU's work faster, at the price of memory that is not given back before the process ends."""
     # Tensors of megabytes are taken from the system and given back with each operation, and to have their pages
     # mapped anew takes longer than most operations.
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc

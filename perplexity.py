@@ -76,16 +76,16 @@ def evaluate(
     training = model.training
     model.eval()
     bar = tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
-    for batch in bar:
-        between_batches()
-        num_tokens += count_predicted(batch["labels"])
-        input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
-        with autocast(device, precision):
+    with autocast(device, precision):  # over all batches, so that weights are cast once
+        for batch in bar:
+            between_batches()
+            num_tokens += count_predicted(batch["labels"])
+            input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
             # Token by token, so that the sum is taken in float64 in any order.
             nll_sum += next_token_nll(model, input_ids, labels, reduction="none").double().sum()
-        if not bar.disable:  # the sum comes to the host only where someone looks at it
-            elapsed = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"loss {nll_sum.item() / num_tokens:.4f}, {num_tokens / elapsed:,.0f} tokens/s")
+            if not bar.disable:  # the sum comes to the host only where someone looks at it
+                elapsed = bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"loss {nll_sum.item() / num_tokens:.4f}, {num_tokens / elapsed:,.0f} tokens/s")
     model.train(training)
     return nll_sum.item(), num_tokens
 

@@ -459,6 +459,7 @@ def prompts(o: Options) -> list[str]:
 
 def our_generation(turns: Turns, o: Options) -> None:
     """generate.py's function, on a model loaded as its --precision loads it."""
+    keep_freed_memory()
     device, tokenizer = select_device(), AutoTokenizer.from_pretrained(o["model"])
     model = load_pretrained(o["model"], dtype=DTYPES[o["precision"]]).to(device)
     sampling = SamplingConfig(max_new_tokens=o["new_tokens"], greedy=True)

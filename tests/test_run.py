@@ -320,6 +320,21 @@ def test_dry_run_writes_nothing(finished, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "dry").exists()
 
 
+def test_a_resumed_run_stays_compiled_or_not(finished, tmp_path, monkeypatch, capsys):
+    """A longer run, or one on another machine, would otherwise change what it computes in the middle."""
+    monkeypatch.chdir(finished[0])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
+    monkeypatch.setattr(train, "compile_blocks", lambda *_: None)
+    for decision in (True, False):
+        for max_steps in (2, 3):
+            monkeypatch.setattr(train, "should_compile", lambda *_, first=max_steps == 2: first == decision)  # noqa: B023
+            arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / str(decision)), "--resume"]
+            monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--max_steps", str(max_steps)])
+            train.main()
+            assert ("fp32, compiled\n" in capsys.readouterr().out) == decision
+
+
 def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     (tmp_path / "llama.json").write_text(json.dumps(config | {"intermediate_size": 64, "max_position_embeddings": 64}))
