@@ -4,10 +4,12 @@
     python generate.py --model distilgpt2 --prompt "One" "Two" --greedy --max_new_tokens 40
     python generate.py --prompts_file prompts.txt --num_samples 3       # one prompt a line; also from stdin
     python generate.py                                                  # interactive, in a terminal
+    python generate.py --model runs/lora/model --merge merged           # an adapter becomes a plain model
 
 The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +20,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from checkpoint import write_directory
 from config import Count, Range, Seed, UserError, flag, parse, require, run
+from lora import save_merged
 from model import (
     DTYPES,
     Precision,
@@ -50,6 +54,7 @@ class GenerateConfig(SamplingConfig):
     prompts_file: str | None = flag(None, "a file with one prompt a line")
     num_samples: Count = flag(1, "texts a prompt")
     batch_size: Count = flag(16, "texts made at once")
+    merge: str | None = flag(None, "a new directory to save the model in, an adapter merged into its weights; no text")
     seed: Seed = flag(42, "of the sampling")
     precision: Precision = flag("fp32", "of weights and arithmetic; fp32 is exact; auto: the fastest")
 
@@ -212,8 +217,28 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
+def merge(config: GenerateConfig) -> None:
+    """Saves the model of an adapter as a plain one."""
+    name, out = config.model or str(newest_finished_run(Path("runs"))), Path(config.merge)
+    require(not os.path.lexists(out), f"--merge {out}: is there already; give a new directory")
+    tokenizer = load_tokenizer_by_name(name, "--model", config.model_revision)
+    model = load_pretrained(name, revision=config.model_revision)
+    require(
+        model._hf_peft_config_loaded, f"--merge {out}: {name} is no adapter, there is nothing to merge; leave it out"
+    )
+
+    def write(directory: Path) -> None:
+        save_merged(model, directory)
+        tokenizer.save_pretrained(directory)
+
+    write_directory(out, write, 4 * model.num_parameters())
+    print(f"{out}: {name}, merged")
+
+
 def main() -> None:
     config, _ = parse([GenerateConfig], __doc__)
+    if config.merge:
+        return merge(config)
     interactive = not config.prompt and not config.prompts_file and sys.stdin.isatty()
     prompts = [] if interactive else _read_prompts(config)
     device = select_device()

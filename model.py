@@ -1,7 +1,8 @@
 """The tokenizer, the causal language model, its loss, and the proof that it is causal.
 
 tokenizer = load_tokenizer(config, train_documents)
-model = load_model(config, load_config(config, tokenizer)).to(device)    # float32, pretrained or from scratch
+settings = load_config(config, tokenizer, block_size=128)      # made causal where an architecture has to be told
+model = load_model(config, settings, tokenizer).to(device)     # float32, pretrained or from scratch
 check_model(model, tokenizer, block_size=128)          # positions, vocabulary, causality
 nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels that are not -100
 """
@@ -9,9 +10,12 @@ nll_sum = next_token_nll(model, input_ids, labels)     # summed over the labels 
 import ctypes
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
@@ -35,13 +39,21 @@ from transformers import (
     PreTrainedTokenizerFast,
     masking_utils,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from config import UserError, find_hub, flag, one_line, require, warn
 from data import IGNORED_LABEL, Documents
+from linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SHORT_BLOCK = 128  # tokens, up to which plain attention is the fastest on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # which are decoders only where their config says so
+# What transformers 5 no longer has; its last release with them was 4.57.6.
+DROPPED = ("mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet")
 
 END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
 
@@ -54,6 +66,10 @@ class ModelConfig:
     model_overrides: str | None = flag(None, """keys to change in the model's config: '{"n_layer": 4}'""")
     tokenizer: str | None = flag(
         None, "Hub id or local directory (default: the model's); train:N makes a byte-level BPE of N tokens"
+    )
+    add_tokens: list[str] = flag([], "tokens to add, such as '<|note|>'; their embeddings start at the mean of all")
+    attn_implementation: str | None = flag(
+        None, "sdpa, eager, flash_attention_2, or what else transformers knows (default: its own choice)"
     )
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -109,7 +125,11 @@ def _loading(source: str, what: str, fix: str) -> Iterator[None]:
         yield
     except Exception as error:  # over a broken file they raise anything, the plain Exception included
         reason = one_line(error)
-        if "trust_remote_code" in reason:
+        kind = re.search(r"model type `([\w-]+)`", reason)
+        if kind and kind[1] in DROPPED:
+            reason = f"transformers has dropped {kind[1]}; 4.57.6 was its last release with it"
+            fix = "give another model"
+        elif "trust_remote_code" in reason:
             reason, fix = "it needs code of its own, which is never run", "give a model that transformers itself has"
         elif isinstance(error.__cause__ or error, LocalEntryNotFoundError):
             reason, fix = "it is not in the cache, and the Hub cannot be reached", "check id, revision and network"
@@ -125,6 +145,14 @@ def _loading(source: str, what: str, fix: str) -> Iterator[None]:
 
 def load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, or trains one on ``documents`` (the training part, never what is held out)."""
+    tokenizer = _load_tokenizer(config, documents)
+    known = [token for token in config.add_tokens if token in tokenizer.get_vocab()]
+    require(not known, f"--add_tokens {' '.join(known)}: the tokenizer has it already; leave it out")
+    tokenizer.add_tokens(config.add_tokens)
+    return tokenizer
+
+
+def _load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedTokenizerBase:
     size = _vocab_size(config.tokenizer)
     if size:
         if config.model:
@@ -178,28 +206,84 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
 # Model
 
 
-def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedConfig:
     """The model's config with the overrides; for a model from scratch it fits a tokenizer that was chosen for it."""
     name, flag_name = (config.model, "--model") if config.model else (config.model_config, "--model_config")
+    if Path(name, "adapter_config.json").exists():
+        fix = f"merge it first: python generate.py --model {name} --merge OUT"
+        raise UserError(f"{flag_name} {name}: is an adapter, and no model by itself; {fix}")
     overrides = _overrides(config.model_overrides)
     if config.model_config and config.tokenizer:  # a config knows only the tokenizer that it was published with
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         fitting = {"vocab_size": len(tokenizer)} | {key: getattr(tokenizer, key) for key in special}
+        published = _read_config(name, flag_name, config.model_revision, {})
+        if fitting["pad_token_id"] is None and getattr(published, "pad_token_id", None) is not None:
+            # RoBERTa's positions are counted from the padding id; no token may be taken for it, so it is one more.
+            fitting |= {"pad_token_id": len(tokenizer), "vocab_size": len(tokenizer) + 1}
         overrides = fitting | overrides
+    settings = _read_config(name, flag_name, config.model_revision, overrides)
+    _make_causal(settings, kept=overrides, new_block_size=None if config.model else block_size)
+    settings._attn_implementation = config.attn_implementation
+    return settings
+
+
+def _read_config(name: str, flag_name: str, revision: str | None, overrides: dict[str, Any]) -> PreTrainedConfig:
     with _loading(f"{flag_name} {name}", "model config", "check it and --model_overrides"):
         settings, unknown = AutoConfig.from_pretrained(
-            name, revision=config.model_revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
+            name, revision=revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
         )
     require(not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
     return settings
 
 
-def load_model(config: ModelConfig, settings: PreTrainedConfig) -> PreTrainedModel:
-    """Returns the model in float32: pretrained, or freshly initialized."""
+def _make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_block_size: int | None = None) -> None:
+    """Changes the settings that let a token see later ones, except those that are to be ``kept``.
+
+    ``new_block_size`` is that of a model from scratch.
+    """
+    kind, causal = settings.model_type, {}
+    if kind in ENCODERS and getattr(settings, "is_decoder", None) is False and not settings.is_encoder_decoder:
+        causal["is_decoder"] = True
+    if kind == "big_bird":
+        causal["attention_type"] = "original_full"
+    if kind == "xlm":
+        causal["causal"] = True
+    if kind == "xlnet":
+        causal["attn_type"] = "uni"
+    if kind == "reformer" and new_block_size:  # its hashing looks ahead; in training its positions fill a block
+        rows = next(n for n in range(math.isqrt(new_block_size), 0, -1) if new_block_size % n == 0)
+        chunk = math.gcd(new_block_size, settings.local_attn_chunk_length)
+        causal |= {
+            "attn_layers": ["local"] * len(settings.attn_layers),
+            "axial_pos_shape": [rows, new_block_size // rows],
+            "max_position_embeddings": new_block_size,
+            "local_attn_chunk_length": chunk if chunk >= 16 else new_block_size,
+        }
+    changed = {key: value for key, value in causal.items() if getattr(settings, key) != value and key not in kept}
+    for key, value in changed.items():
+        setattr(settings, key, value)
+    if changed:
+        warn(f"{kind} is made causal with {', '.join(f'{key}={value}' for key, value in changed.items())}")
+
+
+def load_model(config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Returns the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings."""
     if config.model:
-        return load_pretrained(config.model, settings, config.model_revision)
-    with _loading(f"--model_config {config.model_config}", "causal language model", "check it and --model_overrides"):
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+        model = load_pretrained(config.model, settings, config.model_revision)
+    else:
+        fix = "check it, --attn_implementation and --model_overrides"
+        with _loading(f"--model_config {config.model_config}", "causal language model", fix):
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+        _generate_as_trained(model)
+    if config.add_tokens:
+        added = tokenizer.convert_tokens_to_ids(config.add_tokens)
+        if max(added) >= model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
+        with torch.no_grad():
+            for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+                for rows in layer.parameters():  # weights (vocabulary, width), a bias (vocabulary,)
+                    rows[added] = rows[: min(added)].mean(0)
+    return model
 
 
 def load_pretrained(
@@ -208,8 +292,18 @@ def load_pretrained(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,  # transformers 5 would load in the checkpoint's own
 ) -> PreTrainedModel:
-    """Loads weights from safetensors alone: a pickle can run code. What is trained is float32; see `DTYPES`."""
+    """Loads weights from safetensors alone: a pickle can run code. What is trained is float32; see `DTYPES`.
+
+    Of an adapter that peft saved, the model that it was made for is loaded first.
+    """
     fix = "give a Hub id or a directory with config.json and model.safetensors"
+    with _loading(f"--model {name}", "causal language model", fix):
+        adapter = find_adapter_config_file(name, revision=revision)
+    if adapter:
+        return _load_adapter(name, Path(adapter), revision, dtype)
+    if settings is None:
+        settings = _read_config(name, "--model", revision, {})
+        _make_causal(settings)
     with _loading(f"--model {name}", "causal language model", fix):
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -226,7 +320,45 @@ def load_pretrained(
         raise UserError(f"--model {name}: {key} is {shapes}; {fix}")
     if missing := sorted(report["missing_keys"]):
         warn(f"{name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
+    _generate_as_trained(model)
     return model
+
+
+def _load_adapter(name: str, config_file: Path, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    peft = import_peft(f"--model {name}: is an adapter")
+    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    require(bool(base), f"--model {name}: its adapter_config.json names no base_model_name_or_path; mend it")
+    model = load_pretrained(base, dtype=dtype)
+    with _loading(f"--model {name}", "adapter", "give a directory with adapter_config.json and its safetensors"):
+        weights = load_file(cached_file(name, "adapter_model.safetensors", revision=revision))
+        model.load_adapter(peft_config=peft.PeftConfig.from_pretrained(config_file.parent), adapter_state_dict=weights)
+    return model
+
+
+def import_peft(why: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"{why}, which needs peft; install it: pip install -r requirements-lora.txt") from error
+    return peft
+
+
+def _generate_as_trained(model: PreTrainedModel) -> None:
+    """XLNet and XLM would put a mask token behind a text and predict from there, which is not what is trained here."""
+    if model.config.model_type in ("xlnet", "xlm"):
+        model.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+        }
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Layers keep only their inputs for the backward pass, and compute the rest a second time there."""
+    kind = model.config.model_type
+    require(model.supports_gradient_checkpointing, f"--gradient_checkpointing: {kind} is unable to; leave it out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it has a newer name, which older transformers do not know
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,31 +366,45 @@ def load_pretrained(
 
 
 def next_token_nll(
-    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, reduction: Literal["sum", "none"] = "sum"
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    reduction: Literal["sum", "none"] = "sum",
 ) -> torch.Tensor:
     """Negative log-likelihood in nats of each label given the tokens before it, in float32: summed, or one by one.
 
-    input_ids and labels are (batch, sequence), not shifted; labels of -100 are skipped. The model's own ``labels=``
-    loss is never used: it is a mean, which accumulation cannot add up, and ten architectures forget the shift. Where
-    logits are nothing but hidden states times the head's weights, they never exist as a whole.
+    input_ids and labels are (batch, sequence), not shifted; labels of -100 are skipped. Where position_ids, of the same
+    shape, begin again from 0, another document begins, which sees none of those before it (see `check_isolated`). The
+    model's own ``labels=`` loss is never used: it is a mean, which accumulation cannot add up, and ten architectures
+    forget the shift. Where logits are nothing but hidden states times the head's weights, they never exist as a whole.
+    In training, a mixture of experts whose config turns output_router_logits on adds its router's loss.
     """
     head = plain_head(model) if reduction == "sum" or not torch.is_grad_enabled() else None
     device = input_ids.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.half:
         head = None  # its gradients would be made before the GradScaler can keep them within the range of float16
     bare_head = in_place_of(head, lambda hidden: hidden) if head else nullcontext()
-    with never_packed(), attention_kernel(input_ids), bare_head:
-        logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, sequence, vocabulary), or hidden states
+    isolation = nullcontext() if position_ids is not None else never_packed()
+    with isolation, attention_kernel(model, input_ids), bare_head:
+        output = model(input_ids=input_ids, use_cache=False, **isolated(model, position_ids))
+    logits = output.logits  # (batch, sequence, vocabulary), or hidden states
     if head is None:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting labels spares a copy of the logits
-        return F.cross_entropy(
+        nll = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
         )
-    operands = logits[:, :-1].flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten()
-    if torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(*operands)
-    nll = linear_cross_entropy(*operands)[0]
-    return nll.sum() if reduction == "sum" else nll
+    else:
+        operands = logits[:, :-1].flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten()
+        if torch.is_grad_enabled():
+            nll = LinearCrossEntropy.apply(*operands)
+        else:
+            nll = linear_cross_entropy(*operands)[0]
+            nll = nll.sum() if reduction == "sum" else nll
+    if model.training and (router_loss := getattr(output, "aux_loss", None)) is not None:
+        weight = model.config.get_text_config(decoder=True).router_aux_loss_coef
+        nll = nll + weight * router_loss * (labels[:, 1:] != IGNORED_LABEL).sum()  # it is a mean, and this a sum
+    return nll
 
 
 def count_predicted(labels: torch.Tensor) -> int:
@@ -266,11 +412,23 @@ def count_predicted(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORED_LABEL).sum())
 
 
-def attention_kernel(input_ids: torch.Tensor) -> AbstractContextManager:
+def attention_kernel(model: PreTrainedModel, input_ids: torch.Tensor) -> AbstractContextManager:
     """The kernel that is fastest: on a CPU, flash attention's backward pass in bfloat16 is slow for short blocks."""
     device, length = input_ids.device.type, input_ids.shape[1]
-    plain = device == "cpu" and length <= SHORT_BLOCK and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    short = device == "cpu" and length <= SHORT_BLOCK and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+    # What is recomputed in the backward pass must be what the forward pass has computed, and is not in this context.
+    return sdpa_kernel(SDPBackend.MATH) if short and not model.is_gradient_checkpointing else nullcontext()
+
+
+def isolated(model: PreTrainedModel, position_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What the model has to be called with so that documents in a block do not see each other."""
+    if position_ids is None:
+        return {}
+    if model.isolated_by == "position_ids":  # transformers itself makes the mask from them
+        return {"position_ids": position_ids}
+    document = (position_ids == 0).cumsum(1)
+    visible = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (batch, 1, sequence, sequence)
+    return {"attention_mask": torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)}
 
 
 @contextmanager
@@ -322,7 +480,7 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
     """Arithmetic of a forward and backward pass: 6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B).
 
     N are all parameters, L the layers, H the heads, Q their width, T the block size. None for a mixture of experts, of
-    which only a part is at work, and for layers of which only some attend to all that came before.
+    which only a part is at work, for layers of which only some attend to all that came before, and for frozen weights.
     """
     config = model.config.get_text_config(decoder=True)
     values = config.to_dict()
@@ -331,95 +489,10 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
         for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim")
     )
     mixed = set(values.get("layer_types") or ()) - {"full_attention"} or any("experts" in name for name in values)
-    if mixed or not isinstance(layers, int):
+    if mixed or not isinstance(layers, int) or not all(parameter.requires_grad for parameter in model.parameters()):
         return None
     attention = 12 * layers * heads * (head_width or width / heads) * block_size if isinstance(heads, int) else 0
     return 6 * model.num_parameters() + attention
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of `linear_cross_entropy`, whose gradients are made together with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
-    ) -> torch.Tensor:
-        nll, *gradients = linear_cross_entropy(hidden, weight, bias, targets, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients)
-        return nll.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(None if gradient is None else gradient.mul_(grad) for gradient in ctx.saved_tensors), None
-
-
-@torch.no_grad()
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    wanted: Sequence[bool] = (False, False, False),
-    chunk: int = 1024,
-    tile: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The cross-entropy (tokens,) in nats of logits ``hidden @ weight.T + bias``, and the gradients of its sum.
-
-    hidden is (tokens, width), weight (vocabulary, width), bias (vocabulary,) or None, targets (tokens,), of which -100
-    counts nothing; gradients that are not ``wanted`` are None. Logits exist for ``chunk`` tokens at a time; a CPU makes
-    them ``tile`` columns at a time, which are still in its cache when their exponentials are taken. Softmax is a tile's
-    softmax times exp(tile_logsumexp - logsumexp); this second factor goes to the narrow operands of the products.
-    """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    tile = tile or (8192 if device == "cpu" else len(weight))
-    tiles = weight.to(dtype).split(tile)
-    nll = torch.empty(len(targets), device=hidden.device)
-    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-    empty = torch.empty_like if len(targets) else torch.zeros_like  # the first chunk writes it, later ones add to it
-    d_weight = empty(weight) if wanted[1] else None
-    d_bias = torch.zeros_like(bias) if wanted[2] else None
-    for start in range(0, len(targets), chunk):
-        rows = slice(start, start + chunk)
-        states, known, target = hidden[rows], targets[rows, None] != IGNORED_LABEL, targets[rows, None].clamp_min(0)
-        operand, target_logit = states.to(dtype), torch.zeros((), device=hidden.device)
-        softmaxes, places, tops, totals = [], [], [], []
-        for i, columns in enumerate(tiles):
-            logits = operand @ columns.T  # (chunk, tile)
-            if bias is not None:
-                logits += bias[i * tile : (i + 1) * tile]
-            place = (target - i * tile).clamp(0, len(columns) - 1)  # of the target, if this tile holds it
-            places.append((place, target == place + i * tile))
-            target_logit = torch.where(places[-1][1], logits.gather(1, place).float(), target_logit)
-            softmax = logits.softmax(1, dtype=torch.float32)
-            tops.append(logits.amax(1, keepdim=True).float())
-            totals.append(1 / softmax.amax(1, keepdim=True))  # of exp(logits - top)
-            if any(wanted):
-                softmaxes.append(softmax.to(dtype))
-        tops = torch.cat(tops, 1)  # (chunk, number of tiles)
-        largest = tops.amax(1, keepdim=True)
-        tile_logsumexp = tops - largest + torch.cat(totals, 1).log()
-        logsumexp = tile_logsumexp.logsumexp(1, keepdim=True)  # like the tiles', less the largest logit
-        log_probability = target_logit - largest - logsumexp
-        nll[rows] = (-log_probability * known).squeeze(1)
-        if not any(wanted):
-            continue
-        factors = (tile_logsumexp - logsumexp).clamp_min(-60).exp()  # what is less counts nothing, and divides below
-        for i, (columns, softmax, (place, holds)) in enumerate(zip(tiles, softmaxes, places, strict=True)):
-            factor = factors[:, i : i + 1]
-            # Where a model is sure, probability - 1 is tiny: it has to be made before anything is rounded.
-            error = (torch.expm1(log_probability) / factor).to(dtype)
-            softmax.scatter_(1, place, torch.where(holds, error, softmax.gather(1, place)))
-            factor = factor * known
-            if d_hidden is not None:
-                d_hidden[rows].addcmul_(softmax @ columns, factor)
-            if d_weight is not None:
-                part = d_weight[i * tile : (i + 1) * tile]
-                (part.add_ if start else part.copy_)(softmax.T @ (states * factor).to(dtype))
-            if d_bias is not None:
-                d_bias[i * tile : (i + 1) * tile] += (softmax * factor).sum(0)
-    return nll, None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,11 +540,45 @@ def check_causal(model: PreTrainedModel, block_size: int) -> None:
     model.train(training)
     leak = (earlier - same).abs().max() / earlier.abs().max().clamp_min(1e-6)
     if not leak <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
+        fix = {
+            "cpmant": "it has no causal switch; choose another architecture",
+            "reformer": "its hashing looks ahead; train it from scratch, with --model_config",
+        }.get(model.config.model_type, "leave out what makes it so in --model_overrides, or choose another one")
         raise UserError(
             f"{model.config.model_type} is not causal here: changing later tokens moves earlier logits by {leak:.1e} "
-            f"of their size, so its loss would be worthless; make it a decoder with "
-            f"--model_overrides '{{\"is_decoder\": true}}', or choose a causal architecture"
+            f"of their size, so its loss would be worthless; {fix}"
         )
+
+
+@torch.no_grad()
+def check_isolated(model: PreTrainedModel, block_size: int) -> None:
+    """Finds what keeps documents in a block apart: position ids that begin again, or else a block-diagonal mask.
+
+    Raises UserError where a change to one document moves the logits of the next one either way.
+    """
+    half, rows = max(1, block_size // 2), model.get_input_embeddings().num_embeddings
+    ids, other = (torch.randint(rows, (1, 2 * half), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    other[:, half:] = ids[:, half:]
+    positions = torch.arange(half, device=model.device).repeat(1, 2)
+    training = model.training
+    model.eval()
+    for model.isolated_by in ("position_ids", "attention_mask"):
+        try:
+            later, same = (
+                model(input_ids=probe.to(model.device), use_cache=False, **isolated(model, positions))
+                .logits[:, half:]
+                .float()
+                for probe in (ids, other)
+            )
+        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no such argument, or not in this shape
+            continue
+        if (later - same).abs().max() <= 1e-5 * later.abs().max():
+            model.train(training)
+            return
+    raise UserError(
+        f"--pack documents: {model.config.model_type} sees the document before, be it with position ids that begin "
+        f"again or with a block-diagonal mask; give --pack stream"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

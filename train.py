@@ -52,6 +52,7 @@ from data import (
     training_batches,
 )
 from generate import SamplingConfig, generate
+from lora import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
 from model import (
     SHORT_BLOCK,
     ModelConfig,
@@ -68,12 +69,16 @@ from model import (
     next_token_nll,
     plain_head,
     position_limit,
+    recompute_activations,
     resolve_precision,
     select_device,
 )
 from perplexity import evaluate, perplexity
 
 T = TypeVar("T")
+
+# With another value of these it would be another run.
+SAME_RUN = ("block_size", "batch_size", "grad_accum_steps", "seed", "freeze", "lora_rank", "lora_alpha", "lora_targets")
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
@@ -93,6 +98,7 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Range(least=0, below=1e9)] = flag(
         1.0, "gradients are scaled down to this norm; 0 switches clipping off"
     )
+    gradient_checkpointing: bool = flag(False, "compute layers twice rather than keep what they compute: less memory")
     precision: Precision = flag(
         "auto", "of the arithmetic; weights are float32. auto: the fastest the device does well"
     )
@@ -104,6 +110,9 @@ class TrainConfig:
     save_every: Count = flag(500, "updates between checkpoints; there is one at the end as well")
     log_every: Count = flag(10, "updates between records of the training loss")
     sample_prompt: list[str] = flag([], "prompts to continue at each evaluation, to watch the model learn")
+    init_from_checkpoint: str | None = flag(
+        None, "a checkpoint whose weights a new run begins with, such as runs/old/checkpoints/step-000500"
+    )
     output_dir: str | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
     resume: bool = flag(False, "go on from the newest checkpoint in the output directory, or start if there is none")
     overwrite: bool = flag(False, "delete the run that is in the output directory; wins over --resume")
@@ -228,9 +237,7 @@ def restore_state(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> None:
-    with torch.no_grad():
-        for name, weight in _weights(model).items():
-            weight.copy_(tensors["weights"][name])
+    _copy_weights(tensors["weights"], model)
     parameters = dict(model.named_parameters())
     for key, value in tensors["optimizer"].items():
         name, _, moment = key.rpartition(":")
@@ -252,9 +259,16 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, tied ones once (under the first of their names)."""
-    once = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    """Parameters that are trained and persistent buffers, tied ones once (under the first of their names)."""
+    once = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    once |= {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in once}
+
+
+def _copy_weights(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, weight in _weights(model).items():
+            weight.copy_(weights[name])
 
 
 def _python_random_state() -> dict[str, Any]:
@@ -352,7 +366,9 @@ def within_memory(work: Callable[[int], T], blocks: int, oom: str, device: torch
 
 def main() -> None:
     signals = Signals()
-    data_config, model_config, config, config_file = parse([DataConfig, ModelConfig, TrainConfig], __doc__)
+    data_config, model_config, lora_config, config, config_file = parse(
+        [DataConfig, ModelConfig, LoraConfig, TrainConfig], __doc__
+    )
     run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
     config.output_dir = str(run_dir)
     holds_run = check_run_dir(run_dir, config)
@@ -360,7 +376,7 @@ def main() -> None:
         report.check_login(config.push_to_hub)
     device = select_device()
     precision = resolve_precision(config.precision, device)
-    settings = {**vars(model_config), **vars(data_config), **vars(config)}
+    settings = {**vars(model_config), **vars(lora_config), **vars(data_config), **vars(config)}
 
     # Text -> tokens -> blocks.
     train_documents, eval_documents = load_documents(data_config, config.seed)
@@ -377,7 +393,7 @@ def main() -> None:
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
 
     # A run that is already there: finished, to be resumed, or to be replaced.
-    architecture = load_config(model_config, tokenizer)
+    architecture = load_config(model_config, tokenizer, data_config.block_size)
     base = Path(model_config.model or model_config.model_config)
     identity = {
         "model": base.name if base.exists() else str(base),  # a directory may have moved
@@ -385,7 +401,7 @@ def main() -> None:
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "training text": train_stream.sha256,
         "evaluation text": eval_stream.sha256,
-        **{name: settings[name] for name in ("block_size", "batch_size", "grad_accum_steps", "seed")},
+        **{name: settings[name] for name in SAME_RUN},
     }
     resumes = config.resume and holds_run and not config.overwrite and not config.dry_run
     resumed, state, tensors, progress = None, {}, {}, Progress(config.batch_size)
@@ -424,8 +440,18 @@ def main() -> None:
     make_deterministic()
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_model(model_config, architecture).to(device)
+    model = load_model(model_config, architecture, tokenizer).to(device)
     check_model(model, tokenizer, data_config.block_size)
+    if config.init_from_checkpoint and not resumed:
+        init_from_checkpoint(model, Path(config.init_from_checkpoint))
+    freeze(model, lora_config.freeze)
+    if lora_config.lora_rank:
+        add_lora(model, lora_config)
+    frozen = {"weights that are not trained": frozen_sha256(model)}  # which no checkpoint holds
+    if resumed:
+        check_same_run(run_dir, state.get("frozen", {}), frozen)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
     limit = position_limit(model) or math.inf
     sampling = SamplingConfig(max_new_tokens=min(60, limit // 2))
     for prompt in config.sample_prompt:
@@ -440,12 +466,16 @@ def main() -> None:
         compiled = state.get("compiled", compiled)
     if compiled:
         compile_blocks(model, data_config.block_size)
+    # One compiled code fits all batches; Reformer's positions are those of a whole block.
+    same_shape = compiled or getattr(model.config, "axial_pos_embds", False)
     optimizer = make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
+    num_trained = model.num_parameters(only_trainable=True)
     facts = {
         "model_type": model.config.model_type,
         "parameters": num_parameters,
+        "trained_parameters": num_trained,
         "train_documents": train_stream.num_documents,
         "train_tokens": len(train_stream),
         "eval_documents": eval_stream.num_documents,
@@ -455,7 +485,8 @@ def main() -> None:
     }
     print(f"""\
 model     {identity["model"]}: {facts["model_type"]}, {num_parameters / 1e6:.1f} M parameters, \
-{"pretrained" if model_config.model else "from scratch"}
+{"pretrained" if model_config.model else "from scratch"}\
+{f", {num_trained / 1e6:.1f} M of them trained" if num_trained < num_parameters else ""}
 training  {train_stream.num_documents:,} documents, {len(train_stream):,} tokens, {len(train_blocks):,} blocks of \
 {data_config.block_size}
 held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_blocks):,} blocks
@@ -520,6 +551,7 @@ output    {run_dir}""")
             "random": _python_random_state(),
             "identity": identity,
             "settings": settings,
+            "frozen": frozen,
             "compiled": compiled,
         }
         with warns_only(log.goes_on):
@@ -549,7 +581,7 @@ output    {run_dir}""")
         log.goes_on &= not last
 
         def measure(size: int) -> tuple[float, int]:
-            return evaluate(model, make_loader(eval_blocks, size, same_shape=compiled), precision, obey_signals)
+            return evaluate(model, make_loader(eval_blocks, size, same_shape=same_shape), precision, obey_signals)
 
         measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom, device)
         nll_sum, num_predicted = measured
@@ -570,7 +602,7 @@ output    {run_dir}""")
             log.sample(step, prompt, text)
         if step and (config.keep == "last" or progress.kept_step is None or loss < progress.kept_loss):
             with warns_only(log.goes_on):
-                save_model(run_dir, model, tokenizer, settings, facts)
+                save_model(run_dir, model, tokenizer, settings, facts, lora_config.merge_lora)
                 progress.kept_step, progress.kept_loss = step, loss
         progress.evaluated = step
 
@@ -586,7 +618,7 @@ output    {run_dir}""")
         progress.position,
         config.num_workers,
         config.worker_timeout,
-        same_shape=compiled,
+        same_shape=same_shape,
     )
 
     def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int):
@@ -709,12 +741,27 @@ def check_same_run(run_dir: Path, before: dict, now: dict) -> None:
             )
 
 
+def init_from_checkpoint(model: PreTrainedModel, path: Path) -> None:
+    """Gives ``model`` the weights of another run's checkpoint."""
+    source = f"--init_from_checkpoint {path}"
+    require((path / checkpoint.MANIFEST).is_file(), f"{source}: no checkpoint; give a run's checkpoints/step-...")
+    damage = checkpoint.verify(path)
+    require(damage is None, f"{source}: {damage}; give another checkpoint")
+    weights, own = checkpoint.load(path)[1]["weights"], _weights(model)
+    other = [name for name in weights.keys() | own.keys()
+             if name not in weights or name not in own or weights[name].shape != own[name].shape]  # fmt: skip
+    fix = "give the --model or --model_config that it was made with, or the run's model/ as --model"
+    require(not other, f"{source}: {len(other)} weights are not this model's, as {min(other, default='')}; {fix}")
+    _copy_weights(weights, model)
+
+
 def note_changes(before: dict, now: dict) -> None:
     """Says what a resumed run does otherwise from here on, the learning rate's new course included."""
     shaping = {"max_steps", "num_epochs", "learning_rate", "warmup_steps", "warmup_ratio"}
-    shaping |= {"weight_decay", "max_grad_norm", "precision", "compile", "keep"}
+    shaping |= {"weight_decay", "max_grad_norm", "precision", "compile", "keep", "gradient_checkpointing"}
+    shaping |= {"attn_implementation", "lora_dropout", "merge_lora"}
     for name in sorted(shaping):
-        if before[name] != now[name]:
+        if before.get(name, now[name]) != now[name]:
             print(f"note: --{name} was {before[name]} and is {now[name]} from here on")
 
 
@@ -793,12 +840,12 @@ def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None
 
 
 def save_model(
-    run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, facts: dict
+    run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, facts: dict, merge: bool
 ) -> None:
-    """Writes model/: weights, tokenizer and card, usable with `from_pretrained`."""
+    """Writes model/: weights (or an adapter), tokenizer and card, usable with `from_pretrained`."""
 
     def write(directory: Path) -> None:
-        model.save_pretrained(directory)
+        save_merged(model, directory) if merge else model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         report.model_card(settings, facts, report.evaluations(run_dir)).save(directory / "README.md")
 

@@ -132,14 +132,14 @@ def test_a_frozen_head_gets_no_gradient():
 
 def test_short_blocks_take_the_plain_attention_kernel_in_bf16_training_alone():
     short, long = torch.zeros(1, 128), torch.zeros(1, 129)
-    kernels = torch.backends.cuda
+    kernels, model = torch.backends.cuda, tiny_gpt2(100)
     with autocast(torch.device("cpu"), "bf16"):
         for ids, plain in ((short, True), (long, False)):
-            with attention_kernel(ids):
+            with attention_kernel(model, ids):
                 assert kernels.flash_sdp_enabled() is not plain
-        with torch.no_grad(), attention_kernel(short):
+        with torch.no_grad(), attention_kernel(model, short):
             assert kernels.flash_sdp_enabled()
-    with attention_kernel(short):
+    with attention_kernel(model, short):
         assert kernels.flash_sdp_enabled()
 
 

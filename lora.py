@@ -1,0 +1,101 @@
+"""What is trained: all weights, all but the frozen ones, or adapters of low rank (LoRA, Hu et al. 2021; through peft).
+
+freeze(model, ["transformer.wte*"])
+add_lora(model, LoraConfig(lora_rank=8))       # from here on only adapters are trained
+model.save_pretrained(directory)               # the adapter, as peft saves it
+save_merged(model, directory)                  # a plain model with the same logits
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from transformers import PreTrainedModel
+
+from config import Count, Range, UserError, flag, one_line, require
+from model import import_peft
+
+
+@dataclass
+class LoraConfig:
+    freeze: list[str] = flag([], "patterns of parameters that are not trained, such as 'transformer.wte*'")
+    lora_rank: Count | None = flag(None, "train adapters of this rank instead of the weights; needs peft")
+    lora_alpha: Annotated[float, Range(above=0)] | None = flag(
+        None, "adapters count lora_alpha / lora_rank times (default: twice the rank)"
+    )
+    lora_dropout: Annotated[float, Range(least=0, below=1)] = flag(0.0, "of what goes into the adapters")
+    lora_targets: list[str] = flag([], "names of the layers that get adapters (default: all linear ones but the head)")
+    merge_lora: bool = flag(False, "make model/ a plain model, with the adapters in its weights")
+
+    def rules(self) -> list[tuple[bool, str]]:
+        given = {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, "lora_targets": self.lora_targets}
+        alone = [f"--{name}" for name, value in {**given, "merge_lora": self.merge_lora}.items() if value]
+        both = f"--freeze {' '.join(self.freeze)}: with --lora_rank all weights are frozen; leave it out"
+        return [
+            (bool(self.lora_rank) or not alone, f"{', '.join(alone)}: needs --lora_rank, such as 8; give it"),
+            (not (self.lora_rank and self.freeze), both),
+        ]
+
+
+def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
+    """Leaves the parameters as they are whose names match one of ``patterns``."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
+        shown = ", ".join(list(parameters)[:3])
+        require(bool(matching), f"--freeze {pattern}: no parameter is named so; they are {shown}, ...")
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    left = any(parameter.requires_grad for parameter in parameters.values())
+    require(left, f"--freeze {' '.join(patterns)}: nothing is left to train; freeze less")
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Freezes ``model`` and puts trainable adapters into its linear layers."""
+    peft = import_peft(f"--lora_rank {config.lora_rank}: trains adapters")
+    try:
+        model.add_adapter(
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.lora_targets or "all-linear",
+            )
+        )
+    except ValueError as error:
+        fix = "name them as model.named_modules() does, or leave it out"
+        raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {one_line(error)}; {fix}") from error
+    if os.path.exists(model.name_or_path):  # the adapter has to find it from any directory
+        model.peft_config["default"].base_model_name_or_path = os.path.abspath(model.name_or_path)
+
+
+def save_merged(model: PreTrainedModel, directory: Path) -> None:
+    """Saves a plain model whose weights are W + B A alpha / rank. ``model`` itself stays as it is, to the bit."""
+    merged = {}
+    for key, weight in model.state_dict().items():
+        layer, _, name = key.rpartition(".base_layer.")
+        if layer and name == "weight":
+            merged[f"{layer}.weight"] = weight + model.get_submodule(layer).get_delta_weight("default").to(weight.dtype)
+        elif layer:
+            merged[f"{layer}.{name}"] = weight
+        elif ".lora_" not in key:
+            merged[key] = weight
+    model._hf_peft_config_loaded = False  # else only the adapter would be saved
+    try:
+        model.save_pretrained(directory, state_dict=merged)
+    finally:
+        model._hf_peft_config_loaded = True
+
+
+def frozen_sha256(model: torch.nn.Module) -> str | None:
+    """What the weights are that checkpoints leave out, or None where all are trained."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    digest = hashlib.sha256()
+    for parameter in frozen:
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else None

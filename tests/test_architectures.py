@@ -1,0 +1,136 @@
+"""Every architecture from a tiny random config through train.py: it learns, is saved, comes back, is causal, generates.
+
+WRITE_TABLE=1 python -m pytest tests/test_architectures.py     # writes what was seen to docs/architectures.md
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+
+import pytest
+import torch
+from architectures import GUIDE, TODAY
+from conftest import ROOT, read_jsonl, write_jsonl
+
+import train
+from config import UserError
+from generate import SamplingConfig, generate
+from model import (
+    count_predicted,
+    load_pretrained,
+    load_tokenizer_by_name,
+    next_token_nll,
+    plain_head,
+    recompute_activations,
+)
+
+NAMES = {**GUIDE, **TODAY}
+TABLE = ROOT / "docs" / "architectures.md"
+HEAD = """\
+# Architectures
+
+Each of these is trained by the tests (`tests/test_architectures.py`, which also writes this table) from a tiny random
+config through `train.py`: its loss falls on its own, the probe finds that it is causal, it is saved and loads back with
+the same logits, and its greedy text is what its logits say. "Logits": whether the loss is computed without ever holding
+all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients.
+
+| | architecture | `model_type` | made causal with | logits | twice |
+| --- | --- | --- | --- | --- | --- |
+"""
+ROWS: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("architectures")
+    write_jsonl(path / "text.jsonl", 20)
+    return path
+
+
+@pytest.fixture
+def trained(directory, monkeypatch):
+    """A function that runs train.py's main on an architecture and returns (the model, the run's directory)."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
+    saved, save_model = [], train.save_model
+
+    def remember(run_dir, model, *rest):
+        saved.append(model)
+        save_model(run_dir, model, *rest)
+
+    monkeypatch.setattr(train, "save_model", remember)
+
+    def run(name: str):
+        kind, sizes = NAMES[name]
+        run_dir = directory / kind
+        (directory / f"{kind}.json").write_text(json.dumps({"model_type": kind, **sizes}))
+        arguments = ["--model_config", directory / f"{kind}.json", "--tokenizer", "train:300"]
+        arguments += ["--train_files", directory / "text.jsonl", "--text_column", "answers.text", "--block_size", 32]
+        arguments += ["--max_steps", 20, "--learning_rate", 1e-2, "--precision", "fp32", "--output_dir", run_dir]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        train.main()
+        return saved.pop().eval(), run_dir
+
+    return run
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    torch.manual_seed(0)
+    (next_token_nll(model.train(), ids, ids) / count_predicted(ids)).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architecture(name, trained, capsys):
+    kind, _ = NAMES[name]
+    row = f"| {'guide' if name in GUIDE else 'today'} | {name} | `{kind}` |"
+    try:
+        model, run_dir = trained(name)
+    except UserError as error:
+        reason = "no causal switch" if kind == "cpmant" else "dropped by transformers"
+        assert {"cpmant": "it has no causal switch", "dropped": "4.57.6 was its last release with it"}[
+            "cpmant" if kind == "cpmant" else "dropped"
+        ] in str(error)
+        ROWS[name] = f"{row} refused: {reason} | | |"
+        return
+    losses = [record["loss"] for record in read_jsonl(run_dir / "metrics.jsonl") if record["split"] == "eval"]
+    assert losses[-1] < losses[0] - 0.2
+
+    loaded = load_pretrained(str(run_dir / "model")).eval()
+    tokenizer = load_tokenizer_by_name(str(run_dir / "model"), "--model")
+    ids = torch.randint(len(tokenizer), (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (each(input_ids=ids, use_cache=False).logits for each in (model, loaded))
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+        prompt = text = tokenizer("the model")["input_ids"]
+        for _ in range(4):
+            scores = loaded(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+            text = [*text, scores.argmax().item()]
+            if text[-1] == tokenizer.eos_token_id:
+                break
+    expected = tokenizer.decode(text, skip_special_tokens=True)[len(tokenizer.decode(prompt)) :]
+    assert generate(loaded, tokenizer, ["the model"], SamplingConfig(max_new_tokens=4, greedy=True)) == [expected]
+
+    once, fused = gradients(model, ids), plain_head(model) is not None
+    try:
+        recompute_activations(model)
+        for first, second in zip(once, gradients(model, ids), strict=True):
+            torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
+        recomputes = "yes"
+    except UserError:
+        recomputes = "no"
+    causal = re.search(r"is made causal with (.*)", capsys.readouterr().err)
+    ROWS[name] = f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} |"
+
+
+def test_the_table_is_what_was_seen():
+    if len(ROWS) < len(NAMES):
+        pytest.skip("not all architectures were run")
+    table = HEAD + "\n".join(ROWS[name] for name in NAMES) + "\n"
+    if os.environ.get("WRITE_TABLE"):
+        TABLE.write_text(table, encoding="utf-8")
+    assert TABLE.read_text(encoding="utf-8") == table
+    assert sum("refused" not in ROWS[name] for name in GUIDE) == 47 and len(TODAY) >= 30

@@ -1,0 +1,179 @@
+"""Adapters, frozen weights, and runs that begin with another run's weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import read_jsonl, run_script, tiny_gpt2
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from config import UserError
+from lora import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
+from model import load_pretrained
+
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "intermediate_size": 64}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
+
+
+def mixtral():
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4))
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=torch.arange(20)[None], use_cache=False).logits
+
+
+def train_adapters(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_gpt2(100), llama, mixtral])
+def test_an_adapter_is_saved_loaded_and_merged_with_the_same_logits(make, tmp_path):
+    base = make()
+    base.save_pretrained(tmp_path / "base")
+    model = load_pretrained(str(tmp_path / "base"))
+    plain = logits(model)
+    add_lora(model, LoraConfig(lora_rank=4))
+    torch.testing.assert_close(logits(model), plain)  # it begins as the model that it adapts
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".lora_" in name for name in trained) and not any("head" in name for name in trained)
+    train_adapters(model)
+    adapted, before = logits(model), frozen_sha256(model)
+    assert (adapted - plain).abs().max() > 1e-2
+
+    model.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert not (tmp_path / "adapter/model.safetensors").exists()
+    torch.testing.assert_close(logits(load_pretrained(str(tmp_path / "adapter"))), adapted, rtol=0, atol=1e-6)
+    save_merged(model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-5)
+    assert {*merged.state_dict()} == {*base.state_dict()}
+    assert torch.equal(logits(model), adapted) and frozen_sha256(model) == before  # saving has changed nothing
+
+
+def test_layers_by_name_and_their_scale():
+    model = llama()
+    add_lora(model, LoraConfig(lora_rank=2, lora_alpha=6, lora_targets=["q_proj"]))
+    layers = {name.rpartition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert layers == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
+    layer = model.model.layers[0].self_attn.q_proj
+    train_adapters(model)
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), 3 * product)
+    with pytest.raises(UserError, match=r"--lora_targets nothing: .*name them as"):
+        add_lora(llama(), LoraConfig(lora_rank=2, lora_targets=["nothing"]))
+
+
+def test_rules():
+    assert [holds for holds, _ in LoraConfig(lora_rank=8, merge_lora=True).rules()] == [True, True]
+    (holds, words), _ = LoraConfig(lora_alpha=8, merge_lora=True).rules()
+    assert not holds and words == "--lora_alpha, --merge_lora: needs --lora_rank, such as 8; give it"
+    assert not LoraConfig(lora_rank=8, freeze=["*"]).rules()[1][0]
+
+
+def test_frozen_parameters():
+    model = tiny_gpt2(100)
+    assert frozen_sha256(model) is None
+    freeze(model, ["transformer.wte*", "*.bias"])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if n == "transformer.wte.weight" or n.endswith(".bias")}
+    for patterns, words in ((["wte"], "no parameter is named so; they are transformer.wte.weight"), (["*"], "nothing")):
+        with pytest.raises(UserError, match=words):
+            freeze(model, patterns)
+
+
+@pytest.fixture(scope="module")
+def arguments(model_dir, jsonl_file):
+    given = ["--model", model_dir, "--train_files", jsonl_file, "--text_column", "answers.text", "--block_size", 32]
+    return [*given, "--max_documents", 20, "--save_every", 4, "--eval_every", 4, "--precision", "fp32"]
+
+
+def test_runs_with_adapters(arguments, model_dir, tmp_path):
+    """Stopped and resumed, it ends with the same bits; its checkpoints hold no frozen weight; it merges."""
+    lora = ["--lora_rank", 4, "--lora_dropout", 0.1, "--learning_rate", 1e-2, "--gradient_checkpointing"]
+    for name, steps in (("whole", (8,)), ("parts", (4, 8))):
+        for max_steps in steps:
+            more = ["--output_dir", name, "--resume", "--max_steps", max_steps, *(["--keep", "last"])]
+            rate = [] if max_steps == 8 else ["--learning_rate", 1e-2]
+            done = run_script("train.py", *arguments, *lora, *rate, *more, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert "M of them trained" in done.stdout
+    weights = load_file(tmp_path / "whole/checkpoints/step-000008/weights.safetensors")
+    assert weights and all(".lora_" in name for name in weights)
+    losses = [record["loss"] for record in read_jsonl(tmp_path / "whole/metrics.jsonl") if record["split"] == "eval"]
+    assert losses[-1] < losses[0]
+    adapter = tmp_path / "whole/model/adapter_config.json"
+    assert json.loads(adapter.read_text())["base_model_name_or_path"] == str(model_dir)
+
+    # As it is, merged afterwards, and merged by the run itself.
+    done = run_script("generate.py", "--model", "whole/model", "--merge", "merged", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "merged: whole/model, merged\n", done.stderr
+    prompt = ["--prompt", "the model", "--greedy", "--max_new_tokens", 8]
+    said = [run_script("generate.py", "--model", m, *prompt, cwd=tmp_path) for m in ("whole/model", "merged")]
+    assert said[0].stdout == said[1].stdout and said[0].returncode == said[1].returncode == 0, said[1].stderr
+    more = ["--output_dir", "plain", "--max_steps", 8, "--keep", "last", "--merge_lora"]
+    done = run_script("train.py", *arguments, *lora, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "plain/model")]
+    assert same[0].keys() == same[1].keys()
+    for name in same[0]:
+        torch.testing.assert_close(same[0][name], same[1][name])
+
+    for command, words in (
+        (["generate.py", "--model", "whole/model", "--merge", "merged"], "--merge merged: is there already"),
+        (["generate.py", "--model", "merged", "--merge", "again"], "merged is no adapter"),
+        (
+            ["train.py", *arguments, "--model", "whole/model", "--output_dir", "x"],
+            "is an adapter, and no model by itself",
+        ),
+    ):
+        done = run_script(*command, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_another_base_is_no_way_to_resume(arguments, model_dir, tmp_path):
+    """The same settings, but other weights where no checkpoint holds them."""
+    shutil.copytree(model_dir, tmp_path / "base")
+    flags = [*arguments, "--model", "base", "--freeze", "transformer.wte*", "--output_dir", "run", "--resume"]
+    assert run_script("train.py", *flags, "--max_steps", 4, cwd=tmp_path).returncode == 0
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        other.transformer.wte.weight[0, 0] += 1e-3
+    other.save_pretrained(tmp_path / "base")
+    done = run_script("train.py", *flags, "--max_steps", 8, cwd=tmp_path)
+    assert done.returncode == 2 and "--resume: weights that are not trained was" in done.stderr, done.stderr
+
+
+def test_a_run_begins_with_another_ones_weights(arguments, tmp_path):
+    assert run_script("train.py", *arguments, "--max_steps", 4, "--output_dir", "old", cwd=tmp_path).returncode == 0
+    flags = [*arguments, "--output_dir", "new", "--max_steps", 4, "--init_from_checkpoint"]
+    done = run_script("train.py", *flags, "old/checkpoints/step-000004", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    old, new = (
+        [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl") if record["split"] == "eval"]
+        for name in ("old", "new")
+    )
+    assert new[0] == pytest.approx(old[-1], abs=1e-9) and new[0] < old[0]
+    shutil.rmtree(tmp_path / "new")
+    for path, more, words in (
+        ("old", (), "old: no checkpoint; give a run's checkpoints/step-..."),
+        ("old/checkpoints/step-000004", ("--model_overrides", '{"n_layer": 1}'), "weights are not this model's, as "),
+    ):
+        done = run_script("train.py", *flags, path, *more, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "new").exists(), done.stderr
