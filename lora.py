@@ -6,8 +6,10 @@ model.save_pretrained(directory)               # the adapter, as peft saves it
 save_merged(model, directory)                  # a plain model with the same logits
 """
 
+import copy
 import hashlib
 import os
+import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -57,16 +59,17 @@ def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """Freezes ``model`` and puts trainable adapters into its linear layers."""
     peft = import_peft(f"--lora_rank {config.lora_rank}: trains adapters")
+    adapter = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_targets or "all-linear",
+    )
     try:
-        model.add_adapter(
-            peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-                lora_dropout=config.lora_dropout,
-                target_modules=config.lora_targets or "all-linear",
-            )
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of GPT-2's transposed weights, which it finds by itself
+            model.add_adapter(adapter)
     except ValueError as error:
         fix = "name them as model.named_modules() does, or leave it out"
         raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {one_line(error)}; {fix}") from error
@@ -76,20 +79,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 
 def save_merged(model: PreTrainedModel, directory: Path) -> None:
     """Saves a plain model whose weights are W + B A alpha / rank. ``model`` itself stays as it is, to the bit."""
-    merged = {}
-    for key, weight in model.state_dict().items():
-        layer, _, name = key.rpartition(".base_layer.")
-        if layer and name == "weight":
-            merged[f"{layer}.weight"] = weight + model.get_submodule(layer).get_delta_weight("default").to(weight.dtype)
-        elif layer:
-            merged[f"{layer}.{name}"] = weight
-        elif ".lora_" not in key:
-            merged[key] = weight
-    model._hf_peft_config_loaded = False  # else only the adapter would be saved
-    try:
-        model.save_pretrained(directory, state_dict=merged)
-    finally:
-        model._hf_peft_config_loaded = True
+    LoraLayer = import_peft("an adapter is merged").tuners.lora.LoraLayer
+    plain, done = copy.deepcopy(model), []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and not name.startswith(tuple(done)):
+            layer = plain.get_submodule(name)
+            if hasattr(layer, "unload_and_optionally_merge_module"):  # of parameters that are no layers, as experts are
+                base = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                layer.merge()
+                base = layer.get_base_layer()
+            plain.set_submodule(name, base)
+            done.append(f"{name}.")
+    plain._hf_peft_config_loaded = False  # else only an adapter would be saved
+    plain.save_pretrained(directory)
 
 
 def frozen_sha256(model: torch.nn.Module) -> str | None:

@@ -331,7 +331,9 @@ def _load_adapter(name: str, config_file: Path, revision: str | None, dtype: tor
     model = load_pretrained(base, dtype=dtype)
     with _loading(f"--model {name}", "adapter", "give a directory with adapter_config.json and its safetensors"):
         weights = load_file(cached_file(name, "adapter_model.safetensors", revision=revision))
+        conversions = vars(model).get("_weight_conversions")
         model.load_adapter(peft_config=peft.PeftConfig.from_pretrained(config_file.parent), adapter_state_dict=weights)
+        model._weight_conversions = conversions  # those of the adapter would rename the model's weights in a save
     return model
 
 
@@ -359,6 +361,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it has a newer name, which older transformers do not know
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.recomputes = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +420,7 @@ def attention_kernel(model: PreTrainedModel, input_ids: torch.Tensor) -> Abstrac
     device, length = input_ids.device.type, input_ids.shape[1]
     short = device == "cpu" and length <= SHORT_BLOCK and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
     # What is recomputed in the backward pass must be what the forward pass has computed, and is not in this context.
-    return sdpa_kernel(SDPBackend.MATH) if short and not model.is_gradient_checkpointing else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if short and "recomputes" not in vars(model) else nullcontext()
 
 
 def isolated(model: PreTrainedModel, position_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -543,7 +546,10 @@ def check_causal(model: PreTrainedModel, block_size: int) -> None:
         fix = {
             "cpmant": "it has no causal switch; choose another architecture",
             "reformer": "its hashing looks ahead; train it from scratch, with --model_config",
-        }.get(model.config.model_type, "leave out what makes it so in --model_overrides, or choose another one")
+        }.get(
+            model.config.model_type,
+            "make it a decoder with --model_overrides '{\"is_decoder\": true}', or choose a causal architecture",
+        )
         raise UserError(
             f"{model.config.model_type} is not causal here: changing later tokens moves earlier logits by {leak:.1e} "
             f"of their size, so its loss would be worthless; {fix}"

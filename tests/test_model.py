@@ -269,7 +269,7 @@ def test_a_bert_that_looks_ahead_is_refused_and_a_decoder_is_not():
 
 
 def load(config, tokenizer):
-    return load_model(config, load_config(config, tokenizer))
+    return load_model(config, load_config(config, tokenizer, 32), tokenizer)
 
 
 def test_position_limits():
