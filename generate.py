@@ -113,9 +113,10 @@ def generate(
             f"--max_new_tokens {sampling.max_new_tokens}: the model holds {limit} positions and the longest prompt "
             f"takes {longest}; lower it or shorten the prompt"
         )
-    options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    options = {"forced_bos_token_id": None, "forced_eos_token_id": None}  # what translators begin and end with
+    options |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if not sampling.greedy:
-        options = {
+        options |= {
             "do_sample": True,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,

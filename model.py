@@ -24,7 +24,7 @@ from typing import Any, Literal
 import datasets
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassFieldValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -67,7 +67,7 @@ class ModelConfig:
     tokenizer: str | None = flag(
         None, "Hub id or local directory (default: the model's); train:N makes a byte-level BPE of N tokens"
     )
-    add_tokens: list[str] = flag([], "tokens to add, such as '<|note|>'; their embeddings start at the mean of all")
+    add_tokens: list[str] = flag([], "tokens to add, such as '<note>'; their embeddings start at the mean of all")
     attn_implementation: str | None = flag(
         None, "sdpa, eager, flash_attention_2, or what else transformers knows (default: its own choice)"
     )
@@ -213,18 +213,35 @@ def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_s
         fix = f"merge it first: python generate.py --model {name} --merge OUT"
         raise UserError(f"{flag_name} {name}: is an adapter, and no model by itself; {fix}")
     overrides = _overrides(config.model_overrides)
+    settings = _read_config(name, flag_name, config.model_revision, overrides)
     if config.model_config and config.tokenizer:  # a config knows only the tokenizer that it was published with
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         fitting = {"vocab_size": len(tokenizer)} | {key: getattr(tokenizer, key) for key in special}
-        published = _read_config(name, flag_name, config.model_revision, {})
-        if fitting["pad_token_id"] is None and getattr(published, "pad_token_id", None) is not None:
-            # RoBERTa's positions are counted from the padding id; no token may be taken for it, so it is one more.
-            fitting |= {"pad_token_id": len(tokenizer), "vocab_size": len(tokenizer) + 1}
-        overrides = fitting | overrides
-    settings = _read_config(name, flag_name, config.model_revision, overrides)
+        for key in fitting.keys() - overrides.keys():
+            try:
+                setattr(settings, key, fitting[key])
+            except StrictDataclassFieldValidationError:  # some have to have a padding id
+                setattr(settings, key, tokenizer.eos_token_id)
     _make_causal(settings, kept=overrides, new_block_size=None if config.model else block_size)
     settings._attn_implementation = config.attn_implementation
+    if config.model_config and getattr(settings, "pad_token_id", 0) is None and _needs_padding(settings):
+        settings.pad_token_id = tokenizer.eos_token_id
     return settings
+
+
+@torch.no_grad()
+def _needs_padding(settings: PreTrainedConfig) -> bool:
+    """Whether a model does not work without a padding id, from which RoBERTa's family counts its positions."""
+    if getattr(type(settings)(), "pad_token_id", None) is None:
+        return False
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(settings, trust_remote_code=False)(input_ids=torch.zeros(1, 2).long())
+    except (TypeError, AttributeError):
+        return True
+    except Exception:  # which the real model will raise again, or that it has no data
+        return False
+    return False
 
 
 def _read_config(name: str, flag_name: str, revision: str | None, overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -255,7 +272,7 @@ def _make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_blo
         chunk = math.gcd(new_block_size, settings.local_attn_chunk_length)
         causal |= {
             "attn_layers": ["local"] * len(settings.attn_layers),
-            "axial_pos_shape": [rows, new_block_size // rows],
+            "axial_pos_shape": (rows, new_block_size // rows),
             "max_position_embeddings": new_block_size,
             "local_attn_chunk_length": chunk if chunk >= 16 else new_block_size,
         }

@@ -18,6 +18,7 @@ import train
 from config import UserError
 from generate import SamplingConfig, generate
 from model import (
+    check_isolated,
     count_predicted,
     load_pretrained,
     load_tokenizer_by_name,
@@ -34,10 +35,11 @@ HEAD = """\
 Each of these is trained by the tests (`tests/test_architectures.py`, which also writes this table) from a tiny random
 config through `train.py`: its loss falls on its own, the probe finds that it is causal, it is saved and loads back with
 the same logits, and its greedy text is what its logits say. "Logits": whether the loss is computed without ever holding
-all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients.
+all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients. "Apart": what keeps documents apart with
+`--pack documents`, as far as anything does.
 
-| | architecture | `model_type` | made causal with | logits | twice |
-| --- | --- | --- | --- | --- | --- |
+| | architecture | `model_type` | made causal with | logits | twice | apart |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 ROWS: dict[str, str] = {}
 
@@ -90,11 +92,10 @@ def test_architecture(name, trained, capsys):
     try:
         model, run_dir = trained(name)
     except UserError as error:
+        said = {"cpmant": "it has no causal switch"}.get(kind, "4.57.6 was its last release with it")
+        assert said in str(error)
         reason = "no causal switch" if kind == "cpmant" else "dropped by transformers"
-        assert {"cpmant": "it has no causal switch", "dropped": "4.57.6 was its last release with it"}[
-            "cpmant" if kind == "cpmant" else "dropped"
-        ] in str(error)
-        ROWS[name] = f"{row} refused: {reason} | | |"
+        ROWS[name] = f"{row} refused: {reason} | | | |"
         return
     losses = [record["loss"] for record in read_jsonl(run_dir / "metrics.jsonl") if record["split"] == "eval"]
     assert losses[-1] < losses[0] - 0.2
@@ -122,8 +123,13 @@ def test_architecture(name, trained, capsys):
         recomputes = "yes"
     except UserError:
         recomputes = "no"
+    try:
+        check_isolated(model, 32)
+        apart = model.isolated_by
+    except UserError:
+        apart = "no"
     causal = re.search(r"is made causal with (.*)", capsys.readouterr().err)
-    ROWS[name] = f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} |"
+    ROWS[name] = f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} | {apart} |"
 
 
 def test_the_table_is_what_was_seen():
