@@ -172,7 +172,8 @@ def _as_user_error(error: Exception) -> UserError | None:
         return error
     if out_of_memory(error):
         return UserError(f"out of memory ({one_line(error)}); lower --batch_size or --block_size")
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    # The compiler takes a second to import, and raises nothing before.
+    if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
         return UserError(f"torch.compile failed ({one_line(error)}); go on with --compile off --resume")
     if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG, ENOTDIR):
         return UserError(f"{error.filename}: {error.strerror}; give another path or the right to write there")

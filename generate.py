@@ -27,6 +27,7 @@ from model import (
     DTYPES,
     Precision,
     check_model,
+    evaluating,
     keep_freed_memory,
     load_pretrained,
     load_tokenizer_by_name,
@@ -123,25 +124,23 @@ def generate(
             "top_p": sampling.top_p,
         }
     texts = []
-    training = model.training
-    model.eval()
-    for batch in _batches(encoded, model):
-        width = max(map(len, batch))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch])  # (batch, width)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-        made = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad,
-            streamer=streamer,
-            **options,
-        )
-        for prompt, row in zip(batch, made.tolist(), strict=True):
-            before, whole = (_decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
-            texts.append(whole[len(before) :])
-    model.train(training)
+    with evaluating(model):
+        for batch in _batches(encoded, model):
+            width = max(map(len, batch))
+            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch])  # (batch, width)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+            made = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=pad,
+                streamer=streamer,
+                **options,
+            )
+            for prompt, row in zip(batch, made.tolist(), strict=True):
+                before, whole = (_decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
+                texts.append(whole[len(before) :])
     return texts
 
 

@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear head's logits, which never exist as a whole."""
+"""The cross-entropy of a linear head's logits, of which only those of a chunk of tokens exist at once."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -27,6 +27,7 @@ from model import (
     autocast,
     check_model,
     count_predicted,
+    evaluating,
     keep_freed_memory,
     load_pretrained,
     load_tokenizer_by_name,
@@ -73,10 +74,8 @@ def evaluate(
     device = next(model.parameters()).device
     nll_sum = torch.zeros((), dtype=torch.float64, device=device)
     num_tokens = 0
-    training = model.training
-    model.eval()
     bar = tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
-    with autocast(device, precision):  # over all batches, so that weights are cast once
+    with evaluating(model), autocast(device, precision):  # over all batches, so that the layers' weights are cast once
         for batch in bar:
             between_batches()
             num_tokens += count_predicted(batch["labels"])
@@ -86,7 +85,6 @@ def evaluate(
             if not bar.disable:  # the sum comes to the host only where someone looks at it
                 elapsed = bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"loss {nll_sum.item() / num_tokens:.4f}, {num_tokens / elapsed:,.0f} tokens/s")
-    model.train(training)
     return nll_sum.item(), num_tokens
 
 

@@ -53,6 +53,7 @@ from data import (
     group_texts,
     make_loader,
     read_documents,
+    split_batch,
     tokenize,
     training_batches,
 )
@@ -164,8 +165,12 @@ def ours(turns: Turns, o: Options) -> None:
     for step, (micro_batches, position) in enumerate(batches, 1):
         turns.boundary()
         rate = train.learning_rate_at(step - 1, o.get("learning_rate", PEAK_RATE), o.get("warmup", 0), max_steps)
-        done = train.train_step(model, optimizer, scaler, micro_batches, rate, CLIP, precision)
-        loss, norm, num_predicted = done
+
+        def update(size: int, batches: list = micro_batches, rate: float = rate):
+            parts = [part for batch in batches for part in split_batch(batch, size)]
+            return train.train_step(model, optimizer, scaler, parts, rate, CLIP, precision)
+
+        (loss, norm, num_predicted), _ = train.within_memory(update, BATCH, "stop", device)
         losses.append(loss)
         updates += [loss, norm]
         tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)

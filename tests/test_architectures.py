@@ -35,8 +35,8 @@ HEAD = """\
 Each of these is trained by the tests (`tests/test_architectures.py`, which also writes this table) from a tiny random
 config through `train.py`: its loss falls on its own, the probe finds that it is causal, it is saved and loads back with
 the same logits, and its greedy text is what its logits say. "Logits": whether the loss is computed without ever holding
-all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients. "Apart": what keeps documents apart with
-`--pack documents`, as far as anything does.
+all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients. "Apart": what keeps
+documents apart with `--pack documents`, as far as anything does.
 
 | | architecture | `model_type` | made causal with | logits | twice | apart |
 | --- | --- | --- | --- | --- | --- | --- |

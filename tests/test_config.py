@@ -2,7 +2,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
+import config
 from config import Count, Range, UserError, flag, parse
 
 
@@ -79,3 +81,8 @@ def test_help_names_each_flag_and_default_once(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--batch_size BATCH_SIZE blocks (default: 8)" in text
     assert "--batch-size" not in text and "100% of the updates" in text
+
+
+def test_what_the_compiler_raises_is_one_line():
+    error = config._as_user_error(torch._dynamo.exc.Unsupported("no\nway"))
+    assert error.exit_code == 2 and str(error).startswith("torch.compile failed (no way")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+from conftest import run_script, tiny_gpt2
 
 from data import group_texts, make_loader, tokenize
 from model import load_pretrained
@@ -84,3 +84,15 @@ def test_command(model_dir, text_file, model, tokenizer, tmp_path):
     bits = values["loss"] * values["tokens"] / math.log(2) / len(text_file.read_bytes())
     assert values["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     assert done.stderr == ""
+
+
+def test_an_evaluation_that_fails_leaves_the_model_in_its_mode(blocks, tokenizer):
+    """Memory may run out in it, and the run goes on: with dropout, then as before."""
+    model = tiny_gpt2(len(tokenizer)).train()
+
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        evaluate(model, make_loader(blocks, 2), between_batches=fail)
+    assert model.training
