@@ -38,6 +38,7 @@ SCRIPTS = ("train.py", "generate.py", "perplexity.py")
 MESSAGE_SIZE = 16
 # Variables that no import reads: pytest's, and those that torch sets at its import and train.py where a test calls it.
 IGNORED_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG")
+IGNORED_VARIABLES += ("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",)  # set by the compiler
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -352,15 +352,18 @@ def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
     )
 
 
-def test_a_bert_that_looks_ahead_is_refused(tokenizer, text_file, tmp_path):
+def test_a_bert_becomes_a_decoder_or_is_refused(tokenizer, text_file, tmp_path):
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    done = run_script("train.py", "--model", "bert", "--train_files", text_file, "--max_steps", 1, cwd=tmp_path)
+    flags = ["--model", "bert", "--train_files", text_file, "--max_steps", 1]
+    done = run_script("train.py", *flags, "--model_overrides", '{"is_decoder": false}', cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "not causal" in done.stderr and "is_decoder" in done.stderr and not (tmp_path / "runs").exists()
+    done = run_script("train.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "warning: bert is made causal with is_decoder=True\n", done.stderr
 
 
 def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path):
