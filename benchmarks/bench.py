@@ -357,7 +357,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
         for label, options in (("float32 (its default)", {}), ("bf16", {"bf16": True})):
             with bench.contender("trainer_evaluation", blocks=number, **options) as peer:
                 peer.turn()
-                pairs = take_turns(ours, peer, bench.rounds(3, 5))
+                pairs = take_turns(ours, peer, bench.rounds(3, 10))
                 gap = abs(ours.facts["loss"] - peer.facts["loss"])
                 if gap > 0.01:
                     raise ContenderError(f"evaluation: the losses differ by {gap:.4f}")
