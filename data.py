@@ -1,30 +1,23 @@
-"""Text -> token ids -> one flat token stream -> `group_texts` blocks -> `DataLoader`.
+"""Documents -> token ids -> one flat token stream -> `group_texts` blocks -> `DataLoader`.
 
-    train_documents, eval_documents = load_documents(config, seed=42)
-    stream = tokenize(train_documents, tokenizer)      # int32, memory-mapped, cached by `datasets`
+    stream = tokenize(documents, tokenizer)            # int32, memory-mapped, cached by `datasets`
     blocks = group_texts(stream, block_size=128)       # every token in exactly one block
     loader = make_loader(blocks, batch_size=8)         # {"input_ids", "labels"}: (batch, block_size) int64
 
 Memory stays flat: documents are read in pieces, tokens live in a memory-mapped Arrow file, blocks are views of it.
+A token that is not scored, such as one of a question whose answer is learnt, is stored as its bitwise complement.
 """
 
 import ctypes
-import dataclasses
-import glob
-import gzip
 import hashlib
-import json
 import math
-import os
 import signal
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -33,7 +26,8 @@ from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import Count, Range, UserError, find_hub, flag, one_line, require, warn
+from config import UserError, require, warn
+from text import CHAT_TEMPLATE, DataConfig, Documents, TextConfig, parse_source
 
 T = TypeVar("T")
 
@@ -43,341 +37,94 @@ IGNORED_LABEL = -100  # what F.cross_entropy and every Hugging Face model skip
 WINDOW_CHARACTERS = 1 << 16
 OVERLAP_CHARACTERS = 1 << 10
 ROW_CHARACTERS = 1 << 20  # text tokenized at once: enough for the tokenizer's threads, little enough for memory
-
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-
-
-@dataclass
-class TextConfig:
-    """Where text comes from and how long a block is; shared by train.py and perplexity.py."""
-
-    dataset: str | None = flag(None, "a Hub dataset id, or a directory made by save_to_disk")
-    dataset_config: str | None = flag(None, "the dataset's configuration, where it has several")
-    dataset_split: str = flag("train", "the split to read; slices such as train[:5000] are understood")
-    dataset_revision: str | None = flag(None, "a branch, tag or commit of the Hub dataset")
-    text_column: str = flag("text", "column that holds the text; a dotted path such as answers.text, lists are joined")
-    text_separator: str = flag(" ", "what stands between the joined items of a list")
-    max_documents: Count | None = flag(None, "take the first N documents only")
-    block_size: Annotated[int, Range(least=2)] = flag(128, "tokens a block")
-
-    def rules(self) -> list[tuple[bool, str]]:
-        unused = self.dataset_config is None and self.dataset_revision is None and self.dataset_split == "train"
-        return [(bool(self.dataset) or unused, "--dataset_config, _split and _revision need --dataset; leave them out")]
-
-
-@dataclass
-class DataConfig(TextConfig):
-    train_files: list[str] = flag([], "paths or globs: .txt .jsonl .json .csv .parquet .arrow, also .gz")
-    eval_files: list[str] = flag([], "the same for evaluation text; without it a part is held out")
-    dataset_eval_split: str | None = flag(None, "the dataset's split to evaluate on; without it a part is held out")
-    eval_fraction: Annotated[float, Range(above=0, below=1)] = flag(
-        0.1, "held out by document when no evaluation text is given, chosen by the seed"
-    )
-
-    def rules(self) -> list[tuple[bool, str]]:
-        both = f"--dataset {self.dataset} and --train_files exclude each other; give one of them"
-        none = "no training text: give --dataset or --train_files"
-        split = f"--dataset_eval_split {self.dataset_eval_split}"
-        return [
-            *super().rules(),
-            (bool(self.dataset) != bool(self.train_files), both if self.dataset else none),
-            (not self.dataset_eval_split or bool(self.dataset), f"{split}: needs --dataset; use --eval_files instead"),
-            (not (self.dataset_eval_split and self.eval_files), f"{split} and --eval_files exclude each other"),
-            (self.dataset_eval_split != self.dataset_split, f"{split}: is the split that is trained on; give another"),
-        ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents: what is read. Iterating gives each document as an iterator of pieces of text, so that one document may be
-# larger than memory.
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The documents of a table, one a row."""
-
-    table: datasets.Dataset
-    column: str
-    separator: str = " "
-    ended: bool = True  # False where the last document was cut and goes on elsewhere: no end-of-text follows it
-    numbers: np.ndarray | None = None  # of the records in all that was read, where these are a part of it
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @property
-    def _numbers(self) -> np.ndarray:
-        return np.arange(len(self)) if self.numbers is None else self.numbers
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.table._fingerprint}:{self.column}:{self.separator!r}:{self.ended}"
-
-    def __iter__(self) -> Iterator[Iterator[str]]:
-        head, *path = self.column.split(".")
-        values = (value for batch in self.table.select_columns([head]).iter(batch_size=100) for value in batch[head])
-        where = f"--text_column {self.column}: record"
-        number = -1
-        try:
-            for number, value in zip(self._numbers, values, strict=True):
-                text = self._join(value, path)
-                if text is None or "\0" in text:
-                    held = f"{str(value)[:40]}, not text" if text is None else "a NUL character"
-                    raise UserError(f"{where} {number + 1} holds {held}; take it out")
-                yield iter([text])
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} {number + 2} or a later one is not UTF-8 ({error.reason}); convert it") from error
-
-    def _join(self, value: Any, path: list[str]) -> str | None:
-        """The text at ``path`` below ``value``, or None where something there is not text."""
-        if isinstance(value, list):
-            parts = [self._join(item, path) for item in value]
-            return None if None in parts else self.separator.join(parts)
-        if path:
-            return self._join(value[path[0]], path[1:]) if isinstance(value, dict) else None
-        return value if isinstance(value, str) else None
-
-    def select(self, indices: Sequence[int]) -> "Rows":
-        return dataclasses.replace(self, table=self.table.select(indices), numbers=self._numbers[indices])
-
-    def cut(self, fraction: float) -> tuple["Rows", "Rows"]:
-        """The only document as two, the first with about ``fraction`` of its characters."""
-        text = "".join(next(iter(self)))
-        place = _cut_place(text, int(len(text) * fraction))
-        head, tail = (datasets.Dataset.from_dict({"text": [part]}) for part in (text[:place], text[place:]))
-        return Rows(head, "text", ended=False), Rows(tail, "text")
-
-
-@dataclass(frozen=True)
-class TextFiles:
-    """Text files, one document each: (path, first character, end character or None)."""
-
-    files: tuple[tuple[str, int, int | None], ...]
-    ended: bool = True
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def fingerprint(self) -> str:
-        stats = [(path, start, end, Path(path).stat()) for path, start, end in self.files]
-        return str([(*file, stat.st_size, stat.st_mtime_ns) for *file, stat in stats]) + str(self.ended)
-
-    def __iter__(self) -> Iterator[Iterator[str]]:
-        return (self._read(*file) for file in self.files)
-
-    @staticmethod
-    def _read(path: str, start: int = 0, end: int | None = None) -> Iterator[str]:
-        opened = gzip.open if path.endswith(".gz") else open
-        position = 0
-        try:
-            with opened(path, "rt", encoding="utf-8", newline="") as file:  # newline="": every \r\n stays as it is
-                while piece := file.read(WINDOW_CHARACTERS):
-                    nul = piece.find("\0")
-                    require(nul < 0, f"{path}: character {position + nul + 1} is a NUL; take it out, or give text")
-                    text = piece[max(0, start - position) : None if end is None else max(0, end - position)]
-                    position += len(piece)
-                    if text:
-                        yield text
-                    if end is not None and position >= end:
-                        return
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it, for example with iconv") from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give a readable file") from error
-
-    def select(self, indices: Sequence[int]) -> "TextFiles":
-        return TextFiles(tuple(self.files[i] for i in indices))
-
-    def cut(self, fraction: float) -> tuple["TextFiles", "TextFiles"]:
-        """The only document as two, the first with about ``fraction`` of its characters."""
-        ((path, *_),) = self.files
-        length = sum(map(len, self._read(path)))
-        target = int(length * fraction)
-        before = max(0, target - WINDOW_CHARACTERS)
-        place = before + _cut_place("".join(self._read(path, before, target)), target - before)
-        return TextFiles(((path, 0, place),), ended=False), TextFiles(((path, place, None),))
-
-
-Documents = Rows | TextFiles
-
-
-def _cut_place(text: str, target: int) -> int:
-    """The last line end (or else space) before ``target`` that follows a word, so that no token is cut in two."""
-    for mark in ("\n", " "):
-        place = text.rfind(mark, 1, target)
-        while place > 0 and not text[place - 1].isalnum():
-            place = text.rfind(mark, 1, place)
-        if place > 0:
-            return place
-    return target
-
-
-def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]:
-    """Returns the training and the evaluation documents. Raises UserError where they cannot be read."""
-    documents = read_documents(config, "--train_files", config.train_files)
-    if (config.eval_files or config.dataset_eval_split) and config.eval_fraction != DataConfig.eval_fraction:
-        warn(f"--eval_fraction {config.eval_fraction} is not used: there is evaluation text of its own")
-    if config.eval_files:
-        return documents, _read_files("--eval_files", config.eval_files, config)
-    if config.dataset_eval_split:
-        return documents, _read_dataset(config, config.dataset_eval_split)
-    if len(documents) == 1:
-        return documents.cut(1 - config.eval_fraction)
-    order = np.random.default_rng(seed).permutation(len(documents))
-    held_out = min(max(1, round(len(order) * config.eval_fraction)), len(order) - 1)
-    return documents.select(np.sort(order[held_out:])), documents.select(np.sort(order[:held_out]))
-
-
-def read_documents(config: TextConfig, flag_name: str, files: list[str]) -> Documents:
-    """Returns the first ``max_documents`` documents of ``files`` or, without files, of the configured dataset."""
-    documents = _read_files(flag_name, files, config) if files else _read_dataset(config, config.dataset_split)
-    return documents.select(range(min(config.max_documents, len(documents)))) if config.max_documents else documents
-
-
-def _read_dataset(config: TextConfig, split: str) -> Rows:
-    name, path = config.dataset, Path(config.dataset)
-    try:
-        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-            table = datasets.load_from_disk(path)
-            unused = config.dataset_config is None and config.dataset_revision is None
-            require(unused, f"--dataset {name}: a directory has neither --dataset_config nor --dataset_revision")
-            splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
-            require(split in splits, f"--dataset {name}: no split {split} there, but {', '.join(splits)}; name one")
-            table = splits[split]
-        else:
-            if not path.exists():
-                find_hub()
-            table = datasets.load_dataset(name, config.dataset_config, split=split, revision=config.dataset_revision)
-    except UserError:
-        raise
-    except (ConnectionError, OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
-        fix = "check id, split, revision, login and network, or give local files with --train_files"
-        if "scripts are no longer supported" in str(error):
-            fix = "look for a copy in Parquet on the Hub (for ELI5: dany0407/eli5_category), or use --train_files"
-        raise UserError(f"--dataset {name}: cannot be loaded ({one_line(error)}); {fix}") from error
-    return _rows(table, config)
-
-
-def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents:
-    paths = []
-    for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        require(bool(found), f"{name} {pattern}: no file matches; check the pattern and the directory")
-        for path in found:
-            require(os.path.exists(path), f"{name} {path}: no such file; check the path")
-            require(not os.path.isdir(path), f"{name} {path}: a directory; give files, such as {path}/*")
-            require(os.path.isfile(path), f"{name} {path}: not a regular file; give one")  # a pipe would wait for ever
-            try:
-                with open(path, "rb") as file:
-                    require(file.read(1) != b"", f"{name} {path}: is empty; give text")
-            except OSError as error:
-                raise UserError(f"{name} {path}: cannot be read ({error.strerror}); give a readable file") from error
-        paths += found
-    kinds = {path: FORMATS.get(Path(path.removesuffix(".gz")).suffix.lower()) for path in paths}
-    for path, kind in kinds.items():
-        require(kind is not None, f"{name} {path}: unknown format; known are {' '.join(FORMATS)} and these with .gz")
-    if len(set(kinds.values())) > 1:
-        raise UserError(f"{name}: files of several formats ({', '.join(sorted(set(kinds.values())))}); give one format")
-    (kind,) = set(kinds.values())
-    if kind == "text":
-        if config.text_column != TextConfig.text_column:
-            warn(f"--text_column {config.text_column} is not used: .txt files have no columns")
-        return TextFiles(tuple((str(Path(path).resolve()), 0, None) for path in paths))
-    return _rows(_read_table(name, paths, kind), config)
-
-
-def _read_table(name: str, paths: list[str], kind: str) -> datasets.Dataset:
-    try:
-        # verification_mode: a changed file is a new data set here, not a corrupted old one.
-        files = [str(Path(path).resolve()) for path in paths]
-        return datasets.load_dataset(kind, data_files=files, split="train", verification_mode="no_checks")
-    except (OSError, EOFError, ValueError, zlib.error, DatasetGenerationError) as error:
-        for path in paths if len(paths) > 1 else []:  # which one it is, the library does not say
-            _read_table(name, [path], kind)
-        reason = (kind == "json" and len(paths) == 1 and _json_fault(paths[0])) or one_line(error)
-        shown = " ".join(paths)[:200]
-        raise UserError(f"{name} {shown}: not readable as {kind} ({reason}); mend the file") from error
-
-
-def _json_fault(path: str) -> str | None:
-    """The line on which a JSON file breaks, or None: the library counts records, and from the start of its buffer."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            is_list = file.read(1) == "["
-            file.seek(0)
-            for before, text in enumerate([file.read()] if is_list else file):
-                try:
-                    json.loads(text.strip() or "{}")
-                except json.JSONDecodeError as error:
-                    return f"line {before + error.lineno}: {error.msg}"
-    except (OSError, EOFError, ValueError, zlib.error):
-        pass  # what the library said is as good
-    return None
-
-
-def _rows(table: datasets.Dataset, config: TextConfig) -> Rows:
-    require(len(table) > 0, "the data has no records; give text")
-    columns = table.flatten().column_names
-    value: Any = table.features
-    for key in config.text_column.split("."):
-        while not isinstance(value, dict) and hasattr(value, "feature"):  # a list: look at what it holds
-            value = value.feature
-        if not isinstance(value, dict) or key not in value:
-            raise UserError(f"--text_column {config.text_column}: no such column; there are {', '.join(columns)}")
-        value = value[key]
-    return Rows(table, config.text_column, config.text_separator)
+PIECE_TOKENS = 1 << 20  # of a stream that are looked at together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
 
+# What is kept of each document: 128 bits of the SHA-256 of its ids, the number of its tokens, of those that are scored,
+# and the UTF-8 bytes of the text that is scored.
+DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("scored", "<i8"), ("bytes", "<i8")])
+
+
 class TokenStream:
     """The tokens of some documents, one after another; a read-only, memory-mapped sequence of int32.
 
-    ``num_documents`` and ``num_bytes`` (UTF-8, without end-of-text) describe the text, ``sha256`` its tokens.
+    ``documents`` (of dtype DOCUMENT) are the table's, or those ``numbers`` of the table's, in that order.
+    ``num_scored`` tokens are scored, of text with ``num_bytes`` in UTF-8. ``sha256`` is of the tokens.
     """
 
-    def __init__(self, table: datasets.Dataset):
-        self._table = table
-        rows = [row for chunk in table.data.column("input_ids").chunks for row in chunk]
+    def __init__(self, table: datasets.Dataset, numbers: np.ndarray | None = None):
+        self._table, self._chosen = table, numbers
+        rows, documents, sums = (
+            [row for chunk in table.data.column(name).chunks for row in chunk] for name in TOKEN_ROW
+        )
         self._rows = [np.frombuffer(row.as_buffer(), np.int32) for row in rows]  # no copies
-        self._starts = np.cumsum([0] + [len(row) for row in self._rows])
-        self.num_documents = sum(table.data.column("num_documents").to_pylist())
-        self.num_bytes = sum(table.data.column("num_bytes").to_pylist())
-        self.sha256 = hashlib.sha256("".join(table.data.column("sha256").to_pylist()).encode()).hexdigest()
+        self._row_starts = np.cumsum([0] + [len(row) for row in self._rows])
+        documents = np.concatenate([np.frombuffer(row.as_buffer(), DOCUMENT) for row in documents])
+        ends = np.cumsum(documents["tokens"])
+        self.numbers = np.arange(len(ends)) if numbers is None else numbers
+        self.documents, ends = documents[self.numbers], ends[self.numbers]
+        self.num_documents = len(self.documents)
+        self.num_scored, self.num_bytes = (int(self.documents[name].sum()) for name in ("scored", "bytes"))
+        starts = ends - self.documents["tokens"]
+        begins = np.flatnonzero(
+            np.append(True, starts[1:] != ends[:-1])[: len(starts)]
+        )  # of runs of the table's tokens
+        self._begins = starts[begins]
+        self._starts = np.append(0, np.cumsum(self.documents["tokens"]))[np.append(begins, len(starts))]
+        chosen = b"" if numbers is None else numbers.tobytes()
+        self.sha256 = hashlib.sha256("".join(row.as_py() for row in sums).encode() + chosen).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return TokenStream, (self._table,)  # a worker process maps the same file; the tokens are not copied
+        return TokenStream, (self._table, self._chosen)  # a worker process maps the same file; no tokens are copied
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        """Returns the tokens [start, stop) as a new int64 array."""
+        """Returns the tokens [start, stop) as a new int64 array, those that are not scored as ~id."""
         start, stop, _ = place.indices(len(self))
-        first = np.searchsorted(self._starts, start, side="right") - 1
-        parts = []
-        for row in range(first, len(self._rows)):
-            if self._starts[row] >= stop:
-                break
-            parts.append(self._rows[row][max(0, start - self._starts[row]) : stop - self._starts[row]])
-        return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
+        parts = [np.empty(0, np.int32)]
+        while start < stop:
+            run = np.searchsorted(self._starts, start, side="right") - 1
+            begin = self._begins[run] + start - self._starts[run]
+            row = np.searchsorted(self._row_starts, begin, side="right") - 1
+            begin -= self._row_starts[row]
+            parts.append(self._rows[row][begin : begin + min(stop, self._starts[run + 1]) - start])
+            start += len(parts[-1])
+        return np.concatenate(parts, dtype=np.int64)
+
+    def select(self, indices: np.ndarray) -> "TokenStream":
+        """The stream of these of the documents, in this order; one may be there repeatedly."""
+        return TokenStream(self._table, self.numbers[indices])
 
 
-# The ids are int32, one after the other; of a list of them `datasets` would make Python numbers.
+# The ids are int32, one after the other; of a list of them `datasets` would make Python numbers. A document's record
+# stands in the row in which the document ends.
 TOKEN_ROW = datasets.Features(
-    {"input_ids": datasets.Value("binary"), "sha256": datasets.Value("string")}
-    | {count: datasets.Value("int64") for count in ("num_documents", "num_bytes")}
+    {"input_ids": datasets.Value("binary"), "documents": datasets.Value("binary"), "sha256": datasets.Value("string")}
 )
 
 
+def unmarked(ids: np.ndarray) -> np.ndarray:
+    """The ids, scored or not."""
+    return np.where(ids < 0, ~ids, ids)
+
+
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """Tokenizes without special tokens; each document is followed by the end-of-text token. Cached by `datasets`."""
+    """Tokenizes without special tokens; each document is followed by the end-of-text token. Cached by `datasets`.
+
+    Where there are conversations, a tokenizer without a chat template is given one.
+    """
     end = end_of_text_id(tokenizer)
     tokenizer([""])  # switches off the truncation and padding that its file may ask for
-    key = f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{TOKEN_ROW}"
+    if lacks_template := documents.has_messages and not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    template = tokenizer.chat_template if documents.has_messages else None
+    key = f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{template}\n{TOKEN_ROW}{DOCUMENT}"
     try:
         table = datasets.Dataset.from_generator(
             _token_rows,
@@ -390,6 +137,8 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenS
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+    if lacks_template:
+        warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
     return TokenStream(table)
 
 
@@ -416,51 +165,60 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass
 class _Window:
-    """A stretch of a document, from character ``start``; ``fresh`` characters at its end are in no window before."""
+    """A stretch of a document, from character ``start``; ``num_bytes`` are of its scored text, but once a document."""
 
     text: str
     start: int
     last: bool
-    fresh: int
-    ids: np.ndarray | None = None
+    num_bytes: int
+    bounds: list[int]  # the characters of the document where what is not scored begins, ends, begins, ...
+    ids: np.ndarray | None = None  # ~id where a token is not scored
     starts: np.ndarray | None = None  # the character of the document at which each token starts
     owned: int = 0  # tokens before this index belong to the window before
 
 
-def _windows(documents: Documents, size: int) -> Iterator[_Window]:
-    for pieces in documents:
-        text, start, fresh_from = "", 0, 0
-        for piece in pieces:
+def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[_Window]:
+    for pieces in documents.marked(tokenizer):
+        text, start, num_bytes, bounds = "", 0, 0, []
+        for piece, scored in pieces:
+            num_bytes += len(piece.encode()) if scored else 0
+            if scored == len(bounds) % 2:
+                bounds.append(start + len(text))
             for offset in range(0, len(piece), size):
                 text += piece[offset : offset + size]
                 while len(text) > size:
-                    yield _Window(text[:size], start, False, size - fresh_from)
-                    step, fresh_from = size - OVERLAP_CHARACTERS, OVERLAP_CHARACTERS
+                    yield _Window(text[:size], start, False, num_bytes, bounds)
+                    step, num_bytes = size - OVERLAP_CHARACTERS, 0
                     text, start = text[step:], start + step
-        yield _Window(text, start, True, len(text) - fresh_from)
+        yield _Window(text, start, True, num_bytes, bounds)
 
 
 def _token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
     # A slow (pure Python) tokenizer cannot say where its tokens start: its documents stay whole.
-    windows = _windows(documents, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
-    end_of_text = np.array([end] if documents.ended else [], np.int32)
+    windows = _windows(documents, tokenizer, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
     before: _Window | None = None  # a window whose document goes on
+    digest, num_tokens, num_scored, num_bytes = hashlib.sha256(), 0, 0, 0  # of a document
     for batch in _batches(windows):
         _encode(batch, tokenizer)
-        parts: list[Any] = []
+        ids, records = [], []
         for window in batch:
+            parts: list[np.ndarray] = []  # what is final of the document
+            num_bytes += window.num_bytes
             if before is not None:
                 window = _join(before, window, parts, tokenizer)
             before = None if window.last else window
             if window.last:
-                parts += [window.ids[window.owned :], end_of_text]
-        ids = np.concatenate([np.empty(0, np.int32), *parts]).tobytes()
-        yield {
-            "input_ids": ids,
-            "num_documents": sum(window.last for window in batch),
-            "num_bytes": sum(len(window.text[len(window.text) - window.fresh :].encode()) for window in batch),
-            "sha256": hashlib.sha256(ids).hexdigest(),
-        }
+                last = [~end if len(window.bounds) % 2 else end] if documents.ended else []
+                parts += [window.ids[window.owned :], np.array(last, np.int32)]
+            for part in parts:
+                digest.update(unmarked(part) if window.bounds else part)
+                num_tokens, num_scored = num_tokens + len(part), num_scored + np.count_nonzero(part >= 0)
+            if window.last:
+                records.append((digest.digest()[:16], num_tokens, num_scored, num_bytes))
+                digest, num_tokens, num_scored, num_bytes = hashlib.sha256(), 0, 0, 0
+            ids += parts
+        data, ended = np.concatenate([np.empty(0, np.int32), *ids]).tobytes(), np.array(records, DOCUMENT).tobytes()
+        yield {"input_ids": data, "documents": ended, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
@@ -476,9 +234,12 @@ def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
 
 
 def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
-    in_parts = any(window.start or not window.last for window in windows)
+    marked = any(window.bounds for window in windows)
+    in_parts = marked or any(window.start or not window.last for window in windows)
     texts = [window.text for window in windows]
     if not tokenizer.is_fast:
+        slow = f"--loss_on completion: {type(tokenizer).__name__} is a slow tokenizer, which cannot say where tokens"
+        require(not marked, f"{slow} start; give --loss_on all, or a fast one with --tokenizer")
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)  # no warning about long texts
         for window, ids in zip(windows, encoded["input_ids"], strict=True):
             window.ids = np.asarray(ids, np.int32)
@@ -489,8 +250,10 @@ def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
     for window, encoding in zip(windows, encode(texts, add_special_tokens=False), strict=True):
         window.ids = np.asarray(encoding.ids, np.int32)
         if in_parts:
-            offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-            window.starts = window.start + offsets[:, 0]
+            window.starts, ends = window.start + np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+            # The last character decides: many tokens begin with the space that stands before what is scored.
+            side = np.searchsorted(window.bounds, np.maximum(ends - 1, window.starts), side="right")
+            window.ids = np.where(side % 2 == 0, window.ids, ~window.ids)
 
 
 def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Window:
@@ -508,7 +271,7 @@ def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrained
         parts.append(left.ids[left.owned : i])
         right.owned = j
         return right
-    whole = _Window(left.text[: right.start - left.start] + right.text, left.start, right.last, 0)
+    whole = _Window(left.text[: right.start - left.start] + right.text, left.start, right.last, 0, right.bounds)
     _encode([whole], tokenizer)
     whole.owned = np.searchsorted(whole.starts, left.starts[left.owned]) if left.owned else 0
     return whole
@@ -519,33 +282,144 @@ def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrained
 
 
 class Blocks(Dataset):
-    """Item i is tokens [i * stride, i * stride + block_size) of a stream; only the last one may be shorter.
+    """Block i is tokens [i * stride, i * stride + block_size) of a stream; only the last one may be shorter.
 
     With stride = block_size these are consecutive blocks. With a smaller stride they overlap, and only tokens that no
-    item before holds carry labels: each token but the first is predicted once, with at least block_size - stride tokens
-    before it (the evaluation of the guide "Perplexity of fixed-length models" of transformers).
+    block before holds carry labels: each token but the first is predicted once, with at least block_size - stride
+    tokens before it (the evaluation of the guide "Perplexity of fixed-length models" of transformers). The items are
+    all blocks, or those that ``kept`` names.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, stride: int):
+    def __init__(self, stream: TokenStream, block_size: int, stride: int, kept: Sequence[int] | None = None):
         self.stream, self.block_size, self.stride = stream, block_size, stride
+        beyond_first = max(0, len(self.stream) - self.block_size)
+        count = min(1, len(self.stream)) + math.ceil(beyond_first / self.stride)
+        self.kept = range(count) if kept is None else kept
 
     def __len__(self) -> int:
-        beyond_first = max(0, len(self.stream) - self.block_size)
-        return min(1, len(self.stream)) + math.ceil(beyond_first / self.stride)
+        return len(self.kept)
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         """Returns input_ids and labels, both (block_size,) int64."""
-        start = i * self.stride
-        ids = torch.from_numpy(self.stream[start : start + self.block_size])
-        labels = ids.clone()
-        if i > 0:
+        start = int(self.kept[item]) * self.stride
+        ids = self.stream[start : start + self.block_size]
+        labels = np.where(ids < 0, IGNORED_LABEL, ids)
+        if start > 0:
             labels[: self.block_size - self.stride] = IGNORED_LABEL
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": torch.from_numpy(unmarked(ids)), "labels": torch.from_numpy(labels)}
 
 
 def group_texts(stream: TokenStream, block_size: int, stride: int | None = None) -> Blocks:
     """Groups all tokens into blocks: none is dropped, and the remainder is the last, short block."""
     return Blocks(stream, block_size, stride or block_size)
+
+
+def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenStream:
+    """The tokens of the documents. Says how many are long and how much is scored, where that matters."""
+    stream, drops = tokenize(documents, tokenizer), config.long_documents == "drop"
+    is_long = stream.documents["tokens"] > config.block_size
+    if drops:
+        every = f"--long_documents drop: all {len(is_long):,} documents of the {name} text are longer than --block_size"
+        require(not is_long.all(), f"{every} {config.block_size}; raise it, or split them")
+        stream = stream.select(np.flatnonzero(~is_long))
+    if drops or stream.num_scored < len(stream):
+        print(
+            f"{name:<10}{is_long.sum():,} of {len(is_long):,} documents are longer than {config.block_size} tokens: "
+            f"{'dropped' if drops else 'split'}; {stream.num_scored:,} of {len(stream):,} tokens are scored"
+        )
+    return stream
+
+
+def load_blocks(
+    config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Blocks, Blocks]:
+    """The blocks to train and to evaluate on. Says what of the text is there twice.
+
+    Raises UserError where there is too little text.
+    """
+    train, held_out = (
+        load_stream(config, documents, tokenizer, name)
+        for documents, name in ((training, "training"), (evaluation, "held out"))
+    )
+    hashes = np.concatenate([train.documents["hash"], held_out.documents["hash"]])
+    _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
+    numbers = np.arange(len(hashes))
+    is_twice, is_known = np.split(firsts[which] < np.minimum(numbers, train.num_documents), [train.num_documents])
+    if config.deduplicate:
+        train, held_out = train.select(np.flatnonzero(~is_twice)), held_out.select(np.flatnonzero(~is_known))
+    if config.mix:
+        sizes = [len(source) for source in training.sources]
+        train = train.select(_mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
+    rule = f"the training text has {len(train)} tokens, and {config.block_size} or more are needed"
+    require(len(train) >= config.block_size, f"{rule}; give more text or a smaller --block_size")
+    blocks, eval_blocks = group_texts(train, config.block_size), group_texts(held_out, config.block_size)
+    is_within = blocks_within(eval_blocks, train)
+    if config.deduplicate:
+        eval_blocks = Blocks(held_out, config.block_size, config.block_size, np.flatnonzero(~is_within))
+    twice, known, within = (int(found.sum()) for found in (is_twice, is_known, is_within))
+    if twice or known or within:
+        print(
+            f"twice     {twice:,} training documents; trained on are {known:,} held-out documents and {within:,} "
+            f"held-out blocks{': dropped' if config.deduplicate else '; --deduplicate drops all these'}"
+        )
+    need_text(eval_blocks)
+    return blocks, eval_blocks
+
+
+def _mixture(mix: list[str], sources: np.ndarray, seed: int) -> np.ndarray:
+    """The documents, whose ``sources`` are given, in a random order in which their numbers are as ``mix`` weights them.
+
+    Of the source that its weight favours least each is there once; others are gone through again, each time whole.
+    """
+    names, weights = zip(*map(parse_source, mix), strict=True)
+    sizes, shares = np.bincount(sources, minlength=len(mix)), np.array(weights) / sum(weights)
+    require(sizes.all(), f"--mix {names[sizes.argmin()]}: none of its documents is left; leave it out")
+    total = (sizes / shares).max()
+    many = f"--mix {' '.join(mix)}: to see all, {total:.0e} documents would be drawn"
+    require(total < 1e9, f"{many}; give the largest source more weight")
+    random, drawn = np.random.default_rng(seed), []
+    for i, (name, size, count) in enumerate(zip(names, sizes, np.rint(total * shares).astype(int), strict=True)):
+        passes = [random.permutation(np.flatnonzero(sources == i)) for _ in range(math.ceil(count / size))]
+        drawn.append(np.concatenate(passes)[:count])
+        print(f"mix       {name}: {size:,} documents, each {count / size:.2f} times an epoch")
+    return random.permutation(np.concatenate(drawn))
+
+
+def need_text(blocks: Blocks) -> None:
+    """Raises UserError where there is no token to predict: the first one of a block has nothing to predict it."""
+    predicts = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
+    require(predicts, "no token of the evaluation text is left to predict; give more text")
+
+
+def blocks_within(blocks: Blocks, stream: TokenStream) -> np.ndarray:
+    """Which of the blocks stand in ``stream`` at any place, scored or not; only whole blocks are sought."""
+    size, found = blocks.block_size, np.zeros(len(blocks), bool)
+    sought: dict[int, list[int]] = {}  # the blocks of each hash
+    for i in range(len(blocks.stream) // size):
+        sought.setdefault(int(_window_hashes(blocks[i]["input_ids"].numpy(), size)[0]), []).append(i)
+    hashes = np.array(list(sought), np.uint64)
+    for start in range(0, len(stream) - size + 1, PIECE_TOKENS):
+        piece = unmarked(stream[start : start + PIECE_TOKENS + size - 1])
+        windows = _window_hashes(piece, size)
+        for place in np.flatnonzero(np.isin(windows, hashes)):
+            for i in sought[int(windows[place])]:
+                found[i] = found[i] or np.array_equal(blocks[i]["input_ids"], piece[place : place + size])
+    return found
+
+
+def _window_hashes(ids: np.ndarray, size: int) -> np.ndarray:
+    """Hash i is of the ``size`` ids from i on; (len(ids) - size + 1,) uint64.
+
+    It is the polynomial with the ids as coefficients, modulo 2^64: a difference of two prefix sums, divided by a power
+    of the base.
+    """
+    base = 0x9E3779B97F4A7C15
+    powers = np.cumprod(np.full(len(ids), base, np.uint64))
+    inverses = np.cumprod(np.full(len(ids) - size + 1, pow(base, -1, 1 << 64), np.uint64))
+    ids = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
+    ids ^= ids >> np.uint64(32)  # else the ids' own patterns would be the polynomial's
+    sums = np.append(np.uint64(0), np.cumsum(ids * powers))
+    return (sums[size:] - sums[:-size]) * inverses
 
 
 def collate(items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0) -> dict[str, torch.Tensor]:

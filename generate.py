@@ -5,6 +5,7 @@
     python generate.py --prompts_file prompts.txt --num_samples 3       # one prompt a line; also from stdin
     python generate.py                                                  # interactive, in a terminal
     python generate.py --model runs/lora/model --merge merged           # an adapter becomes a plain model
+    python generate.py --chat                                           # talk with a model of conversations
 
 The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
 """
@@ -36,6 +37,7 @@ from model import (
     select_device,
 )
 from report import finished_step
+from text import render
 
 
 @dataclass
@@ -56,13 +58,19 @@ class GenerateConfig(SamplingConfig):
     num_samples: Count = flag(1, "texts a prompt")
     batch_size: Count = flag(16, "texts made at once")
     merge: str | None = flag(None, "a new directory to save the model in, an adapter merged into its weights; no text")
+    chat: bool = flag(False, "a conversation: prompts are the user's turns, each answered with all before it in view")
     seed: Seed = flag(42, "of the sampling")
     precision: Precision = flag("fp32", "of weights and arithmetic; fp32 is exact; auto: the fastest")
 
     def rules(self) -> list[tuple[bool, str]]:
         same = f"--num_samples {self.num_samples}: --greedy makes the same text each time; drop one of them"
         both = "--prompt and --prompts_file exclude each other; give one of them"
-        return [(not (self.greedy and self.num_samples > 1), same), (not (self.prompt and self.prompts_file), both)]
+        chat = f"--chat: a turn has one answer; leave out --num_samples {self.num_samples}"
+        return [
+            (not (self.greedy and self.num_samples > 1), same),
+            (not (self.prompt and self.prompts_file), both),
+            (not (self.chat and self.num_samples > 1), chat),
+        ]
 
 
 class Printer(BaseStreamer):
@@ -97,17 +105,17 @@ class Printer(BaseStreamer):
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[str] | list[list[int]],
     sampling: SamplingConfig,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Returns a continuation for each prompt, in the order of the prompts, without the prompts.
+    """Returns a continuation for each prompt, text or ids, in the order of the prompts, without the prompts.
 
     Prompts are padded on the left and masked, so that under greedy decoding each gets what it would get
     alone; where an architecture cannot overlook its pads only prompts of one length share a batch. Raises
     UserError where prompt and new tokens exceed the model's positions. The model is left in its mode.
     """
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     limit, longest = position_limit(model), max(map(len, encoded), default=0)
     if limit is not None and longest + sampling.max_new_tokens > limit:
         raise UserError(
@@ -191,6 +199,15 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def end_with_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Texts of ``model`` end with the token that ends an answer in the chat template as well as with end-of-text."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ends = [text.rpartition("!")[2].strip() for text, scored in render(turns, tokenizer) or [] if scored]
+    ids = tokenizer.convert_tokens_to_ids([token for token in (tokenizer.eos_token, *ends) if token])
+    own = model.generation_config.eos_token_id or []
+    model.generation_config.eos_token_id = [*([own] if isinstance(own, int) else own), *ids]
+
+
 def newest_finished_run(runs: Path) -> Path:
     """The model directory of the run under ``runs`` that finished last. Raises UserError where there is none."""
     finished = []
@@ -249,11 +266,23 @@ def main() -> None:
     if not config.model:
         print(f"model: {name}", file=sys.stderr)
     tokenizer = load_tokenizer_by_name(name, "--model", config.model_revision)
+    untaught = f"--chat: the tokenizer of {name} has no chat template; train on messages, or leave --chat out"
+    require(not config.chat or bool(tokenizer.chat_template), untaught)
     model = load_pretrained(name, revision=config.model_revision, dtype=DTYPES[precision]).to(device)
     check_model(model, tokenizer, block_size=2)
     torch.manual_seed(config.seed)
 
+    messages: list[dict[str, str]] = []  # of a chat, so far
+    if config.chat:
+        end_with_turns(model, tokenizer)
+
     def answer(prompts: list[str], streamed: bool) -> None:
+        if config.chat:
+            asked = [*messages, {"role": "user", "content": prompts[0]}]
+            ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+            (text,) = generate(model, tokenizer, [ids], config, Printer(tokenizer))
+            messages[:] = [*asked, {"role": "assistant", "content": text}]
+            return
         if streamed:
             print(prompts[0], end="", flush=True)
         texts = generate(model, tokenizer, prompts, config, Printer(tokenizer) if streamed else None)
@@ -261,8 +290,9 @@ def main() -> None:
             print(prompt + text + "\n", flush=True)
 
     prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    for start in range(0, len(prompts), config.batch_size):
-        answer(prompts[start : start + config.batch_size], streamed=len(prompts) == 1)
+    at_once = 1 if config.chat else config.batch_size
+    for start in range(0, len(prompts), at_once):
+        answer(prompts[start : start + at_once], streamed=len(prompts) == 1)
     while interactive:
         try:
             prompt = input("\nprompt> ")

@@ -44,8 +44,9 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from config import UserError, find_hub, flag, one_line, require, warn
-from data import IGNORED_LABEL, Documents
+from data import IGNORED_LABEL
 from linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from text import Documents
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SHORT_BLOCK = 128  # tokens, up to which plain attention is the fastest on a CPU

@@ -8,20 +8,22 @@ Prints, one a line: `tokens` that were predicted, `loss` (their mean negative lo
 (exp of it) and `bits_per_byte` (the summed loss in bits over the UTF-8 bytes of the text). By default the text is cut
 into blocks of --block_size tokens, as in training, and the first token of a block is not predicted. With --stride N a
 window slides on by N tokens, so that each token is predicted once with at least block_size - N tokens before it; only
-then does `bits_per_byte` count every token but the first.
+then does `bits_per_byte` count every token but the first. Of conversations, and of prompts with completions, the
+answers alone are scored, as in training.
 """
 
 import math
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Count, flag, parse, require, run
-from data import TextConfig, group_texts, make_loader, read_documents, tokenize
+from config import Count, flag, parse, run
+from data import group_texts, load_stream, make_loader, need_text
 from model import (
     Precision,
     autocast,
@@ -35,6 +37,7 @@ from model import (
     resolve_precision,
     select_device,
 )
+from text import TextConfig, read_documents
 
 
 @dataclass
@@ -99,14 +102,15 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     precision = resolve_precision(config.precision, device)
-    documents = read_documents(config, "--files", config.files)
-    tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
-    stream = tokenize(documents, tokenizer)
-    require(len(stream) >= 2, f"the text has {len(stream)} tokens; at least 2 are needed to predict one")
+    with redirect_stdout(sys.stderr):  # what is said about the text is no result
+        documents = read_documents(config, "--files", config.files)
+        tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
+        stream = load_stream(config, documents, tokenizer, "text")
+    blocks = group_texts(stream, config.block_size, config.stride)
+    need_text(blocks)
     model = load_pretrained(config.model, revision=config.model_revision).to(device)
     check_model(model, tokenizer, config.block_size)
 
-    blocks = group_texts(stream, config.block_size, config.stride)
     nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")
     print(f"loss: {nll_sum / num_tokens:.6f}")

@@ -227,7 +227,7 @@ NAME = "PATH_OR_ID"  # in the card, until the model is uploaded somewhere
 def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
     """The README.md of a trained model: data, hyperparameters, metrics, how to use it."""
     base = settings["model"]
-    source = settings["dataset"] or ", ".join(settings["train_files"])
+    source = settings["dataset"] or ", ".join(settings["train_files"] or settings["mix"])
     hub_base = base if base and not Path(base).exists() else None
     hub_data = settings["dataset"] if settings["dataset"] and not Path(settings["dataset"]).exists() else None
     metadata = ModelCardData(
@@ -247,7 +247,7 @@ def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: lis
 
 # {Path(settings["output_dir"]).name}
 
-A causal language model, {origin}, on `{source}` (text column `{settings["text_column"]}`).
+A causal language model, {origin}, on `{source}`.
 
 ## Use
 

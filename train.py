@@ -39,15 +39,12 @@ import report
 from config import Count, Range, SaveError, Seed, UserError, flag, out_of_memory, parse, require, run, warn
 from data import (
     IGNORED_LABEL,
-    DataConfig,
     Position,
     WorkerError,
     epoch_order,
-    group_texts,
-    load_documents,
+    load_blocks,
     make_loader,
     split_batch,
-    tokenize,
     tokenizer_fingerprint,
     training_batches,
 )
@@ -74,11 +71,22 @@ from model import (
     select_device,
 )
 from perplexity import evaluate, perplexity
+from text import DataConfig, load_documents
 
 T = TypeVar("T")
 
 # With another value of these it would be another run.
-SAME_RUN = ("block_size", "batch_size", "grad_accum_steps", "seed", "freeze", "lora_rank", "lora_alpha", "lora_targets")
+SAME_RUN = (
+    "block_size",
+    "batch_size",
+    "grad_accum_steps",
+    "seed",
+    "deduplicate",
+    "freeze",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+)
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
@@ -381,12 +389,8 @@ def main() -> None:
     # Text -> tokens -> blocks.
     train_documents, eval_documents = load_documents(data_config, config.seed)
     tokenizer = load_tokenizer(model_config, train_documents)
-    train_stream, eval_stream = tokenize(train_documents, tokenizer), tokenize(eval_documents, tokenizer)
-    for name, stream, needed in (("training", train_stream, data_config.block_size), ("evaluation", eval_stream, 2)):
-        rule = f"the {name} text has {len(stream)} tokens, and {needed} or more are needed"
-        require(len(stream) >= needed, f"{rule}; give more text or a smaller --block_size")
-    train_blocks = group_texts(train_stream, data_config.block_size)
-    eval_blocks = group_texts(eval_stream, data_config.block_size)
+    train_blocks, eval_blocks = load_blocks(data_config, train_documents, eval_documents, tokenizer, config.seed)
+    train_stream, eval_stream = train_blocks.stream, eval_blocks.stream
     updates_per_epoch = math.ceil(math.ceil(len(train_blocks) / config.batch_size) / config.grad_accum_steps)
     max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
     warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
@@ -459,6 +463,7 @@ def main() -> None:
         require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
     num_parameters = model.num_parameters()
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
+    scored = train_stream.num_scored / len(train_stream)  # the part of all tokens that counts as tokens seen
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
     compiled = should_compile(config.compile, model, 6 * num_parameters * block_tokens * max_steps)
@@ -625,7 +630,7 @@ output    {run_dir}""")
         parts = [part for batch in micro_batches for part in split_batch(batch, size)]
         return train_step(model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision)
 
-    tokens_timed, started = 0, time.perf_counter()
+    tokens_timed, logged, started = 0, progress.step, time.perf_counter()
     while progress.step < max_steps:
         try:
             micro_batches, position = next(batches)
@@ -647,12 +652,13 @@ output    {run_dir}""")
         if progress.step % config.log_every == 0 or progress.step in (1, max_steps):
             settle()
             speed = tokens_timed / (paused - started)
-            tokens_timed, started = 0, paused
+            seconds_left = (max_steps - progress.step) * (paused - started) / (progress.step - logged)
+            tokens_timed, logged, started = 0, progress.step, paused
             if progress.skips == 0:
                 log.train(
                     progress.step,
                     max_steps,
-                    seconds_left=(max_steps - progress.step) * block_tokens / speed,
+                    seconds_left=seconds_left,
                     loss=loss.item(),
                     tokens=num_predicted,
                     learning_rate=learning_rate,
@@ -661,7 +667,7 @@ output    {run_dir}""")
                     tokens_seen=progress.tokens_seen,
                     epoch=position.epoch + position.blocks / len(train_blocks),
                     memory_gib=report.peak_memory_gib(device),
-                    **({"mfu": speed * flops / peak_flops} if flops else {}),
+                    **({"mfu": speed / scored * flops / peak_flops} if flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:

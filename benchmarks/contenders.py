@@ -45,18 +45,7 @@ from transformers import (
 import checkpoint
 import train
 from benchmarks import guide
-from data import (
-    IGNORED_LABEL,
-    Blocks,
-    Position,
-    TextConfig,
-    group_texts,
-    make_loader,
-    read_documents,
-    split_batch,
-    tokenize,
-    training_batches,
-)
+from data import IGNORED_LABEL, Blocks, Position, group_texts, make_loader, split_batch, tokenize, training_batches
 from generate import SamplingConfig, generate
 from model import (
     DTYPES,
@@ -70,6 +59,7 @@ from model import (
 )
 from perplexity import evaluate
 from report import RunLog, peak_flops, peak_memory_gib
+from text import TextConfig, read_documents
 
 BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6
 PROMPTS = ["The with statement is used to", "A list comprehension", "To open a file for reading,", "In Python, a class"]

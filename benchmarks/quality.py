@@ -33,9 +33,10 @@ def fine_tune_with_trainer(settings: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from data import DataConfig, group_texts, load_documents, make_loader, tokenize
+    from data import group_texts, make_loader, tokenize
     from model import resolve_precision
     from perplexity import evaluate
+    from text import DataConfig, load_documents
     from train import device_name
 
     config = DataConfig(train_files=[settings.text], text_column=settings.text_column)

@@ -22,8 +22,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-from data import Rows, TextFiles  # noqa: E402
 from model import ModelConfig, load_tokenizer  # noqa: E402
+from text import Rows, TextConfig, TextFiles, read_rows  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["the", "a", "model", "token", "text", "of", "loss", "learns", "writes", "reads", "and", "in", "but", "never"]
@@ -108,4 +108,4 @@ def model_dir(tmp_path_factory, tokenizer) -> Path:
 def rows(jsonl_file) -> Rows:
     from datasets import Dataset
 
-    return Rows(Dataset.from_json(str(jsonl_file)), "answers.text")
+    return read_rows(Dataset.from_json(str(jsonl_file)), TextConfig(text_column="answers.text"))

@@ -27,8 +27,8 @@ from conftest import make_text, tiny_gpt2
 from safetensors.torch import save_file
 from transformers import RobertaConfig, RobertaForCausalLM
 
-from data import TextFiles
 from model import ModelConfig, load_tokenizer
+from text import TextFiles
 
 NOBODY = 65534
 FIRED = "canary-fired"  # the file that a canary makes in the working directory, where something runs it
@@ -292,12 +292,47 @@ CASES = [
     Case("lists of numbers", DATA + "x.jsonl", ("record 1", "[1, 2]"), (rows("x.jsonl", [1, 2]),)),
     Case("records in the column", DATA + "x.jsonl --text_column answers", ("record 1", "not text"),
          (rows("x.jsonl", {"text": "a"}, column="answers"),)),
+    # Which text of a record, and which records.
+    Case("a template that is broken", DATA + "x.jsonl --text_template '{text'", ("--text_template {text: a", "braces"),
+         (rows("x.jsonl", A),)),
+    Case("a template with a form", DATA + "x.jsonl --text_template '{text:>9}'", ("--text_template {text:>9}: a",),
+         (rows("x.jsonl", A),)),
+    Case("a template of a missing column", DATA + "x.jsonl --text_template '{text}{body}'",
+         ("--text_template {text}{body}", "no such column as body", "there are text"), (rows("x.jsonl", A),)),
+    Case("column and template", "--text_column a --text_template '{b}'", ("--text_column a and --text_template {b}",)),
+    Case("template and prompt", "--text_template '{b}' --prompt_column p --completion_column c", ("exclude each",)),
+    Case("a prompt without completion", "--prompt_column p", ("--completion_column", "give both")),
+    Case("no such completion", DATA + "x.jsonl --prompt_column text --completion_column b",
+         ("--completion_column b: no such column as b", "there are text"), (rows("x.jsonl", A),)),
+    Case("a completion that is a number", DATA + "x.jsonl --prompt_column p --completion_column c",
+         ("--prompt_column p --completion_column c: record", "holds 7"),
+         (file("x.jsonl", '{"p": "a", "c": 7}\n' * 9),)),
+    Case("a filter that is none", "--filter a", ("--filter a", "column=value")),
+    Case("a filter of a missing column", DATA + "x.jsonl --filter b=1", ("--filter b=1", "there are text"),
+         (rows("x.jsonl", A),)),
+    Case("a filter that leaves nothing", DATA + "x.jsonl --filter text=b", ("--filter text=b", "none of 1 record"),
+         (rows("x.jsonl", A),)),
+    Case("a mixture without weights", "--mix good.txt", ("--mix good.txt", "name:weight")),
+    Case("a mixture without weight", "--mix good.txt:0", ("--mix good.txt:0", "above 0")),
+    Case("a mixture of something missing", "--mix good.txt:1 x.txt:1", ("--mix x.txt", "no such file")),
+    Case("a mixture of a missing data set", "--mix good.txt:1 ./x:1", ("--mix ./x", "cannot be loaded")),
+    Case("a mixture beside files", "--mix good.txt:1 --train_files good.txt", ("--train_files good.txt and --mix",)),
+    Case("a mixture without end", "--mix good.txt:1 '*.txt:1e-12'", ("--mix", "documents would be drawn")),
+    Case("an empty message", DATA + "x.jsonl --eval_files good.txt", ("record 2: message 1 lacks",),
+         (rows("x.jsonl", *[[{"role": "assistant", "content": c}] for c in (A, None, A)]),)),
+    Case("a conversation without an answer", DATA + "x.jsonl", ("has no assistant's turn", "--loss_on all"),
+         (rows("x.jsonl", *[[{"role": "user", "content": A}]] * 9),)),
+    Case("one conversation alone", DATA + "x.jsonl", ("--text_column text", "--eval_files"),
+         (rows("x.jsonl", [{"role": "assistant", "content": A}]),)),
+    Case("long documents alone", "--long_documents drop", ("--long_documents drop", "--block_size 16")),
+    Case("evaluation text that is trained on", "--deduplicate --eval_files good.txt",
+         ("no token of the evaluation text is left",)),
     # Too little.
     Case("fewer tokens than a block", DATA + "x.txt --block_size 64", ("training text has", "64 or more"),
          (file("x.txt", "a b c d e f g h i j"),)),
     Case("an evaluation set without a token", "--eval_files x.txt", ("--eval_files x.txt", "empty"),
          (file("x.txt", ""),)),
-    Case("an evaluation set of one token", "--eval_files x.jsonl", ("evaluation text has 1 tokens",),
+    Case("an evaluation set of one token", "--eval_files x.jsonl", ("no token of the evaluation text",),
          (rows("x.jsonl", ""),)),
     # Numbers.
     *[Case(f"{flag} {value}", f"--{flag} {value}", (f"--{flag}", shown or value, rule))
@@ -516,6 +551,8 @@ CASES = [
     Case("temperature 0", "--temperature 0", ("--temperature 0.0", "above 0"), script="generate.py"),
     Case("top_p 2", "--top_p 2", ("--top_p 2.0", "at most 1"), script="generate.py"),
     Case("greedy samples", "--greedy --num_samples 2", ("--num_samples 2", "--greedy"), script="generate.py"),
+    Case("chat with a model that cannot", "--chat", ("--chat", "no chat template"), script="generate.py"),
+    Case("chat with two answers", "--chat --num_samples 2", ("--chat", "--num_samples 2"), script="generate.py"),
     Case("no prompts file", "--prompts_file p.txt", ("--prompts_file p.txt", "No such file"), script="generate.py"),
     Case("prompts file is a directory", "--prompts_file .", ("--prompts_file .", "directory"), script="generate.py"),
     Case("prompts file is not UTF-8", "--prompts_file p.txt", ("--prompts_file p.txt", "utf-8"),
@@ -532,7 +569,12 @@ BASE = {
     "perplexity.py": {"--model": None, "--files": "good.txt", "--block_size": "16"},
     "generate.py": {"--model": None, "--prompt": "the model", "--max_new_tokens": "4"},
 }
-INSTEAD = {"--dataset": "--train_files", "--model_config": "--model", "--prompts_file": "--prompt"}
+INSTEAD = {
+    "--dataset": "--train_files",
+    "--mix": "--train_files",
+    "--model_config": "--model",
+    "--prompts_file": "--prompt",
+}
 
 
 def arguments(case: Case) -> list[str]:

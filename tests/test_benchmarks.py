@@ -9,8 +9,9 @@ from conftest import write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import bench, contenders, guide
-from data import TextConfig, group_texts, read_documents, tokenize
+from data import group_texts, tokenize
 from model import next_token_nll
+from text import TextConfig, read_documents
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 

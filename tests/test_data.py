@@ -1,9 +1,9 @@
-import gzip
-import json
 import math
 import os
+import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -11,26 +11,32 @@ import pytest
 import torch
 from conftest import ROOT, make_text, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import data
 from config import UserError
-from data import (
-    DataConfig,
-    Position,
-    Rows,
-    TextFiles,
-    collate,
-    group_texts,
-    load_documents,
-    make_loader,
-    tokenize,
-    training_batches,
-)
+from data import Position, blocks_within, collate, group_texts, load_blocks, make_loader, tokenize, training_batches
+from text import DataConfig, TextConfig, TextFiles, load_documents, read_rows
 
 
 def texts(documents):
     return ["".join(pieces) for pieces in documents]
+
+
+def plain(documents):
+    return read_rows(datasets.Dataset.from_dict({"text": documents}), TextConfig())
+
+
+def pairs(records, **settings):
+    table = datasets.Dataset.from_list([{"q": question, "a": answer} for question, answer in records])
+    return read_rows(table, TextConfig(prompt_column="q", completion_column="a", **settings))
+
+
+def scored_text(stream, tokenizer):
+    """What is learnt, the ends of documents included, as text."""
+    labels = group_texts(stream, 10**6)[0]["labels"]
+    assert stream.num_scored == int((labels >= 0).sum())
+    return tokenizer.decode(labels[labels >= 0])
 
 
 def expected_ids(documents, tokenizer):
@@ -116,19 +122,19 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_pa
     rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
     ids = np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist()
     assert ids == expected_ids(documents, tokenizer)
-    assert sum(row["num_bytes"] for row in rows) == len(text.encode())
-    assert sum(row["num_documents"] for row in rows) == 1
+    records = np.frombuffer(b"".join(row["documents"] for row in rows), data.DOCUMENT)
+    assert records[["tokens", "scored", "bytes"]].tolist() == [(len(ids), len(ids), len(text.encode()))]
 
 
 def test_a_long_row_is_windowed_too(tokenizer, monkeypatch):
     monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
     monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
-    documents = Rows(datasets.Dataset.from_dict({"text": ["short one", make_text(2000), "", make_text(900)]}), "text")
+    documents = plain(["short one", make_text(2000), "", make_text(900)])
     rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
     assert np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist() == expected_ids(
         documents, tokenizer
     )
-    assert sum(row["num_documents"] for row in rows) == 4
+    assert sum(len(row["documents"]) for row in rows) == 4 * data.DOCUMENT.itemsize
 
 
 def test_truncation_that_the_tokenizer_file_asks_for_is_not_done(rows, tokenizer, tmp_path):
@@ -139,75 +145,6 @@ def test_truncation_that_the_tokenizer_file_asks_for_is_not_done(rows, tokenizer
     first = tokenize(rows, cut)
     assert first[:].tolist() == expected_ids(rows, tokenizer)
     assert data.tokenizer_fingerprint(cut) == data.tokenizer_fingerprint(tokenizer)  # a resumed run is the same
-
-
-def test_every_format_gives_the_same_documents(tmp_path):
-    documents = [make_text(30, seed) for seed in range(12)]
-    table = datasets.Dataset.from_dict({"text": documents})
-    table.to_json(tmp_path / "a.jsonl")
-    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in documents]), encoding="utf-8")
-    table.to_csv(tmp_path / "a.csv")
-    table.to_parquet(tmp_path / "a.parquet")
-    table.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": table, "other": table.select(range(3))}).save_to_disk(tmp_path / "splits")
-    (tmp_path / "a.arrow").write_bytes(next((tmp_path / "saved").glob("*.arrow")).read_bytes())
-    for name in ("a.jsonl", "a.csv"):
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    for i, text in enumerate(documents):
-        (tmp_path / f"{i:02}.txt").write_bytes(text.encode())
-        (tmp_path / f"{i:02}.txt.gz").write_bytes(gzip.compress(text.encode()))
-    names = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.gz", "*.txt", "*.txt.gz"]
-    configs = [DataConfig(train_files=[str(tmp_path / name)]) for name in names]
-    configs += [DataConfig(dataset=str(tmp_path / name)) for name in ("saved", "splits")]
-    for config in configs:
-        config.eval_files = [str(tmp_path / "a.jsonl")]
-        train, evaluation = load_documents(config, 0)
-        assert texts(train) == documents, config
-        assert texts(evaluation) == documents
-    for name, split in (("saved", "test"), ("splits", "test")):
-        with pytest.raises(UserError, match="no split test there"):
-            load_documents(DataConfig(dataset=str(tmp_path / name), dataset_eval_split=split), 0)
-    config = DataConfig(dataset=str(tmp_path / "splits"), dataset_eval_split="other", max_documents=5)
-    assert [texts(part) for part in load_documents(config, 0)] == [documents[:5], documents[:3]]
-
-
-def test_nested_columns_are_joined(rows, jsonl_file):
-    answers = [json.loads(line)["answers"]["text"] for line in jsonl_file.read_text().splitlines()]
-    assert texts(rows) == [" ".join(answer) for answer in answers]  # the guide's way
-    config = DataConfig(
-        train_files=[str(jsonl_file)], text_column="answers.text", text_separator="\n\n", max_documents=3
-    )
-    config.eval_files = [str(jsonl_file)]
-    assert texts(load_documents(config, 0)[0]) == ["\n\n".join(answer) for answer in answers[:3]]
-
-
-def test_lists_of_records_are_joined():
-    table = datasets.Dataset.from_list([{"turns": [{"say": "a"}, {"say": "b"}]}, {"turns": [{"say": "c"}]}])
-    assert texts(Rows(table, "turns.say", "|")) == ["a|b", "c"]
-
-
-def test_held_out_by_document_and_seed(jsonl_file):
-    config = DataConfig(train_files=[str(jsonl_file)], text_column="answers.text", eval_fraction=0.2)
-    train, evaluation = load_documents(config, 1)
-    whole = [" ".join(json.loads(line)["answers"]["text"]) for line in jsonl_file.read_text().splitlines()]
-    assert len(evaluation) == 12 and sorted(texts(train) + texts(evaluation)) == sorted(whole)
-    assert texts(evaluation) == texts(load_documents(config, 1)[1]) != texts(load_documents(config, 2)[1])
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl"])
-def test_a_single_document_is_held_out_from_its_end(kind, text_file, tokenizer, tmp_path):
-    text = text_file.read_text(encoding="utf-8")
-    path = text_file
-    if kind == "jsonl":
-        path = tmp_path / "one.jsonl"
-        path.write_text(json.dumps({"text": text}))
-    parts = load_documents(DataConfig(train_files=[str(path)], eval_fraction=0.25), 0)
-    (head,), (tail,) = map(texts, parts)
-    assert head + tail == text and 0.7 < len(head) / len(text) <= 0.75
-    streams = [tokenize(part, tokenizer) for part in parts]
-    # Cut between words, and not ended in the middle: together they are the tokens of the whole.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    assert np.concatenate([streams[0][:], streams[1][:]]).tolist() == ids
 
 
 def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, tokenizer, monkeypatch):
@@ -278,27 +215,6 @@ def test_iterating_leaves_the_global_random_state_alone(rows, tokenizer):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.jsonl", b'{"text": "a"}\n' * 20 + b'{"text": null}\n', ["record 21 ", "None"]),
-        ("a.jsonl", b'{"other": "a"}\n', ["--text_column text", "there are other"]),
-        ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8"]),
-        ("a.txt.gz", b"no gzip", ["a.txt.gz", "cannot be read"]),
-        ("a.doc", b"x", ["a.doc", "unknown format"]),
-        ("a.jsonl", b'{"text": \n', ["a.jsonl", "not readable as json"]),
-    ],
-)
-def test_unreadable_text_says_why(name, content, words, tmp_path, tokenizer):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        config = DataConfig(train_files=[str(tmp_path / name)], eval_files=[str(tmp_path / name)])
-        tokenize(load_documents(config, 0)[0], tokenizer)
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     """Tokenizes and batches 24 MB in a process of its own: less memory than the text's tokens alone would take."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -309,7 +225,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     program = """
 import resource, sys
 from transformers import AutoTokenizer
-from data import TextFiles, group_texts, make_loader, tokenize
+from data import group_texts, make_loader, tokenize
+from text import TextFiles
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] + "/tokenizer")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 tokenize(TextFiles(((sys.argv[2], 0, None),)), tokenizer)
@@ -326,3 +243,198 @@ print(len(stream), total, peak() - before)
     length, total, megabytes = map(float, out.stdout.split())
     assert length == total > 5e6
     assert megabytes < 90, f"{megabytes:.0f} MB more for a 24 MB text"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is scored
+
+
+PAIRS = [("the model", " learns text"), ("a loss of ", "token"), ("東京 é\n", "é writes"), ("the", ""), ("", "x = 1")]
+LEARNT = " learns text<|endoftext|> token<|endoftext|>é writes<|endoftext|><|endoftext|>x = 1<|endoftext|>"
+
+
+def test_prompts_are_read_and_completions_are_learnt(tokenizer):
+    documents = pairs(PAIRS)
+    stream = tokenize(documents, tokenizer)
+    assert scored_text(stream, tokenizer) == LEARNT  # a token of a completion may begin with the prompt's last space
+    assert all_ids(group_texts(stream, 7)) == expected_ids(documents, tokenizer)
+    assert stream.num_bytes == sum(len(answer.encode()) for _, answer in PAIRS)
+    both = tokenize(pairs(PAIRS, loss_on="all"), tokenizer)
+    assert both.num_scored == len(both) == len(stream) and np.array_equal(both[:], data.unmarked(stream[:]))
+    windows = group_texts(stream, 7, 3)
+    labels = torch.cat([windows[i]["labels"][0 if i == 0 else 4 :] for i in range(len(windows))])
+    assert tokenizer.decode(labels[labels >= 0]) == LEARNT  # sliding windows know the same marks
+
+
+def test_marks_in_a_long_document_do_not_depend_on_the_windows(tokenizer, monkeypatch):
+    documents = pairs([(make_text(700, i), " " + make_text(600, i + 1)) for i in range(3)])
+    whole = tokenize(documents, tokenizer)[:]
+    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
+    rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    assert np.array_equal(np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32), whole)
+    assert 0.3 < (whole < 0).mean() < 0.7
+
+
+def test_a_slow_tokenizer_cannot_tell_a_completion():
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    with pytest.raises(UserError, match=r"--loss_on completion: \w+ is a slow tokenizer"):
+        tokenize(pairs([("the", " model")]), slow)
+    assert tokenize(pairs([("the", " model")], loss_on="all"), slow)[:].tolist() == [
+        ord(letter) + 3 for letter in "the model"
+    ] + [1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents that are left out, and text that stands twice
+
+
+def test_a_stream_of_chosen_documents(rows, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
+    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 200)
+    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 90)
+    stream = data.TokenStream(datasets.Dataset.from_list(list(data._token_rows(rows, tokenizer, 0))))
+    ids = [tokenizer(text)["input_ids"] + [0] for text in texts(rows)]
+    draw, sums = np.random.default_rng(0), set()
+    for share in (0, 0.1, 0.5, 0.9, 1):
+        dropped = draw.random(60) < share
+        kept = stream.select(np.flatnonzero(~dropped))
+        expected = [token for document, gone in zip(ids, dropped, strict=True) for token in document if not gone]
+        assert kept[:].tolist() == expected and len(kept) == kept.num_scored == len(expected)
+        assert [kept[i : i + 7].tolist() for i in range(0, len(kept), 5)] == [
+            expected[i : i + 7] for i in range(0, len(expected), 5)
+        ]
+        assert kept.documents["tokens"].tolist() == [len(ids[i]) for i in np.flatnonzero(~dropped)]
+        again = pickle.loads(pickle.dumps(kept))
+        assert again[:].tolist() == expected and again.sha256 == kept.sha256
+        sums.add(kept.sha256)
+        back = kept.select(np.arange(kept.num_documents)[::-2])
+        assert back[:].tolist() == [token for i in np.flatnonzero(~dropped)[::-2] for token in ids[i]]
+    assert len(sums) == 5
+    assert stream.select(np.array([3, 3, 4]))[:].tolist() == ids[3] + ids[3] + ids[4]
+
+
+@pytest.mark.parametrize("collide", [False, True])
+@pytest.mark.parametrize("block_size", [3, 16, 10**6])
+def test_blocks_that_stand_elsewhere_are_found_at_any_place(block_size, collide, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "PIECE_TOKENS", 100)
+    if collide:
+        hashes = data._window_hashes
+        monkeypatch.setattr(data, "_window_hashes", lambda *given: 0 * hashes(*given))
+    own, shared = make_text(80, 1), make_text(60, 2)
+    train = tokenize(plain([make_text(90, 3) + shared + make_text(33, 4), "the the the the the the"]), tokenizer)
+    for text in (own + shared + own, shared[20:90], own[:30], "the the the the the", ""):
+        blocks = group_texts(tokenize(plain([text]), tokenizer), block_size)
+        flat = "," + ",".join(map(str, train[:])) + ","
+        ids = [blocks[i]["input_ids"].tolist() for i in range(len(blocks))]
+        held = [f",{','.join(map(str, block))}," in flat and len(block) == block_size for block in ids]
+        assert blocks_within(blocks, train).tolist() == held
+        assert len(text) < 100 or block_size > 16 or (any(held) and not all(held))
+
+
+def blocks_of(tmp_path, tokenizer, train, evaluation, **settings):
+    for name, documents in (("train", train), ("eval", evaluation)):
+        datasets.Dataset.from_dict({"text": documents}).to_json(tmp_path / f"{name}.jsonl")
+    files = {"train_files": [str(tmp_path / "train.jsonl")], "eval_files": [str(tmp_path / "eval.jsonl")]}
+    config = DataConfig(**files, block_size=16, **settings)
+    return load_blocks(config, *load_documents(config, 0), tokenizer, 0)
+
+
+def test_what_is_there_twice_is_told_and_dropped(tmp_path, tokenizer, capsys):
+    known, other = make_text(60, 1), make_text(60, 2)
+    train = [known, make_text(60, 3), known, other, known]
+    evaluation = [make_text(60, 4), known, make_text(40, 5) + " " + other]
+    blocks, eval_blocks = blocks_of(tmp_path, tokenizer, train, evaluation)
+    many, counts = len(eval_blocks), "2 training documents; trained on are 1 held-out documents and "
+    assert counts in capsys.readouterr().out
+    assert (blocks.stream.num_documents, eval_blocks.stream.num_documents) == (5, 3)
+    blocks, eval_blocks = blocks_of(tmp_path, tokenizer, train, evaluation, deduplicate=True)
+    out = capsys.readouterr().out
+    assert counts in out and out.endswith("held-out blocks: dropped\n")
+    assert (blocks.stream.num_documents, eval_blocks.stream.num_documents) == (3, 2)
+    whole = f",{','.join(map(str, blocks.stream[:]))},"
+    left = [eval_blocks[i]["input_ids"].tolist() for i in range(len(eval_blocks))]
+    assert 0 < len(left) < len(group_texts(eval_blocks.stream, 16)) < many
+    assert not any(f",{','.join(map(str, ids))}," in whole for ids in left if len(ids) == 16)
+    for evaluation, settings in (([known], {"deduplicate": True}), ([""], {})):
+        with pytest.raises(UserError, match="no token of the evaluation text is left"):
+            blocks_of(tmp_path, tokenizer, train, evaluation, **settings)
+    capsys.readouterr()
+    blocks_of(tmp_path, tokenizer, [other], [known])
+    assert capsys.readouterr().out == ""
+
+
+def mixed(config, tokenizer, seed):
+    """The documents that are trained and evaluated on, as texts and in order."""
+    blocks = load_blocks(config, *load_documents(config, seed), tokenizer, seed)
+    ids = [part.stream[:] for part in blocks]
+    return [tokenizer.decode(part).split("<|endoftext|>")[:-1] for part in ids]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Three texts, a table of 40 records and a saved data set of 10."""
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"txt {i}")
+    datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(40)]}).to_json(tmp_path / "rows.jsonl")
+    datasets.Dataset.from_dict({"text": [f"saved {i}" for i in range(10)]}).save_to_disk(tmp_path / "saved")
+    return [f"{tmp_path}/*.txt:1", f"{tmp_path}/rows.jsonl:2.5", f"{tmp_path}/saved:1"]
+
+
+def test_a_mixture_holds_out_first_and_then_repeats_small_sources(sources, tokenizer, capsys):
+    config = DataConfig(mix=sources, eval_fraction=0.2)
+    train, held_out = mixed(config, tokenizer, 3)
+    assert f"{sources[0][:-2]}: 2 documents, each 6.50 times an epoch" in capsys.readouterr().out
+    assert len(held_out) == len(set(held_out)) == 1 + 8 + 2 and not set(train) & set(held_out)
+    whole = {f"{name} {i}" for name, size in (("txt", 3), ("row", 40), ("saved", 10)) for i in range(size)}
+    assert set(train) | set(held_out) == whole
+    seen = {name: Counter(text for text in train if text.startswith(name)) for name in ("txt", "row", "saved")}
+    assert {name: counts.total() for name, counts in seen.items()} == {"txt": 13, "row": 32, "saved": 13}
+    for counts in seen.values():  # each pass over a source is whole
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert train == mixed(config, tokenizer, 3)[0] != mixed(config, tokenizer, 4)[0]
+    assert train != sorted(train)
+    config.max_documents = 1
+    with pytest.raises(UserError, match="give more text"):  # a text of a few letters, cut in two
+        mixed(config, tokenizer, 3)
+
+
+def test_what_a_mixture_repeats_is_not_there_twice(tmp_path, tokenizer, capsys):
+    for name, seeds in (("a", range(4)), ("b", range(1, 40))):
+        table = datasets.Dataset.from_dict({"text": [make_text(40, seed) for seed in seeds]})
+        table.to_json(tmp_path / f"{name}.jsonl")
+    (tmp_path / "c.txt").write_text(make_text(50, 99), encoding="utf-8")
+    mix = [f"{tmp_path}/{name}.jsonl:1" for name in "ab"]
+    config = DataConfig(mix=mix, eval_files=[f"{tmp_path}/c.txt"], deduplicate=True)
+    train, _ = mixed(config, tokenizer, 0)
+    assert "twice     3 training documents" in capsys.readouterr().out
+    assert Counter(Counter(train).values()) == {1: 36, 9: 4}
+    config.mix = [mix[1], mix[1]]
+    with pytest.raises(UserError, match=r"--mix .*b.jsonl: none of its documents is left"):
+        mixed(config, tokenizer, 0)
+
+
+def test_a_single_text_in_a_mixture_ends_before_the_next(tokenizer, tmp_path):
+    (tmp_path / "one.txt").write_text(make_text(200), encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", 4)
+    config = DataConfig(mix=[f"{tmp_path}/one.txt:1", f"{tmp_path}/rows.jsonl:1"], text_column="answers.text")
+    train, held_out = mixed(config, tokenizer, 0)
+    (head,) = {text for text in train if make_text(200).startswith(text)}
+    assert head + held_out[0] == make_text(200) and len(train) == 6
+
+
+def test_long_documents_are_split_or_dropped_and_counted(tmp_path, tokenizer, capsys):
+    train, evaluation = ["the text", make_text(90, 2), "a model of text"] * 4, ["a model learns"] * 2
+    for way, documents in (("split", 12), ("drop", 8)):
+        blocks, _ = blocks_of(tmp_path, tokenizer, train, evaluation, long_documents=way)
+        assert blocks.stream.num_documents == documents
+        told = "training  " in (out := capsys.readouterr().out)
+        assert told == (way == "drop")
+    assert "4 of 12 documents are longer than 16 tokens: dropped" in out
+    stream = data.load_stream(TextConfig(block_size=16), pairs([("the " * 20, "a"), ("a", "b")]), tokenizer, "text")
+    assert stream.num_documents == 2
+    out = capsys.readouterr().out
+    assert f"text      1 of 2 documents are longer than 16 tokens: split; 4 of {len(stream)} tokens are scored" in out
+    with pytest.raises(UserError, match="--long_documents drop: all 1 documents of the training text"):
+        blocks_of(tmp_path, tokenizer, train[1:2], evaluation, long_documents="drop")

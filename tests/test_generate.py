@@ -1,3 +1,4 @@
+import copy
 import os
 import pty
 import subprocess
@@ -12,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import generate as generate_module
 from config import UserError
-from generate import Printer, SamplingConfig, generate
+from generate import Printer, SamplingConfig, end_with_turns, generate
 from model import load_pretrained
+from text import CHAT_TEMPLATE
 
 PROMPTS = ["the model", "a", "token text of loss learns writes", "def return (self) :", "x = 1 \n"]
 GREEDY = SamplingConfig(max_new_tokens=12, greedy=True)
@@ -134,6 +136,34 @@ def test_bf16_is_of_the_weights_and_not_of_the_rotations(tokenizer, tmp_path):
     (text,) = generate(model, tokenizer, PROMPTS[:1], GREEDY)
     flags = ("--model", tmp_path, "--greedy", "--max_new_tokens", 12, "--precision", "bf16", "--prompt", PROMPTS[0])
     assert run_script("generate.py", *flags, cwd=tmp_path).stdout == PROMPTS[0] + text + "\n"
+
+
+def test_a_chat_keeps_the_conversation(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    speaker = copy.deepcopy(tokenizer)
+    speaker.chat_template = CHAT_TEMPLATE
+    speaker.save_pretrained(tmp_path / "model")
+    sampling, messages, answers = SamplingConfig(max_new_tokens=4, greedy=True), [], []
+    for turn in ("the", "a"):
+        messages.append({"role": "user", "content": turn})
+        text = speaker.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        answers += generate(model, speaker, [speaker(text)["input_ids"]], sampling)
+        messages.append({"role": "assistant", "content": answers[-1]})
+    flags = ("generate.py", "--model", "model", "--chat", "--greedy", "--max_new_tokens", 4)
+    done = run_script(*flags, cwd=tmp_path, stdin="the\na\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, answers[0] + "\n" + answers[1] + "\n", "")
+    assert run_script(*flags, "--prompt", "the", cwd=tmp_path).stdout == answers[0] + "\n"
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer):
+    speaker, model = copy.deepcopy(tokenizer), tiny_gpt2(len(tokenizer))
+    speaker.chat_template = CHAT_TEMPLATE
+    end_with_turns(model, speaker)
+    assert set(model.generation_config.eos_token_id) == {0}
+    speaker.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    speaker.chat_template = CHAT_TEMPLATE.replace("(eos_token or sep_token)", "'<|im_end|>\\n'")
+    end_with_turns(model, speaker)
+    assert set(model.generation_config.eos_token_id) == {0, speaker.convert_tokens_to_ids("<|im_end|>")}
 
 
 def test_no_finished_run(tmp_path):

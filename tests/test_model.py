@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from config import UserError
-from data import TextFiles
 from model import (
     ModelConfig,
     attention_kernel,
@@ -29,6 +28,7 @@ from model import (
     resolve_precision,
 )
 from report import peak_flops
+from text import TextFiles
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300}
 

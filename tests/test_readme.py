@@ -1,6 +1,7 @@
 """The README's commands, run as written in a copy of the project, beside a Hub of our own; and its tables of flags."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -13,11 +14,11 @@ import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
 
-from data import DataConfig
 from generate import GenerateConfig
 from lora import LoraConfig
 from model import ModelConfig
 from perplexity import PerplexityConfig
+from text import DataConfig
 from train import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +66,8 @@ def project(tmp_path_factory, tokenizer):
     tiny_gpt2(len(tokenizer), n_positions=256).save_pretrained(tiny)
     tokenizer.save_pretrained(tiny)
     write_jsonl(root / "quickstart/text.jsonl", 60)
+    chat = [{"role": role, "content": make_text(9)} for role in ("user", "assistant")]
+    (root / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
     (root / "notes").mkdir()
     for i in range(3):
         (root / f"notes/{i}.txt").write_text(make_text(500, i), encoding="utf-8")
@@ -103,7 +106,8 @@ def test_commands_run_as_written(project):
         assert "pip install" not in done.stdout and "prepare_" not in done.stdout
         run.append(command)
     assert len(run) == len(COMMANDS) - 4 >= 9
-    assert {"quickstart", "notes", "eli5", "scratch", "lora"} == {path.name for path in (root / "runs").iterdir()}
+    made = {"quickstart", "notes", "eli5", "scratch", "lora", "titles", "mix", "answers", "chat"}
+    assert made == {path.name for path in (root / "runs").iterdir()}
     assert "model.safetensors" in hub.files("user/notes")
     again = subprocess.run(["make", "train", "ARGS=--max_steps 2"], capture_output=True, text=True, **options)
     assert again.returncode == 0 and "this run is finished (2 of 2 steps)" in again.stdout, again.stderr
