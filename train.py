@@ -76,17 +76,8 @@ from text import DataConfig, load_documents
 T = TypeVar("T")
 
 # With another value of these it would be another run.
-SAME_RUN = (
-    "block_size",
-    "batch_size",
-    "grad_accum_steps",
-    "seed",
-    "deduplicate",
-    "freeze",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-)
+SAME_RUN = ("block_size", "batch_size", "grad_accum_steps", "seed", "deduplicate", "freeze")
+SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets")
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
