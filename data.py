@@ -3,6 +3,7 @@
     stream = tokenize(documents, tokenizer)            # int32, memory-mapped, cached by `datasets`
     blocks = group_texts(stream, block_size=128)       # every token in exactly one block
     loader = make_loader(blocks, batch_size=8)         # {"input_ids", "labels"}: (batch, block_size) int64
+    blocks = group_texts(stream, 128, apart=True)      # "position_ids" as well, which begin again with each document
 
 Memory stays flat: documents are read in pieces, tokens live in a memory-mapped Arrow file, blocks are views of it.
 A token that is not scored, such as one of a question whose answer is learnt, is stored as its bitwise complement.
@@ -74,6 +75,7 @@ class TokenStream:
             np.append(True, starts[1:] != ends[:-1])[: len(starts)]
         )  # of runs of the table's tokens
         self._begins = starts[begins]
+        self._document_starts = np.append(0, np.cumsum(self.documents["tokens"]))
         self._starts = np.append(0, np.cumsum(self.documents["tokens"]))[np.append(begins, len(starts))]
         chosen = b"" if numbers is None else numbers.tobytes()
         self.sha256 = hashlib.sha256("".join(row.as_py() for row in sums).encode() + chosen).hexdigest()
@@ -96,6 +98,12 @@ class TokenStream:
             parts.append(self._rows[row][begin : begin + min(stop, self._starts[run + 1]) - start])
             start += len(parts[-1])
         return np.concatenate(parts, dtype=np.int64)
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """How far each of the tokens [start, stop) is from the start of its document, or else from ``start``."""
+        numbers = np.arange(start, min(stop, len(self)))
+        begins = self._document_starts[np.searchsorted(self._document_starts, numbers, side="right") - 1]
+        return numbers - np.maximum(begins, start)
 
     def select(self, indices: np.ndarray) -> "TokenStream":
         """The stream of these of the documents, in this order; one may be there repeatedly."""
@@ -287,11 +295,13 @@ class Blocks(Dataset):
     With stride = block_size these are consecutive blocks. With a smaller stride they overlap, and only tokens that no
     block before holds carry labels: each token but the first is predicted once, with at least block_size - stride
     tokens before it (the evaluation of the guide "Perplexity of fixed-length models" of transformers). The items are
-    all blocks, or those that ``kept`` names.
+    all blocks, or those that ``kept`` names. Where documents are ``apart``, their first tokens carry no labels.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, stride: int, kept: Sequence[int] | None = None):
-        self.stream, self.block_size, self.stride = stream, block_size, stride
+    def __init__(
+        self, stream: TokenStream, block_size: int, stride: int, apart: bool = False, kept: Sequence[int] | None = None
+    ):
+        self.stream, self.block_size, self.stride, self.apart = stream, block_size, stride, apart
         beyond_first = max(0, len(self.stream) - self.block_size)
         count = min(1, len(self.stream)) + math.ceil(beyond_first / self.stride)
         self.kept = range(count) if kept is None else kept
@@ -300,18 +310,22 @@ class Blocks(Dataset):
         return len(self.kept)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        """Returns input_ids and labels, both (block_size,) int64."""
+        """Returns input_ids and labels, and position_ids where documents are apart, all (block_size,) int64."""
         start = int(self.kept[item]) * self.stride
         ids = self.stream[start : start + self.block_size]
         labels = np.where(ids < 0, IGNORED_LABEL, ids)
         if start > 0:
             labels[: self.block_size - self.stride] = IGNORED_LABEL
-        return {"input_ids": torch.from_numpy(unmarked(ids)), "labels": torch.from_numpy(labels)}
+        item = {"input_ids": unmarked(ids), "labels": labels}
+        if self.apart:
+            item["position_ids"] = self.stream.positions(start, start + self.block_size)
+            labels[item["position_ids"] == 0] = IGNORED_LABEL
+        return {key: torch.from_numpy(value) for key, value in item.items()}
 
 
-def group_texts(stream: TokenStream, block_size: int, stride: int | None = None) -> Blocks:
+def group_texts(stream: TokenStream, block_size: int, stride: int | None = None, apart: bool = False) -> Blocks:
     """Groups all tokens into blocks: none is dropped, and the remainder is the last, short block."""
-    return Blocks(stream, block_size, stride or block_size)
+    return Blocks(stream, block_size, stride or block_size, apart)
 
 
 def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenStream:
@@ -352,10 +366,11 @@ def load_blocks(
         train = train.select(_mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
     rule = f"the training text has {len(train)} tokens, and {config.block_size} or more are needed"
     require(len(train) >= config.block_size, f"{rule}; give more text or a smaller --block_size")
-    blocks, eval_blocks = group_texts(train, config.block_size), group_texts(held_out, config.block_size)
+    apart = config.pack == "documents"
+    blocks, eval_blocks = (group_texts(stream, config.block_size, apart=apart) for stream in (train, held_out))
     is_within = blocks_within(eval_blocks, train)
     if config.deduplicate:
-        eval_blocks = Blocks(held_out, config.block_size, config.block_size, np.flatnonzero(~is_within))
+        eval_blocks = Blocks(held_out, config.block_size, config.block_size, apart, np.flatnonzero(~is_within))
     twice, known, within = (int(found.sum()) for found in (is_twice, is_known, is_within))
     if twice or known or within:
         print(
@@ -423,14 +438,14 @@ def _window_hashes(ids: np.ndarray, size: int) -> np.ndarray:
 
 
 def collate(items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0) -> dict[str, torch.Tensor]:
-    """Stacks blocks to (batch, longest), at least (rows, length); the rest is token 0 with the ignored label.
+    """Stacks blocks to (batch, longest), at least (rows, length); the rest is token 0 with the ignored label, alone.
 
     No mask is needed: what follows a token cannot change its logits (`model.check_causal` has seen to that), and
     filled places are never scored.
     """
-    fill = {"input_ids": 0, "labels": IGNORED_LABEL}
     batch = {}
-    for key, value in fill.items():
+    for key in items[0]:
+        value = IGNORED_LABEL if key == "labels" else 0
         stacked = torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
         missing = (0, max(0, length - stacked.shape[1]), 0, max(0, rows - len(items)))
         batch[key] = torch.nn.functional.pad(stacked, missing, value=value)

@@ -528,8 +528,11 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
 # Checks
 
 
-def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-    """Raises UserError unless the model can hold the blocks and the vocabulary, and is causal."""
+def check_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, apart: bool = False
+) -> None:
+    """Raises UserError unless the model can hold the blocks and the vocabulary, is causal, and can keep documents
+    ``apart`` where it has to."""
     limit, rows = position_limit(model), model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     fits, largest_fits = limit is None or block_size <= limit, largest < rows
@@ -537,6 +540,8 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bloc
     held = f"its largest id is {largest}, but the model's embedding has {rows} rows"
     require(largest_fits, f"tokenizer {tokenizer.name_or_path}: {held}; use the tokenizer that belongs to the model")
     check_causal(model, block_size)
+    if apart:
+        check_isolated(model, block_size)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -70,8 +70,9 @@ def evaluate(
 ) -> tuple[float, int]:
     """Returns (nll_sum in nats, num_tokens) over everything that ``loader`` yields.
 
-    ``loader`` yields {"input_ids", "labels"}, both (batch, sequence) int64. Perplexity is exp(nll_sum / num_tokens):
-    sums over tokens do not depend on how blocks were batched. The model keeps its mode and its random state.
+    ``loader`` yields what `train_step` takes: {"input_ids", "labels"}, both (batch, sequence) int64. Perplexity is
+    exp(nll_sum / num_tokens): sums over tokens do not depend on how blocks were batched. The model keeps its mode and
+    its random state.
     ``between_batches`` is called before each batch; it may raise.
     """
     device = next(model.parameters()).device
@@ -82,9 +83,9 @@ def evaluate(
         for batch in bar:
             between_batches()
             num_tokens += count_predicted(batch["labels"])
-            input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
+            inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             # Token by token, so that the sum is taken in float64 in any order.
-            nll_sum += next_token_nll(model, input_ids, labels, reduction="none").double().sum()
+            nll_sum += next_token_nll(model, **inputs, reduction="none").double().sum()
             if not bar.disable:  # the sum comes to the host only where someone looks at it
                 elapsed = bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"loss {nll_sum.item() / num_tokens:.4f}, {num_tokens / elapsed:,.0f} tokens/s")
@@ -106,10 +107,11 @@ def main() -> None:
         documents = read_documents(config, "--files", config.files)
         tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
         stream = load_stream(config, documents, tokenizer, "text")
-    blocks = group_texts(stream, config.block_size, config.stride)
+    apart = config.pack == "documents"
+    blocks = group_texts(stream, config.block_size, config.stride, apart)
     need_text(blocks)
     model = load_pretrained(config.model, revision=config.model_revision).to(device)
-    check_model(model, tokenizer, config.block_size)
+    check_model(model, tokenizer, config.block_size, apart)
 
     nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")

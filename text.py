@@ -66,6 +66,9 @@ class TextConfig:
     long_documents: Literal["split", "drop"] = flag("split", "what becomes of those longer than a block")
     max_documents: Count | None = flag(None, "take the first N documents only")
     block_size: Annotated[int, Range(least=2)] = flag(128, "tokens a block")
+    pack: Literal["stream", "documents"] = flag(
+        "stream", "documents: none sees the one before it in its block, and its first token is not predicted"
+    )
 
     def rules(self) -> list[tuple[bool, str]]:
         unused = self.dataset_config is None and self.dataset_revision is None and self.dataset_split == "train"

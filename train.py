@@ -76,7 +76,7 @@ from text import DataConfig, load_documents
 T = TypeVar("T")
 
 # With another value of these it would be another run.
-SAME_RUN = ("block_size", "batch_size", "grad_accum_steps", "seed", "deduplicate", "freeze")
+SAME_RUN = ("block_size", "pack", "batch_size", "grad_accum_steps", "seed", "deduplicate", "freeze")
 SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets")
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
@@ -174,9 +174,10 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """One optimizer update on the mean loss over all predicted tokens of all ``micro_batches``.
 
-    Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64. Dividing every micro-batch's sum by the
-    tokens of the whole update makes 4 x 2 equal 1 x 8, also where blocks differ in length. Returns the loss in nats a
-    token, the gradient norm before clipping (both on the device, without a sync) and the number of predicted tokens.
+    Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64, and "position_ids" where documents are kept
+    apart. Dividing every micro-batch's sum by the tokens of the whole update makes 4 x 2 equal 1 x 8, also where blocks
+    differ in length. Returns the loss in nats a token, the gradient norm before clipping (both on the device, without a
+    sync) and the number of predicted tokens.
     Where loss or norm is not finite, the weights stay as they are; so they do where there is nothing to predict.
     """
     device = next(model.parameters()).device
@@ -188,9 +189,9 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
-            input_ids, labels = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
+            inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast(device, precision):
-                share = next_token_nll(model, input_ids, labels) / num_tokens
+                share = next_token_nll(model, **inputs) / num_tokens
             scaler.scale(share).backward()
             loss += share.detach()
 
@@ -436,7 +437,7 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(model_config, architecture, tokenizer).to(device)
-    check_model(model, tokenizer, data_config.block_size)
+    check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents")
     if config.init_from_checkpoint and not resumed:
         init_from_checkpoint(model, Path(config.init_from_checkpoint))
     freeze(model, lora_config.freeze)
