@@ -50,6 +50,9 @@ PIECE_TOKENS = 1 << 20  # of a stream that are looked at together
 DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("scored", "<i8"), ("bytes", "<i8")])
 
 
+RULES = 1  # to be counted up where the same text would give other tokens: those that are cached are then made anew
+
+
 class TokenStream:
     """The tokens of some documents, one after another; a read-only, memory-mapped sequence of int32.
 
@@ -132,7 +135,9 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenS
     if lacks_template := documents.has_messages and not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     template = tokenizer.chat_template if documents.has_messages else None
-    key = f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{template}\n{TOKEN_ROW}{DOCUMENT}"
+    key = (
+        f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{template}\n{TOKEN_ROW}{DOCUMENT}{RULES}"
+    )
     try:
         table = datasets.Dataset.from_generator(
             _token_rows,

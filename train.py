@@ -174,10 +174,10 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """One optimizer update on the mean loss over all predicted tokens of all ``micro_batches``.
 
-    Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64, and "position_ids" where documents are kept
-    apart. Dividing every micro-batch's sum by the tokens of the whole update makes 4 x 2 equal 1 x 8, also where blocks
-    differ in length. Returns the loss in nats a token, the gradient norm before clipping (both on the device, without a
-    sync) and the number of predicted tokens.
+    Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64, and "position_ids" where documents are
+    kept apart. Dividing every micro-batch's sum by the tokens of the whole update makes 4 x 2 equal 1 x 8, also where
+    blocks differ in length. Returns the loss in nats a token, the gradient norm before clipping (both on the device,
+    without a sync) and the number of predicted tokens.
     Where loss or norm is not finite, the weights stay as they are; so they do where there is nothing to predict.
     """
     device = next(model.parameters()).device

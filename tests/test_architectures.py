@@ -125,7 +125,7 @@ def test_architecture(name, trained, capsys):
         recomputes = "no"
     try:
         check_isolated(model, 32)
-        apart = model.isolated_by
+        apart = " and ".join(model.isolated_by)
     except UserError:
         apart = "no"
     causal = re.search(r"is made causal with (.*)", capsys.readouterr().err)
