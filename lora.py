@@ -65,6 +65,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_targets or "all-linear",
+        exclude_modules=None if config.lora_targets else _unlike_linear(model),
     )
     try:
         with warnings.catch_warnings():
@@ -75,6 +76,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
         raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {one_line(error)}; {fix}") from error
     if os.path.exists(model.name_or_path):  # the adapter has to find it from any directory
         model.peft_config["default"].base_model_name_or_path = os.path.abspath(model.name_or_path)
+
+
+def _unlike_linear(model: torch.nn.Module) -> list[str]:
+    """Linear layers that do more, or whose weights something else reads: routers of Llama 4, some of Mamba."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear)
+        or (
+            name.endswith((".out_proj", ".dt_proj")) and hasattr(model.get_submodule(name.rpartition(".")[0]), "conv1d")
+        )
+    ]
 
 
 def save_merged(model: PreTrainedModel, directory: Path) -> None:
