@@ -134,6 +134,8 @@ def _loading(source: str, what: str, fix: str) -> Iterator[None]:
             reason, fix = "it needs code of its own, which is never run", "give a model that transformers itself has"
         elif isinstance(error.__cause__ or error, LocalEntryNotFoundError):
             reason, fix = "it is not in the cache, and the Hub cannot be reached", "check id, revision and network"
+        elif "attn_implementation" in reason:
+            fix = "give another --attn_implementation or leave it out"
         elif "named model.safetensors" in reason:
             command = f"from transformers import pipeline as p; p('text-generation', '{name}').save_pretrained('safe')"
             fix = f'a pytorch_model.bin can run code and is never read: convert it once with python -c "{command}"'
@@ -289,8 +291,9 @@ def load_model(config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTr
     if config.model:
         model = load_pretrained(config.model, settings, config.model_revision)
     else:
-        fix = "check it, --attn_implementation and --model_overrides"
-        with _loading(f"--model_config {config.model_config}", "causal language model", fix):
+        with _loading(
+            f"--model_config {config.model_config}", "causal language model", "check it and --model_overrides"
+        ):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         _generate_as_trained(model)
     if config.add_tokens:

@@ -22,6 +22,7 @@ from model import (
     linear_cross_entropy,
     load_config,
     load_model,
+    load_pretrained,
     load_tokenizer,
     next_token_nll,
     plain_head,
@@ -398,3 +399,36 @@ def test_a_document_does_not_see_the_one_before_it_in_its_block(kind, way):
 def test_documents_that_cannot_be_kept_apart_are_refused(kind):
     with pytest.raises(UserError, match=f"--pack documents: {kind} sees .*give --pack stream"):
         check_isolated(from_scratch(kind), 24)
+
+
+def test_added_tokens_begin_at_the_mean(model_dir, text_file):
+    config = ModelConfig(model=str(model_dir), add_tokens=["<note>", "<end>"])
+    tokenizer = load_tokenizer(config, TextFiles(((str(text_file), 0, None),)))
+    before = load_pretrained(str(model_dir)).get_input_embeddings().weight
+    model = load(config, tokenizer)
+    weight = model.get_input_embeddings().weight
+    assert tokenizer.convert_tokens_to_ids(["<note>", "<end>"]) == [len(before), len(before) + 1]
+    assert torch.equal(weight[:-2], before) and weight.shape[0] == model.config.vocab_size == len(before) + 2
+    torch.testing.assert_close(weight[-2:], before.mean(0).expand(2, -1))
+    assert model.get_output_embeddings().weight is weight
+    with pytest.raises(UserError, match=r"--add_tokens the: the tokenizer has it already"):
+        load_tokenizer(ModelConfig(model=str(model_dir), add_tokens=["the"]), TextFiles(()))
+
+
+def test_attention_of_ones_choice(model_dir, tokenizer):
+    model = load(ModelConfig(model=str(model_dir), attn_implementation="eager"), tokenizer)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"nonsense") as error:
+        load(ModelConfig(model=str(model_dir), attn_implementation="nonsense"), tokenizer)
+    assert "--attn_implementation" in str(error.value)
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss():
+    """As often as there are predicted tokens, since the sum is divided by their number; in training alone."""
+    model = from_scratch("mixtral", num_key_value_heads=1, output_router_logits=True, router_aux_loss_coef=0.5)
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+    model.train()
+    expected = 0.5 * model(input_ids=ids).aux_loss
+    trained = next_token_nll(model, ids, ids)
+    model.eval()
+    torch.testing.assert_close(trained - next_token_nll(model, ids, ids), expected * 30)
