@@ -411,8 +411,8 @@ def test_added_tokens_begin_at_the_mean(model_dir, text_file):
     assert torch.equal(weight[:-2], before) and weight.shape[0] == model.config.vocab_size == len(before) + 2
     torch.testing.assert_close(weight[-2:], before.mean(0).expand(2, -1))
     assert model.get_output_embeddings().weight is weight
-    with pytest.raises(UserError, match=r"--add_tokens the: the tokenizer has it already"):
-        load_tokenizer(ModelConfig(model=str(model_dir), add_tokens=["the"]), TextFiles(()))
+    with pytest.raises(UserError, match=r"--add_tokens <.endoftext.>: the tokenizer has it already"):
+        load_tokenizer(ModelConfig(model=str(model_dir), add_tokens=["<|endoftext|>"]), TextFiles(()))
 
 
 def test_attention_of_ones_choice(model_dir, tokenizer):
