@@ -231,7 +231,7 @@ def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: lis
     hub_base = base if base and not Path(base).exists() else None
     hub_data = settings["dataset"] if settings["dataset"] and not Path(settings["dataset"]).exists() else None
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if settings["lora_rank"] and not settings["merge_lora"] else "transformers",
         pipeline_tag="text-generation",
         base_model=hub_base,
         datasets=[hub_data] if hub_data else None,

@@ -377,6 +377,11 @@ def main() -> None:
     device = select_device()
     precision = resolve_precision(config.precision, device)
     settings = {**vars(model_config), **vars(lora_config), **vars(data_config), **vars(config)}
+    others = [f"--{name}" for name in ("model_config", "add_tokens", "init_from_checkpoint") if settings[name]]
+    alone = f"--lora_rank {lora_config.lora_rank}: an adapter is for --model as it is, without {', '.join(others)}"
+    require(
+        not (lora_config.lora_rank and others) or lora_config.merge_lora, f"{alone}; add --merge_lora or leave it out"
+    )
 
     # Text -> tokens -> blocks.
     train_documents, eval_documents = load_documents(data_config, config.seed)
