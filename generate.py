@@ -10,6 +10,7 @@
 The texts go to stdout, everything else to stderr. One prompt is streamed as it is made; several are batched.
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -123,14 +124,11 @@ def generate(
             f"takes {longest}; lower it or shorten the prompt"
         )
     options = {"forced_bos_token_id": None, "forced_eos_token_id": None}  # what translators begin and end with
-    options |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    if not sampling.greedy:
-        options |= {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+    for name in ("temperature", "top_k", "top_p"):
+        options[name] = None if sampling.greedy else getattr(sampling, name)
+    ends = model.generation_config.eos_token_id
+    if ends in (None, []):  # BERT's family ends a document with its separator
+        ends = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     texts = []
     with evaluating(model):
         for batch in _batches(encoded, model):
@@ -143,6 +141,8 @@ def generate(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=pad,
+                eos_token_id=ends,
+                do_sample=not sampling.greedy,
                 streamer=streamer,
                 **options,
             )
@@ -203,7 +203,9 @@ def end_with_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Texts of ``model`` end with the token that ends an answer in the chat template as well as with end-of-text."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     ends = [text.rpartition("!")[2].strip() for text, scored in render(turns, tokenizer) or [] if scored]
-    ids = tokenizer.convert_tokens_to_ids([token for token in (tokenizer.eos_token, *ends) if token])
+    ids = tokenizer.convert_tokens_to_ids(
+        [token for token in (tokenizer.eos_token or tokenizer.sep_token, *ends) if token]
+    )
     own = model.generation_config.eos_token_id or []
     model.generation_config.eos_token_id = [*([own] if isinstance(own, int) else own), *ids]
 
@@ -278,8 +280,13 @@ def main() -> None:
 
     def answer(prompts: list[str], streamed: bool) -> None:
         if config.chat:
-            asked = [*messages, {"role": "user", "content": prompts[0]}]
-            ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+            asked, room = [*messages, {"role": "user", "content": prompts[0]}], position_limit(model) or math.inf
+            while True:
+                ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+                if len(asked) == 1 or len(ids) + config.max_new_tokens <= room:
+                    break
+                print(f"(forgotten: {asked[0]['content'][:40]}...; the model holds {room} positions)", file=sys.stderr)
+                asked = asked[2:]
             (text,) = generate(model, tokenizer, [ids], config, Printer(tokenizer))
             messages[:] = [*asked, {"role": "assistant", "content": text}]
             return

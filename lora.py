@@ -69,11 +69,15 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of GPT-2's transposed weights, which it finds by itself
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # of GPT-2's transposed weights, which it finds itself
             model.add_adapter(adapter)
     except ValueError as error:
         fix = "name them as model.named_modules() does, or leave it out"
         raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {one_line(error)}; {fix}") from error
+    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in embeddings):
+        tied = "embedding and head are one matrix, which an adapter of one of them would change for both"
+        raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {tied}; leave it out")
     if os.path.exists(model.name_or_path):  # the adapter has to find it from any directory
         model.peft_config["default"].base_model_name_or_path = os.path.abspath(model.name_or_path)
 

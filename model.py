@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from config import UserError, find_hub, flag, one_line, require, warn
+from config import UserError, find_hub, flag, one_line, out_of_memory, require, warn
 from data import IGNORED_LABEL
 from linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from text import Documents
@@ -70,7 +70,7 @@ class ModelConfig:
     )
     add_tokens: list[str] = flag([], "tokens to add, such as '<note>'; their embeddings start at the mean of all")
     attn_implementation: str | None = flag(
-        None, "sdpa, eager, flash_attention_2, or what else transformers knows (default: its own choice)"
+        None, "sdpa, eager, or what else transformers knows (default: its own choice)"
     )
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -134,7 +134,7 @@ def _loading(source: str, what: str, fix: str) -> Iterator[None]:
             reason, fix = "it needs code of its own, which is never run", "give a model that transformers itself has"
         elif isinstance(error.__cause__ or error, LocalEntryNotFoundError):
             reason, fix = "it is not in the cache, and the Hub cannot be reached", "check id, revision and network"
-        elif "attn_implementation" in reason:
+        elif "attn_implementation" in reason or "FlashAttention" in reason:
             fix = "give another --attn_implementation or leave it out"
         elif "named model.safetensors" in reason:
             command = f"from transformers import pipeline as p; p('text-generation', '{name}').save_pretrained('safe')"
@@ -209,8 +209,13 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
 # Model
 
 
-def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedConfig:
-    """The model's config with the overrides; for a model from scratch it fits a tokenizer that was chosen for it."""
+def load_config(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, unchanged: str | None = None
+) -> PreTrainedConfig:
+    """The model's config with the overrides; for a model from scratch it fits a tokenizer that was chosen for it.
+
+    ``unchanged`` is why a pretrained model's config must not be changed to make it causal, if there is a reason.
+    """
     name, flag_name = (config.model, "--model") if config.model else (config.model_config, "--model_config")
     if Path(name, "adapter_config.json").exists():
         fix = f"merge it first: python generate.py --model {name} --merge OUT"
@@ -225,7 +230,8 @@ def load_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_s
                 setattr(settings, key, fitting[key])
             except StrictDataclassFieldValidationError:  # some have to have a padding id
                 setattr(settings, key, tokenizer.eos_token_id)
-    _make_causal(settings, kept=overrides, new_block_size=None if config.model else block_size)
+    changed = _make_causal(settings, kept=overrides, new_block_size=None if config.model else block_size)
+    require(not (changed and unchanged), f"{unchanged} {', '.join(changed)}; add --merge_lora")
     settings._attn_implementation = config.attn_implementation
     if config.model_config and getattr(settings, "pad_token_id", 0) is None and _needs_padding(settings):
         settings.pad_token_id = tokenizer.eos_token_id
@@ -256,8 +262,10 @@ def _read_config(name: str, flag_name: str, revision: str | None, overrides: dic
     return settings
 
 
-def _make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_block_size: int | None = None) -> None:
-    """Changes the settings that let a token see later ones, except those that are to be ``kept``.
+def _make_causal(
+    settings: PreTrainedConfig, kept: Collection[str] = (), new_block_size: int | None = None
+) -> list[str]:
+    """Changes the settings that let a token see later ones, except those that are to be ``kept``; returns which.
 
     ``new_block_size`` is that of a model from scratch.
     """
@@ -284,6 +292,7 @@ def _make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_blo
         setattr(settings, key, value)
     if changed:
         warn(f"{kind} is made causal with {', '.join(f'{key}={value}' for key, value in changed.items())}")
+    return list(changed)
 
 
 def load_model(config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -533,16 +542,31 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
 
 
 def check_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, apart: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    apart: bool = False,
+    precision: str = "fp32",
 ) -> None:
-    """Raises UserError unless the model can hold the blocks and the vocabulary, is causal, and can keep documents
-    ``apart`` where it has to."""
+    """Raises UserError unless the model can hold the blocks and the vocabulary, works in the precision, is causal, and
+    keeps documents ``apart`` where it has to."""
     limit, rows = position_limit(model), model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     fits, largest_fits = limit is None or block_size <= limit, largest < rows
     require(fits, f"--block_size {block_size}: {model.config.model_type} holds at most {limit} positions; lower it")
     held = f"its largest id is {largest}, but the model's embedding has {rows} rows"
     require(largest_fits, f"tokenizer {tokenizer.name_or_path}: {held}; use the tokenizer that belongs to the model")
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad(), evaluating(model), autocast(model.device, precision):
+            next_token_nll(model, ids, ids)
+    except RuntimeError as error:
+        if precision == "fp32" or out_of_memory(error):
+            raise
+        fix = "give --precision fp32"
+        raise UserError(
+            f"--precision {precision}: {model.config.model_type} fails ({one_line(error)}); {fix}"
+        ) from error
     check_causal(model, block_size)
     if apart:
         check_isolated(model, block_size)
@@ -598,13 +622,15 @@ def check_isolated(model: PreTrainedModel, block_size: int) -> None:
     half, rows = max(1, block_size // 2), model.get_input_embeddings().num_embeddings
     ids, other = (torch.randint(rows, (1, 2 * half), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     other[:, half:] = ids[:, half:]
-    positions = torch.arange(half, device=model.device).repeat(1, 2)
+    positions = torch.arange(half, device=model.device).repeat(2, 2)  # flash kernels pack where there is one row alone
     # Both only last: RoBERTa's positions do not begin with 0.
     for model.isolated_by in (["position_ids"], ["attention_mask"], ["attention_mask", "position_ids"]):
         try:
             with evaluating(model):
                 later, same = (
-                    model(input_ids=probe.to(model.device), use_cache=False, **isolated(model, positions)).logits
+                    model(
+                        input_ids=probe.expand(2, -1).to(model.device), use_cache=False, **isolated(model, positions)
+                    ).logits
                     for probe in (ids, other)
                 )
         except (TypeError, ValueError, RuntimeError, IndexError, AssertionError):  # it takes nothing of the kind
