@@ -377,11 +377,11 @@ def main() -> None:
     device = select_device()
     precision = resolve_precision(config.precision, device)
     settings = {**vars(model_config), **vars(lora_config), **vars(data_config), **vars(config)}
-    others = [f"--{name}" for name in ("model_config", "add_tokens", "init_from_checkpoint") if settings[name]]
-    alone = f"--lora_rank {lora_config.lora_rank}: an adapter is for --model as it is, without {', '.join(others)}"
-    require(
-        not (lora_config.lora_rank and others) or lora_config.merge_lora, f"{alone}; add --merge_lora or leave it out"
-    )
+    changing = ("model_config", "model_overrides", "model_revision", "add_tokens", "init_from_checkpoint")
+    others = [f"--{name}" for name in changing if settings[name]]
+    is_adapter = bool(lora_config.lora_rank) and not lora_config.merge_lora
+    alone = f"--lora_rank {lora_config.lora_rank}: an adapter is for --model as it is, without"
+    require(not (is_adapter and others), f"{alone} {', '.join(others)}; add --merge_lora or leave it out")
 
     # Text -> tokens -> blocks.
     train_documents, eval_documents = load_documents(data_config, config.seed)
@@ -394,7 +394,7 @@ def main() -> None:
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
 
     # A run that is already there: finished, to be resumed, or to be replaced.
-    architecture = load_config(model_config, tokenizer, data_config.block_size)
+    architecture = load_config(model_config, tokenizer, data_config.block_size, alone if is_adapter else None)
     base = Path(model_config.model or model_config.model_config)
     identity = {
         "model": base.name if base.exists() else str(base),  # a directory may have moved
@@ -442,8 +442,8 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     model = load_model(model_config, architecture, tokenizer).to(device)
-    check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents")
-    if config.init_from_checkpoint and not resumed:
+    check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents", precision)
+    if config.init_from_checkpoint and (not resumed or lora_config.lora_rank or lora_config.freeze):
         init_from_checkpoint(model, Path(config.init_from_checkpoint))
     freeze(model, lora_config.freeze)
     if lora_config.lora_rank:
@@ -852,7 +852,7 @@ def save_model(
         tokenizer.save_pretrained(directory)
         report.model_card(settings, facts, report.evaluations(run_dir)).save(directory / "README.md")
 
-    num_bytes = sum(weight.nbytes for weight in _weights(model).values())
+    num_bytes = 4 * model.num_parameters(only_trainable=not merge)
     checkpoint.write_directory(run_dir / "model", write, num_bytes)
 
 

@@ -19,6 +19,7 @@ from config import UserError
 from generate import SamplingConfig, generate
 from model import (
     check_isolated,
+    check_model,
     count_predicted,
     load_pretrained,
     load_tokenizer_by_name,
@@ -36,10 +37,10 @@ Each of these is trained by the tests (`tests/test_architectures.py`, which also
 config through `train.py`: its loss falls on its own, the probe finds that it is causal, it is saved and loads back with
 the same logits, and its greedy text is what its logits say. "Logits": whether the loss is computed without ever holding
 all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients. "Apart": what keeps
-documents apart with `--pack documents`, as far as anything does.
+documents apart with `--pack documents`, as far as anything does. "bf16": whether it computes in bf16.
 
-| | architecture | `model_type` | made causal with | logits | twice | apart |
-| --- | --- | --- | --- | --- | --- | --- |
+| | architecture | `model_type` | made causal with | logits | twice | apart | bf16 |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 ROWS: dict[str, str] = {}
 
@@ -95,7 +96,7 @@ def test_architecture(name, trained, capsys):
         said = {"cpmant": "it has no causal switch"}.get(kind, "4.57.6 was its last release with it")
         assert said in str(error)
         reason = "no causal switch" if kind == "cpmant" else "dropped by transformers"
-        ROWS[name] = f"{row} refused: {reason} | | | |"
+        ROWS[name] = f"{row} refused: {reason} | | | | |"
         return
     losses = [record["loss"] for record in read_jsonl(run_dir / "metrics.jsonl") if record["split"] == "eval"]
     assert losses[-1] < losses[0] - 0.2
@@ -128,8 +129,16 @@ def test_architecture(name, trained, capsys):
         apart = " and ".join(model.isolated_by)
     except UserError:
         apart = "no"
+    try:
+        check_model(model, tokenizer, 32, precision="bf16")
+        bf16 = "yes"
+    except UserError as error:
+        assert "give --precision fp32" in str(error)
+        bf16 = "no"
     causal = re.search(r"is made causal with (.*)", capsys.readouterr().err)
-    ROWS[name] = f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} | {apart} |"
+    ROWS[name] = (
+        f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} | {apart} | {bf16} |"
+    )
 
 
 def test_the_table_is_what_was_seen():

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, run_script, tiny_gpt2
 from test_data import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers.generation.streamers import BaseStreamer
 
 import generate as generate_module
 from config import UserError
@@ -24,6 +25,28 @@ GREEDY = SamplingConfig(max_new_tokens=12, greedy=True)
 @pytest.fixture(scope="module")
 def model(model_dir):
     return load_pretrained(str(model_dir))
+
+
+class Counter(BaseStreamer):
+    tokens = -1  # the prompt comes first, as one
+
+    def put(self, value):
+        self.tokens += 1
+
+    def end(self):
+        pass
+
+
+def test_a_text_ends_with_what_ended_the_documents(model_dir, tokenizer):
+    """Of BERT's family that is the separator, and neither model nor tokenizer calls it the end."""
+    model, twin = load_pretrained(str(model_dir)), copy.deepcopy(tokenizer)
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens are alike, so the first one is always taken
+    for end, expected in ((tokenizer.decode([0]), 1), ("a", 9)):
+        twin.eos_token, twin.sep_token = None, end
+        generate(model, twin, ["the"], SamplingConfig(max_new_tokens=9, greedy=True), counter := Counter())
+        assert counter.tokens == expected
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -80,6 +80,12 @@ def test_layers_by_name_and_their_scale():
         add_lora(llama(), LoraConfig(lora_rank=2, lora_targets=["nothing"]))
 
 
+def test_an_adapter_of_one_of_two_tied_matrices_is_refused():
+    for target in ("lm_head", "wte"):
+        with pytest.raises(UserError, match=f"--lora_targets c_attn {target}: embedding and head are one matrix"):
+            add_lora(tiny_gpt2(100), LoraConfig(lora_rank=2, lora_targets=["c_attn", target]))
+
+
 def test_rules():
     assert [holds for holds, _ in LoraConfig(lora_rank=8, merge_lora=True).rules()] == [True, True]
     (holds, words), _ = LoraConfig(lora_alpha=8, merge_lora=True).rules()
@@ -176,6 +182,18 @@ def test_a_run_begins_with_another_ones_weights(arguments, tmp_path):
         for name in ("old", "new")
     )
     assert new[0] == pytest.approx(old[-1], abs=1e-9) and new[0] < old[0]
+    shutil.rmtree(tmp_path / "new")
+    frozen = [
+        *flags,
+        "old/checkpoints/step-000004",
+        "--freeze",
+        "*.wpe.weight",
+        "--resume",
+    ]  # which no checkpoint holds
+    for max_steps in (2, 4):
+        done = run_script("train.py", *frozen, "--max_steps", max_steps, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
     shutil.rmtree(tmp_path / "new")
     for path, more, words in (
         ("old", (), "old: no checkpoint; give a run's checkpoints/step-..."),
