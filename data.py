@@ -140,7 +140,7 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenS
     )
     try:
         table = datasets.Dataset.from_generator(
-            _token_rows,
+            token_rows,
             features=TOKEN_ROW,
             gen_kwargs={"documents": documents, "tokenizer": tokenizer, "end": end},
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
@@ -206,7 +206,7 @@ def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int
         yield _Window(text, start, True, num_bytes, bounds)
 
 
-def _token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
+def token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
     # A slow (pure Python) tokenizer cannot say where its tokens start: its documents stay whole.
     windows = _windows(documents, tokenizer, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
     before: _Window | None = None  # a window whose document goes on
@@ -318,14 +318,20 @@ class Blocks(Dataset):
         """Returns input_ids and labels, and position_ids where documents are apart, all (block_size,) int64."""
         start = int(self.kept[item]) * self.stride
         ids = self.stream[start : start + self.block_size]
-        labels = np.where(ids < 0, IGNORED_LABEL, ids)
+        item = block_item(ids, self.stream.positions(start, start + self.block_size) if self.apart else None)
         if start > 0:
-            labels[: self.block_size - self.stride] = IGNORED_LABEL
-        item = {"input_ids": unmarked(ids), "labels": labels}
-        if self.apart:
-            item["position_ids"] = self.stream.positions(start, start + self.block_size)
-            labels[item["position_ids"] == 0] = IGNORED_LABEL
-        return {key: torch.from_numpy(value) for key, value in item.items()}
+            item["labels"][: self.block_size - self.stride] = IGNORED_LABEL
+        return item
+
+
+def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    """A block of ``ids``, ~id where not scored, and their ``positions`` where documents are apart, all (length,)."""
+    labels = np.where(ids < 0, IGNORED_LABEL, ids)
+    item = {"input_ids": unmarked(ids), "labels": labels}
+    if positions is not None:
+        item["position_ids"] = positions
+        labels[positions == 0] = IGNORED_LABEL
+    return {key: torch.from_numpy(value) for key, value in item.items()}
 
 
 def group_texts(stream: TokenStream, block_size: int, stride: int | None = None, apart: bool = False) -> Blocks:
@@ -351,8 +357,8 @@ def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedT
 
 def load_blocks(
     config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Blocks, Blocks]:
-    """The blocks to train and to evaluate on. Says what of the text is there twice.
+) -> tuple["TrainingData", Blocks]:
+    """What to train on and the blocks to evaluate on. Says what of the text is there twice.
 
     Raises UserError where there is too little text.
     """
@@ -383,7 +389,7 @@ def load_blocks(
             f"held-out blocks{': dropped' if config.deduplicate else '; --deduplicate drops all these'}"
         )
     need_text(eval_blocks)
-    return blocks, eval_blocks
+    return TrainingData(blocks, seed), eval_blocks
 
 
 def _mixture(mix: list[str], sources: np.ndarray, seed: int) -> np.ndarray:
@@ -541,6 +547,53 @@ def training_batches(
             if position.blocks >= len(blocks):
                 position = Position(position.epoch + 1)
             yield update, position
+
+
+class TrainingData:
+    """What the loop trains on: blocks of text that is on the disk, in an order of the ``seed``."""
+
+    def __init__(self, blocks: Blocks, seed: int):
+        self.blocks, self._seed = blocks, seed
+        stream = blocks.stream
+        self.facts = {"train_documents": stream.num_documents, "train_tokens": len(stream)}
+        self.identity = stream.sha256
+        self.scored = stream.num_scored / len(stream)  # the part of all tokens that counts as tokens seen
+
+    def __str__(self) -> str:
+        documents, tokens = self.facts.values()
+        return f"{documents:,} documents, {tokens:,} tokens, {len(self.blocks):,} blocks of {self.blocks.block_size}"
+
+    def updates_per_epoch(self, batch_size: int, grad_accum_steps: int) -> int | None:
+        """None where that is not known."""
+        return math.ceil(math.ceil(len(self.blocks) / batch_size) / grad_accum_steps)
+
+    def epochs(self, position: Position) -> float:
+        return position.epoch + position.blocks / len(self.blocks)
+
+    def first(self, count: int) -> dict[str, torch.Tensor]:
+        """The first blocks as a batch."""
+        return collate([self.blocks[i] for i in range(min(count, len(self.blocks)))])
+
+    def batches(
+        self, batch_size: int, grad_accum_steps: int, position: Position, same_shape: bool, *workers: int
+    ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
+        """What `training_batches` yields, and the numbers of the blocks."""
+        updates = training_batches(
+            self.blocks, batch_size, grad_accum_steps, self._seed, position, *workers, same_shape=same_shape
+        )
+        order, size = epoch_order(len(self.blocks), self._seed, position.epoch), batch_size * grad_accum_steps
+        for micro_batches, after in updates:
+            yield micro_batches, after, order[position.blocks : position.blocks + size].tolist()
+            if after.epoch > position.epoch:
+                order = epoch_order(len(self.blocks), self._seed, after.epoch)
+            position = after
+
+    def state(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        """What a checkpoint must hold beside the position, in JSON's terms and as tensors by group."""
+        return {}, {}
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Goes on from what `state` has returned."""
 
 
 def _guarded(batches: Iterator[T], num_workers: int, timeout: int) -> Iterator[T]:

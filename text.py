@@ -24,6 +24,7 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 import datasets
+import fsspec
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 from jinja2.exceptions import TemplateError
@@ -77,7 +78,7 @@ class TextConfig:
         names = ("text_column", "text_template", "prompt_column", "completion_column")
         given = ((name, getattr(self, name)) for name in names)
         wrong = [f"--{name} {value}" for name, value in given if value and not _parse_template(value)]
-        no_rule = next((rule for rule in self.filter if not _parse_filter(rule)), None)
+        no_rule = next((rule for rule in self.filter if not parse_filter(rule)), None)
         return [
             (bool(self.dataset) or unused, "--dataset_config, _split and _revision need --dataset; leave them out"),
             (len(columns) < 2, f"{' and '.join(columns)} exclude each other; give one of them"),
@@ -102,20 +103,36 @@ class DataConfig(TextConfig):
         0.1, "held out by document when no evaluation text is given, chosen by the seed"
     )
     deduplicate: bool = flag(False, "drop training documents that stand twice, and evaluation text that is trained on")
+    streaming: bool = flag(False, "read the training text as it is needed, also from URLs, and keep none of it on disk")
+    shuffle_buffer: Count = flag(1000, "blocks to choose the next one from, where the text is streamed")
 
     def rules(self) -> list[tuple[bool, str]]:
         names = [name for name in ("dataset", "train_files", "mix") if getattr(self, name)]
         given = " and ".join(f"--{name} {' '.join(np.atleast_1d(getattr(self, name)))}" for name in names)
         weights = all(name and 0 < weight < math.inf for name, weight in map(parse_source, self.mix))
         split = f"--dataset_eval_split {self.dataset_eval_split}"
+        buffer = f"--shuffle_buffer {self.shuffle_buffer}: needs --streaming; leave it out"
         return [
             *super().rules(),
+            *(self._streaming_rules() if self.streaming else []),
+            (self.streaming or self.shuffle_buffer == DataConfig.shuffle_buffer, buffer),
             (len(names) < 2, f"{given} exclude each other; give one of them"),
             (bool(names), "no training text: give --dataset, --train_files or --mix"),
             (weights, f"--mix {' '.join(self.mix)}: each must be name:weight, the weight above 0"),
             (not self.dataset_eval_split or bool(self.dataset), f"{split}: needs --dataset; use --eval_files instead"),
             (not (self.dataset_eval_split and self.eval_files), f"{split} and --eval_files exclude each other"),
             (self.dataset_eval_split != self.dataset_split, f"{split}: is the split that is trained on; give another"),
+        ]
+
+    def _streaming_rules(self) -> list[tuple[bool, str]]:
+        held_out = "nothing can be held out of text that is streamed; give --eval_files or --dataset_eval_split"
+        mix = f"--streaming reads one source, not --mix {' '.join(self.mix)}; leave one of them out"
+        part = f"--dataset_split {self.dataset_split}: --streaming reads whole splits; give --max_documents instead"
+        return [
+            (bool(self.eval_files or self.dataset_eval_split), f"--streaming: {held_out}"),
+            (not self.mix, mix),
+            (not self.deduplicate, "--streaming and --deduplicate, which needs the whole text, exclude each other"),
+            (not {"[", "+"} & set(self.dataset_split), part),
         ]
 
 
@@ -132,7 +149,7 @@ def _parse_template(template: str) -> Template | None:
     return tuple((text, column or "") for text, column, *_ in parts) if is_one and is_plain else None
 
 
-def _parse_filter(rule: str) -> tuple[str, bool, str] | None:
+def parse_filter(rule: str) -> tuple[str, bool, str] | None:
     """A filter's column, whether it is to equal, and the value; None where it is no filter."""
     match = re.fullmatch(r"([^=!]+)(!?)=(.*)", rule, re.DOTALL)
     return (match[1], not match[2], match[3]) if match else None
@@ -185,32 +202,38 @@ class Rows(Documents):
         form = (self.parts, self.separator, self.has_messages, self.loss_on, self.ended)
         return f"{self.table._fingerprint}:{form}"
 
+    @property
+    def columns(self) -> list[str]:
+        return sorted({column.split(".")[0] for part in self.parts for _, column in part if column})
+
     def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
-        heads = {column.split(".")[0] for part in self.parts for _, column in part if column}
-        batches = self.table.select_columns(sorted(heads)).iter(batch_size=100)
+        batches = self.table.select_columns(self.columns).iter(batch_size=100)
         records = (
             dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
         )
         number = -1
         try:
             for number, record in zip(self.numbers, records, strict=True):
-                where = f"{self.source}: record {number + 1}"
-                if self.has_messages:
-                    pieces = self._conversation(where, record, tokenizer)
-                else:
-                    texts = [self._fill(where, part, record) for part in self.parts]
-                    pieces = [*((text, False) for text in texts[:-1]), (texts[-1], True)]
-                yield ((text, scored or self.loss_on == "all") for text, scored in pieces)
+                yield self.document(f"{self.source}: record {number + 1}", record, tokenizer)
         except UnicodeDecodeError as error:
             where = f"{self.source}: record {number + 2}"
             raise UserError(f"{where} or a later one is not UTF-8 ({error.reason}); convert it") from error
+
+    def document(self, where: str, record: dict, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Piece]:
+        """The document of a record, which messages call ``where``."""
+        if self.has_messages:
+            pieces = self._conversation(where, record, tokenizer)
+        else:
+            texts = [self._fill(where, part, record) for part in self.parts]
+            pieces = [*((text, False) for text in texts[:-1]), (texts[-1], True)]
+        return ((text, scored or self.loss_on == "all") for text, scored in pieces)
 
     def _fill(self, where: str, template: Template, record: dict[str, Any]) -> str:
         filled = []
         for text, column in template:
             value = _joined(_value_at(record, column.split(".")), self.separator) if column else ""
             if value is None or "\0" in value:
-                held = "a NUL character" if value else f"{str(record[column.split('.')[0]])[:40]}, not text"
+                held = "a NUL character" if value else f"{str(record.get(column.split('.')[0]))[:40]}, not text"
                 raise UserError(f"{where} holds {held}; take it out")
             filled += [text, value]
         return "".join(filled)
@@ -256,7 +279,7 @@ def _value_at(value: Any, path: list[str]) -> Any:
         return value
     if isinstance(value, list):
         return [_value_at(item, path) for item in value]
-    return _value_at(value[path[0]], path[1:]) if isinstance(value, dict) else None
+    return _value_at(value.get(path[0]), path[1:]) if isinstance(value, dict) else None
 
 
 def _joined(value: Any, separator: str, kinds: type = str) -> str | None:
@@ -328,10 +351,10 @@ class TextFiles(Documents):
 
     @staticmethod
     def _read(path: str, start: int = 0, end: int | None = None) -> Iterator[str]:
-        opened = gzip.open if path.endswith(".gz") else open
         position = 0
         try:
-            with opened(path, "rt", encoding="utf-8", newline="") as file:  # newline="": every \r\n stays as it is
+            # newline="": every \r\n stays as it is. A path may be a URL.
+            with fsspec.open(path, "rt", compression="infer", encoding="utf-8", newline="") as file:
                 while piece := file.read(PIECE_CHARACTERS):
                     nul = piece.find("\0")
                     require(nul < 0, f"{path}: character {position + nul + 1} is a NUL; take it out, or give text")
@@ -343,8 +366,10 @@ class TextFiles(Documents):
                         return
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it, for example with iconv") from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give a readable file") from error
+        except UserError:
+            raise
+        except Exception as error:  # which ones, depends on the library that reads a URL
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); give a readable file") from error
 
     def select(self, indices: Sequence[int]) -> "TextFiles":
         return dataclasses.replace(self, files=tuple(self.files[i] for i in indices))
@@ -435,10 +460,18 @@ def _read_source(name: str, config: DataConfig) -> Documents:
 
 
 def _format(path: str) -> str | None:
+    path = path.partition("?")[0] if "://" in path else path
     return FORMATS.get(Path(path.removesuffix(".gz")).suffix.lower())
 
 
 def _read_dataset(flag_name: str, name: str, config: TextConfig, split: str) -> Rows:
+    return read_rows(load_table(flag_name, name, config, split), config)
+
+
+def load_table(
+    flag_name: str, name: str, config: TextConfig, split: str, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A Hub dataset, or one that save_to_disk has made. Raises UserError where it cannot be had."""
     path = Path(name)
     try:
         if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
@@ -447,11 +480,14 @@ def _read_dataset(flag_name: str, name: str, config: TextConfig, split: str) -> 
             require(unused, f"{flag_name} {name}: a directory has neither --dataset_config nor --dataset_revision")
             splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
             require(split in splits, f"{flag_name} {name}: no split {split} there, but {', '.join(splits)}; name one")
-            table = splits[split]
+            return splits[split].to_iterable_dataset() if streaming else splits[split]
         else:
             if not path.exists():
                 find_hub()
-            table = datasets.load_dataset(name, config.dataset_config, split=split, revision=config.dataset_revision)
+            revision = config.dataset_revision
+            return datasets.load_dataset(
+                name, config.dataset_config, split=split, revision=revision, streaming=streaming
+            )
     except UserError:
         raise
     except (ConnectionError, OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
@@ -459,12 +495,24 @@ def _read_dataset(flag_name: str, name: str, config: TextConfig, split: str) -> 
         if "scripts are no longer supported" in str(error):
             fix = "look for a copy in Parquet on the Hub (for ELI5: dany0407/eli5_category), or use --train_files"
         raise UserError(f"{flag_name} {name}: cannot be loaded ({one_line(error)}); {fix}") from error
-    return read_rows(table, config)
 
 
 def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents:
+    paths, kind = find_files(name, patterns, config)
+    return read_texts(paths) if kind == "text" else read_rows(_read_table(name, paths, kind), config)
+
+
+def read_texts(paths: list[str]) -> "TextFiles":
+    return TextFiles(tuple((path if "://" in path else str(Path(path).resolve()), 0, None) for path in paths))
+
+
+def find_files(name: str, patterns: list[str], config: TextConfig, remote: bool = False) -> tuple[list[str], str]:
+    """The files that ``patterns`` name, and their one format. Where ``remote``, URLs are taken as they are."""
     paths = []
     for pattern in patterns:
+        if remote and "://" in pattern:
+            paths.append(pattern)
+            continue
         found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         require(bool(found), f"{name} {pattern}: no file matches; check the pattern and the directory")
         for path in found:
@@ -487,8 +535,7 @@ def _read_files(name: str, patterns: list[str], config: TextConfig) -> Documents
         unused = config.columns() + [f"--filter {rule}" for rule in config.filter]
         if unused and name != "--mix":  # where other sources may have columns
             warn(f"{' '.join(unused)} is not used: .txt files have no columns")
-        return TextFiles(tuple((str(Path(path).resolve()), 0, None) for path in paths))
-    return read_rows(_read_table(name, paths, kind), config)
+    return paths, kind
 
 
 def _read_table(name: str, paths: list[str], kind: str) -> datasets.Dataset:
@@ -525,12 +572,10 @@ def read_rows(table: datasets.Dataset, config: TextConfig) -> Rows:
     require(len(table) > 0, "the data has no records; give text")
     numbers = np.arange(len(table))
     for rule in config.filter:
-        column, equal, wanted = _parse_filter(rule)
-        _feature(table, column, f"--filter {rule}")
-        head, *path = column.split(".")
+        passes = read_filter(table, rule, config.text_separator)
+        head = parse_filter(rule)[0].split(".")[0]
         values = (value for batch in table.select_columns([head]).iter(batch_size=1000) for value in batch[head])
-        texts = (_joined(_value_at(value, path), config.text_separator, object) for value in values)
-        kept = np.flatnonzero([(text == wanted) == equal for text in texts])
+        kept = np.flatnonzero([passes({head: value}) for value in values])
         require(len(kept) > 0, f"--filter {rule}: none of {len(table):,} records is left; give another")
         print(f"filter    {rule}: {len(kept):,} of {len(table):,} records kept")
         table, numbers = table.select(kept), numbers[kept]
@@ -543,6 +588,14 @@ def read_rows(table: datasets.Dataset, config: TextConfig) -> Rows:
     item = getattr(features[0], "feature", None)
     has_messages = names == ("text_column",) and isinstance(item, dict) and {"role", "content"} <= item.keys()
     return Rows(table, source, numbers, parts, config.text_separator, has_messages, config.loss_on)
+
+
+def read_filter(table: datasets.Dataset, rule: str, separator: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether a record passes the filter ``rule``. Raises UserError where ``table`` has not the column."""
+    column, equal, wanted = parse_filter(rule)
+    _feature(table, column, f"--filter {rule}")
+    path = column.split(".")
+    return lambda record: (_joined(_value_at(record, path), separator, object) == wanted) == equal
 
 
 def _feature(table: datasets.Dataset, column: str, source: str) -> Any:

@@ -36,18 +36,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import checkpoint
 import report
+import streaming
 from config import Count, Range, SaveError, Seed, UserError, flag, out_of_memory, parse, require, run, warn
-from data import (
-    IGNORED_LABEL,
-    Position,
-    WorkerError,
-    epoch_order,
-    load_blocks,
-    make_loader,
-    split_batch,
-    tokenizer_fingerprint,
-    training_batches,
-)
+from data import IGNORED_LABEL, Position, load_blocks, make_loader, split_batch, tokenizer_fingerprint
 from generate import SamplingConfig, generate
 from lora import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
 from model import (
@@ -77,6 +68,7 @@ T = TypeVar("T")
 
 # With another value of these it would be another run.
 SAME_RUN = ("block_size", "pack", "batch_size", "grad_accum_steps", "seed", "deduplicate", "freeze")
+SAME_RUN += ("streaming", "shuffle_buffer")
 SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets")
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
@@ -369,6 +361,7 @@ def main() -> None:
     data_config, model_config, lora_config, config, config_file = parse(
         [DataConfig, ModelConfig, LoraConfig, TrainConfig], __doc__
     )
+    streaming.check_flags(data_config, model_config.tokenizer, config.max_steps, config.num_workers)
     run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
     config.output_dir = str(run_dir)
     holds_run = check_run_dir(run_dir, config)
@@ -384,11 +377,13 @@ def main() -> None:
     require(not (is_adapter and others), f"{alone} {', '.join(others)}; add --merge_lora or leave it out")
 
     # Text -> tokens -> blocks.
-    train_documents, eval_documents = load_documents(data_config, config.seed)
+    on_disk, streamed = (load_documents, load_blocks), (streaming.load_documents, streaming.load_blocks)
+    to_documents, to_blocks = streamed if data_config.streaming else on_disk
+    train_documents, eval_documents = to_documents(data_config, config.seed)
     tokenizer = load_tokenizer(model_config, train_documents)
-    train_blocks, eval_blocks = load_blocks(data_config, train_documents, eval_documents, tokenizer, config.seed)
-    train_stream, eval_stream = train_blocks.stream, eval_blocks.stream
-    updates_per_epoch = math.ceil(math.ceil(len(train_blocks) / config.batch_size) / config.grad_accum_steps)
+    data, eval_blocks = to_blocks(data_config, train_documents, eval_documents, tokenizer, config.seed)
+    eval_stream = eval_blocks.stream
+    updates_per_epoch = data.updates_per_epoch(config.batch_size, config.grad_accum_steps)
     max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
     warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
@@ -400,7 +395,7 @@ def main() -> None:
         "model": base.name if base.exists() else str(base),  # a directory may have moved
         **{f"model's {key}": value for key, value in json.loads(architecture.to_json_string()).items()},
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "training text": train_stream.sha256,
+        "training text": data.identity,
         "evaluation text": eval_stream.sha256,
         **{name: settings[name] for name in SAME_RUN},
     }
@@ -460,7 +455,6 @@ def main() -> None:
         require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
     num_parameters = model.num_parameters()
     block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
-    scored = train_stream.num_scored / len(train_stream)  # the part of all tokens that counts as tokens seen
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
     compiled = should_compile(config.compile, model, 6 * num_parameters * block_tokens * max_steps)
@@ -478,8 +472,7 @@ def main() -> None:
         "model_type": model.config.model_type,
         "parameters": num_parameters,
         "trained_parameters": num_trained,
-        "train_documents": train_stream.num_documents,
-        "train_tokens": len(train_stream),
+        **data.facts,
         "eval_documents": eval_stream.num_documents,
         "eval_tokens": len(eval_stream),
         "max_steps": max_steps,
@@ -489,16 +482,16 @@ def main() -> None:
 model     {identity["model"]}: {facts["model_type"]}, {num_parameters / 1e6:.1f} M parameters, \
 {"pretrained" if model_config.model else "from scratch"}\
 {f", {num_trained / 1e6:.1f} M of them trained" if num_trained < num_parameters else ""}
-training  {train_stream.num_documents:,} documents, {len(train_stream):,} tokens, {len(train_blocks):,} blocks of \
-{data_config.block_size}
+training  {data}
 held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_blocks):,} blocks
-steps     {max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks \
-({max_steps / updates_per_epoch:.2f} epochs), learning rate {config.learning_rate:g}, {warmup_steps} to warm up
+steps     {max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks\
+{f" ({max_steps / updates_per_epoch:.2f} epochs)" if updates_per_epoch else ""}, \
+learning rate {config.learning_rate:g}, {warmup_steps} to warm up
 device    {device_name(device)}, {precision}{", compiled" if compiled else ""}
 output    {run_dir}""")
     sys.stdout.flush()
     if config.dry_run:
-        return dry_run(model, optimizer, scaler, train_blocks, config, precision, device)
+        return dry_run(model, optimizer, scaler, data, config, precision, device)
 
     # The run's directory. Until here nothing was written.
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -508,6 +501,7 @@ output    {run_dir}""")
             raise UserError(f"--output_dir {run_dir}: another run was made there meanwhile; give another directory")
     if resumed:
         restore_state(tensors, model, optimizer, device)
+        data.restore(state.get("data", {}), tensors)
         _restore_python_random_state(state["random"])
         scaler.load_state_dict(state["scaler"])
         print(f"resuming from {resumed} at step {progress.step}")
@@ -517,22 +511,21 @@ output    {run_dir}""")
     goes_on = config.on_save_error == "continue"
     log = report.RunLog(run_dir, progress.step, progress.evaluated == progress.step, max_steps, goes_on)
     write_config(run_dir / "config.yaml", settings)
-    updates: list[tuple[int, Position, tuple[torch.Tensor, torch.Tensor]]] = []  # that `settle` has not looked at
+    # Updates that `settle` has not looked at: step, epoch, blocks, loss and gradient norm.
+    updates: list[tuple[int, int, list[int], tuple[torch.Tensor, torch.Tensor]]] = []
 
     def settle() -> None:
         """Looks whether the last updates were finite. A host waits for its device here and at the log alone."""
         values = torch.stack([value for *_, values in updates for value in values]).tolist() if updates else []
-        for (step, before, _), loss, grad_norm in zip(updates, values[::2], values[1::2], strict=True):
+        for (step, epoch, blocks, _), loss, grad_norm in zip(updates, values[::2], values[1::2], strict=True):
             if math.isfinite(loss + grad_norm):
                 progress.skips = 0
                 continue
             progress.skips += 1
-            order = epoch_order(len(train_blocks), config.seed, before.epoch)[before.blocks :]
-            blocks = order[: config.batch_size * config.grad_accum_steps].tolist()
-            log.nonfinite(step, loss=str(loss), grad_norm=str(grad_norm), epoch=before.epoch, blocks=blocks)
+            log.nonfinite(step, loss=str(loss), grad_norm=str(grad_norm), epoch=epoch, blocks=blocks)
             problem = (
                 f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so the update was left out; its "
-                f"blocks were {', '.join(map(str, blocks[:8]))}{', ...' if blocks[8:] else ''} of epoch {before.epoch}"
+                f"blocks were {', '.join(map(str, blocks[:8]))}{', ...' if blocks[8:] else ''} of epoch {epoch}"
             )
             if config.on_nonfinite == "stop":
                 fix = f"lower --learning_rate {config.learning_rate:g}, mend the text, or go on past it with"
@@ -547,8 +540,10 @@ output    {run_dir}""")
         settle()
         log.sync()
         path = run_dir / "checkpoints" / f"step-{progress.step:06}"
+        data_state, data_tensors = data.state()
         state = {
             "progress": asdict(progress),
+            "data": data_state,
             "scaler": scaler.state_dict(),
             "random": _python_random_state(),
             "identity": identity,
@@ -557,7 +552,7 @@ output    {run_dir}""")
             "compiled": compiled,
         }
         with warns_only(log.goes_on):
-            checkpoint.save(path, training_state(model, optimizer, device), state)
+            checkpoint.save(path, training_state(model, optimizer, device) | data_tensors, state)
             checkpoint.prune(path.parent, config.keep_checkpoints, path)
             return True
         return False
@@ -612,15 +607,13 @@ output    {run_dir}""")
     signals.can_wait = True
     evaluate_where_due()
     model.train()
-    batches = training_batches(
-        train_blocks,
+    batches = data.batches(
         config.batch_size,
         config.grad_accum_steps,
-        config.seed,
         progress.position,
+        same_shape,
         config.num_workers,
         config.worker_timeout,
-        same_shape=same_shape,
     )
 
     def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int):
@@ -630,8 +623,8 @@ output    {run_dir}""")
     tokens_timed, logged, started = 0, progress.step, time.perf_counter()
     while progress.step < max_steps:
         try:
-            micro_batches, position = next(batches)
-        except WorkerError:
+            micro_batches, position, blocks = next(batches)
+        except UserError:  # a worker was lost, or text that is streamed
             save_checkpoint()
             raise
         learning_rate = learning_rate_at(progress.step, config.learning_rate, warmup_steps, max_steps)
@@ -639,7 +632,7 @@ output    {run_dir}""")
             partial(update, micro_batches, learning_rate), progress.micro_batch_size, config.oom, device
         )
         progress.step += 1
-        updates.append((progress.step, progress.position, (loss, grad_norm)))
+        updates.append((progress.step, progress.position.epoch, blocks, (loss, grad_norm)))
         progress.position = position
         tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
         progress.tokens_seen, tokens_timed = progress.tokens_seen + tokens, tokens_timed + tokens
@@ -662,9 +655,9 @@ output    {run_dir}""")
                     grad_norm=grad_norm.item(),
                     tokens_per_second=speed,
                     tokens_seen=progress.tokens_seen,
-                    epoch=position.epoch + position.blocks / len(train_blocks),
+                    epoch=data.epochs(position),
                     memory_gib=report.peak_memory_gib(device),
-                    **({"mfu": speed / scored * flops / peak_flops} if flops else {}),
+                    **({"mfu": speed / data.scored * flops / peak_flops} if flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:
@@ -825,9 +818,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def dry_run(model, optimizer, scaler, blocks, config, precision, device) -> None:
+def dry_run(model, optimizer, scaler, data, config, precision, device) -> None:
     """One forward and backward pass and update on a full batch of full blocks; its learning rate is zero."""
-    batch = next(iter(make_loader(blocks, config.batch_size, range(min(config.batch_size, len(blocks))))))
+    batch = data.first(config.batch_size)
     started = time.perf_counter()
     model.train()
 

@@ -64,7 +64,7 @@ def test_no_token_is_lost(rows, tokenizer, block_size):
 def test_the_stream_may_span_many_rows(rows, tokenizer, monkeypatch):
     whole = tokenize(rows, tokenizer)[:]
     monkeypatch.setattr(data, "ROW_CHARACTERS", 500)
-    table = datasets.Dataset.from_list(list(data._token_rows(rows, tokenizer, tokenizer.eos_token_id)))
+    table = datasets.Dataset.from_list(list(data.token_rows(rows, tokenizer, tokenizer.eos_token_id)))
     stream = data.TokenStream(table)
     assert len(table) > 20
     assert np.array_equal(stream[:], whole)
@@ -119,7 +119,7 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_pa
     monkeypatch.setattr(data, "OVERLAP_CHARACTERS", window // 2)
     documents = TextFiles(((str(path), 0, None),))
     assert texts(documents) == [text]
-    rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    rows = list(data.token_rows(documents, tokenizer, tokenizer.eos_token_id))
     ids = np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist()
     assert ids == expected_ids(documents, tokenizer)
     records = np.frombuffer(b"".join(row["documents"] for row in rows), data.DOCUMENT)
@@ -130,7 +130,7 @@ def test_a_long_row_is_windowed_too(tokenizer, monkeypatch):
     monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
     monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
     documents = plain(["short one", make_text(2000), "", make_text(900)])
-    rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    rows = list(data.token_rows(documents, tokenizer, tokenizer.eos_token_id))
     assert np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist() == expected_ids(
         documents, tokenizer
     )
@@ -152,7 +152,7 @@ def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, to
     config = DataConfig(train_files=[str(path)], text_column="answers.text", eval_files=[str(path)])
     first = tokenize(load_documents(config, 0)[0], tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_token_rows", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr(data, "token_rows", lambda *_: pytest.fail("tokenized again"))
         assert tokenize(load_documents(config, 0)[0], tokenizer).sha256 == first.sha256
     write_jsonl(path, 5, seed=1)
     os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**9))
@@ -271,7 +271,7 @@ def test_marks_in_a_long_document_do_not_depend_on_the_windows(tokenizer, monkey
     whole = tokenize(documents, tokenizer)[:]
     monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
     monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
-    rows = list(data._token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    rows = list(data.token_rows(documents, tokenizer, tokenizer.eos_token_id))
     assert np.array_equal(np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32), whole)
     assert 0.3 < (whole < 0).mean() < 0.7
 
@@ -294,7 +294,7 @@ def test_a_stream_of_chosen_documents(rows, tokenizer, monkeypatch):
     monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
     monkeypatch.setattr(data, "WINDOW_CHARACTERS", 200)
     monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 90)
-    stream = data.TokenStream(datasets.Dataset.from_list(list(data._token_rows(rows, tokenizer, 0))))
+    stream = data.TokenStream(datasets.Dataset.from_list(list(data.token_rows(rows, tokenizer, 0))))
     ids = [tokenizer(text)["input_ids"] + [0] for text in texts(rows)]
     draw, sums = np.random.default_rng(0), set()
     for share in (0, 0.1, 0.5, 0.9, 1):
@@ -338,7 +338,8 @@ def blocks_of(tmp_path, tokenizer, train, evaluation, **settings):
         datasets.Dataset.from_dict({"text": documents}).to_json(tmp_path / f"{name}.jsonl")
     files = {"train_files": [str(tmp_path / "train.jsonl")], "eval_files": [str(tmp_path / "eval.jsonl")]}
     config = DataConfig(**files, block_size=16, **settings)
-    return load_blocks(config, *load_documents(config, 0), tokenizer, 0)
+    training, eval_blocks = load_blocks(config, *load_documents(config, 0), tokenizer, 0)
+    return training.blocks, eval_blocks
 
 
 def test_what_is_there_twice_is_told_and_dropped(tmp_path, tokenizer, capsys):
@@ -367,8 +368,8 @@ def test_what_is_there_twice_is_told_and_dropped(tmp_path, tokenizer, capsys):
 
 def mixed(config, tokenizer, seed):
     """The documents that are trained and evaluated on, as texts and in order."""
-    blocks = load_blocks(config, *load_documents(config, seed), tokenizer, seed)
-    ids = [part.stream[:] for part in blocks]
+    training, eval_blocks = load_blocks(config, *load_documents(config, seed), tokenizer, seed)
+    ids = [part.stream[:] for part in (training.blocks, eval_blocks)]
     return [tokenizer.decode(part).split("<|endoftext|>")[:-1] for part in ids]
 
 
