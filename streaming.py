@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def load_documents(config: DataConfig, seed: int) -> tuple[StreamedFiles | Strea
     if config.train_files:
         paths, kind = find_files("--train_files", config.train_files, config, remote=True)
         name = f"--train_files {' '.join(paths)[:200]}"
+        has_http = find_spec("aiohttp") or not any(path.startswith(("http:", "https:")) for path in paths)
+        require(has_http, f"{name}: needs aiohttp; install it (pip install aiohttp), or download the files")
         if kind == "text":
             training = StreamedFiles(name, paths, config)
         else:

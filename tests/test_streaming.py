@@ -1,17 +1,28 @@
 """Text that is streamed: the same blocks as when it is read as a whole, a shuffle buffer, exact resumption."""
 
 import json
+import signal
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import takewhile
 
 import datasets
+import processes
 import pytest
 import torch
-from conftest import make_text
+from conftest import make_text, read_jsonl, run_script, write_jsonl
+from hub_server import HubServer
+from test_run import flags as run_flags
+from test_run import start_until, weights_sha256
 
 import checkpoint
 import data
 import streaming
 import text
+import train
+from config import UserError
 from data import Position, collate
 from text import DataConfig
 
@@ -131,3 +142,178 @@ def test_it_goes_on_exactly_from_any_update(kind, pack, corpus, tokenizer, tmp_p
         rest = [update for update, _ in zip(other.batches(4, 2, position), updates[i:], strict=False)]
         assert [update[1:] for update in rest] == [update[1:] for update in updates[i:]]
         assert all(same(update[0], true[0]) for update, true in zip(rest, updates[i:], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def flags(model_dir, corpus, **changes):
+    settings = {"train_files": corpus["train_files"][0], "eval_files": corpus["eval_files"][0], "text_column": "text"}
+    settings |= {"shuffle_buffer": 20, "max_documents": 12, "log_every": 1, "save_every": 5}
+    found = run_flags(model_dir, "", **settings | changes)
+    del found[found.index("--eval_fraction") :][:2]
+    return [*found, "--streaming"]
+
+
+def losses(run_dir):
+    return [(r["step"], r["split"], r["loss"], r.get("epoch")) for r in read_jsonl(run_dir / "metrics.jsonl")]
+
+
+def test_an_interrupted_run_ends_with_the_very_same_weights(model_dir, corpus, tmp_path):
+    arguments = [*flags(model_dir, corpus), "--output_dir"]
+    done = run_script("train.py", *arguments, tmp_path / "whole", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"training  streams from --train_files {tmp_path}/0.jsonl" in done.stdout
+    assert losses(tmp_path / "whole")[-1][0] == 24 and losses(tmp_path / "whole")[-2][3] >= 2  # several epochs
+    for step, number, code in ((9, signal.SIGTERM, 143), (12, signal.SIGKILL, -9)):
+        run_dir = tmp_path / f"cut-{step}"
+        process = start_until(step, [*arguments, str(run_dir)], tmp_path)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        done = run_script("train.py", *arguments, run_dir, "--resume", cwd=tmp_path)
+        assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+        assert weights_sha256(run_dir) == weights_sha256(tmp_path / "whole")
+        assert losses(run_dir) == losses(tmp_path / "whole")
+    refused = run_script("train.py", *arguments, run_dir, "--resume", "--shuffle_buffer", 21, cwd=tmp_path)
+    assert refused.returncode == 2 and "shuffle_buffer was 20 and is now 21" in refused.stderr
+    refused = run_script("train.py", *arguments, run_dir, "--resume", "--max_documents", 13, cwd=tmp_path)
+    assert refused.returncode == 2 and "training text was" in refused.stderr
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The address of the test's directory by HTTP."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "http"])
+def test_what_is_lost_on_the_way_is_named_and_gone_on_with(
+    remote, kind, site, corpus, tokenizer, tmp_path, monkeypatch
+):
+    if remote:
+        pytest.importorskip("aiohttp")
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
+    monkeypatch.setattr(datasets.config, "STREAMING_OPEN_MAX_RETRIES", 1)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(make_text(400, i))
+    corpus["train_files"] = [f"{site if remote else tmp_path}/{i}.{kind}" for i in range(3)]
+    config = DataConfig(**corpus, streaming=True, shuffle_buffer=1)
+    expected = epoch(streamed(config, tokenizer))
+    training, seen = streamed(config, tokenizer), []
+    lost = tmp_path / f"2.{kind}"
+    with pytest.raises(UserError, match=rf"/2\.{kind}: cannot be read|: record 19 or one soon after it cannot be read"):
+        for update in training.batches(4, 2, Position()):
+            seen.append(update)
+            if len(seen) == 1:
+                lost.rename(tmp_path / "lost")
+    state, tensors = training.state()
+    (tmp_path / "lost").rename(lost)
+    other = streamed(config, tokenizer)
+    other.restore(state, tensors)
+    updates = seen + epoch(other, position=seen[-1][1])
+    assert 1 < len(seen) < len(expected) and [u[1:] for u in updates] == [u[1:] for u in expected]
+    assert all(same(one[0], two[0]) for one, two in zip(updates, expected, strict=True))
+
+
+def test_a_run_saves_before_a_record_ends_it(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
+    rows = [json.dumps({"text": make_text(9, i)}) + "\n" for i in range(300)]
+    arguments = ["--model", str(model_dir), "--train_files", "rows.jsonl", "--eval_files", "rows.jsonl", "--streaming"]
+    arguments += ["--block_size", "32", "--batch_size", "2", "--max_steps", "40", "--shuffle_buffer", "5", "--resume"]
+    for name, wrong in (("whole", False), ("cut", True), ("cut", False)):
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--output_dir", name])
+        if not wrong:
+            train.main()
+            continue
+        (tmp_path / "good.jsonl").write_text("".join(rows))
+        (tmp_path / "rows.jsonl").write_text("".join(rows[:100]) + '{"text": null}\n' + "".join(rows[101:]))
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval_files", "good.jsonl"])
+        with pytest.raises(UserError, match=r"rows.jsonl, --text_column text: record 101 holds None, not text"):
+            train.main()
+    assert "resuming from cut/checkpoints/step-0000" in capsys.readouterr().out
+    ends = [tmp_path / name / "checkpoints/step-000040" for name in ("whole", "cut")]
+    for name in ("weights", "optimizer", "stream"):
+        one, other = ((end / f"{name}.safetensors").read_bytes() for end in ends)
+        assert one == other, name
+
+
+def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
+    """Neither the text nor its tokens are on the disk, and of the evaluation split nothing else is read."""
+    for name, count in (("train", 30), ("test", 5)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"data/{name}.jsonl", count)
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.add_repo("someone/answers", tmp_path / "data", repo_type="dataset")
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        arguments = [
+            "--model",
+            model_dir,
+            "--dataset",
+            "someone/answers",
+            "--text_column",
+            "answers.text",
+            "--streaming",
+        ]
+        arguments += ["--dataset_eval_split", "test", "--block_size", 32, "--max_steps", 3]
+        with processes.prepare(env):
+            done = run_script("train.py", *arguments, cwd=tmp_path, env=env)
+            assert done.returncode == 0 and done.stderr == "", done.stderr
+            assert "training  streams from --dataset someone/answers" in done.stdout
+            assert "held out  5 documents" in done.stdout
+            card = (tmp_path / "runs/train/model/README.md").read_text()
+            assert "Documents that were streamed to train on, 5" in card
+            arrow = [path for path in (tmp_path / "home").rglob("*.arrow") if "generator" not in str(path)]
+            assert not arrow and not list((tmp_path / "home").rglob("*.jsonl"))
+            (tmp_path / "data/train.jsonl").write_text((tmp_path / "data/test.jsonl").read_text())
+            hub.add_repo("someone/answers", tmp_path / "data", repo_type="dataset")
+            arguments += ["--resume", "--max_steps", 5]
+            other = run_script("train.py", *arguments, cwd=tmp_path, env=env)
+            assert other.returncode == 2 and f"training text was {commit}" in other.stderr
+            done = run_script("train.py", *arguments, "--dataset_revision", commit, cwd=tmp_path, env=env)
+            assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_steps": ""}, "--streaming: the length of the text is not known; give --max_steps"),
+        ({"eval_files": ""}, "give --eval_files or --dataset_eval_split"),
+        ({"deduplicate": "true"}, "--streaming and --deduplicate"),
+        ({"mix": "good.txt:1", "train_files": ""}, "--streaming reads one source, not --mix good.txt:1"),
+        ({"tokenizer": "train:300"}, "--tokenizer train:300: needs text that does not stream"),
+        ({"num_workers": 2}, "--num_workers 2: text that streams is read in this process"),
+        ({"dataset": "x", "train_files": "", "dataset_split": "train[:9]"}, "give --max_documents instead"),
+        ({"streaming": "false", "shuffle_buffer": 7}, "--shuffle_buffer 7: needs --streaming"),
+        ({"text_column": "texts"}, "no such column as texts; there are n, name, text"),
+        ({"filter": "m=1"}, "--filter m=1: no such column as m"),
+        ({"max_documents": 1}, "and 32 or more are needed"),
+        ({"train_files": "broken.jsonl"}, "broken.jsonl"),
+        ({"train_files": "odd.jsonl"}, "odd.jsonl, --text_column text: record 150 holds"),
+        ({"train_files": "none.jsonl"}, "no such file"),
+        ({"train_files": "http://127.0.0.1:9/a.txt"}, "--train_files http://127.0.0.1:9/a.txt"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_cannot_be_streamed_is_refused_in_one_line(changes, words, model_dir, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"text": make_text(9, i)}) + "\n" for i in range(300)]
+    (tmp_path / "broken.jsonl").write_text("".join(rows[:150]) + '{"text": \n' + "".join(rows[150:]))
+    (tmp_path / "odd.jsonl").write_text("".join(rows[:149]) + '{"text": null}\n' + "".join(rows[150:]))
+    settings = {"model": model_dir, "train_files": corpus["train_files"][0], "eval_files": corpus["eval_files"][0]}
+    settings |= {"streaming": "true", "max_steps": 2, "block_size": 32} | changes
+    arguments = [f"--{name}={value}" for name, value in settings.items() if value != ""]
+    before = sorted(tmp_path.iterdir())
+    done = run_script("train.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr and sorted(tmp_path.iterdir()) == before
