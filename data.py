@@ -555,16 +555,15 @@ class TrainingData:
     def __init__(self, blocks: Blocks, seed: int):
         self.blocks, self._seed = blocks, seed
         stream = blocks.stream
-        self.facts = {"train_documents": stream.num_documents, "train_tokens": len(stream)}
         self.identity = stream.sha256
         self.scored = stream.num_scored / len(stream)  # the part of all tokens that counts as tokens seen
 
     def __str__(self) -> str:
-        documents, tokens = self.facts.values()
-        return f"{documents:,} documents, {tokens:,} tokens, {len(self.blocks):,} blocks of {self.blocks.block_size}"
+        stream, size = self.blocks.stream, self.blocks.block_size
+        return f"{stream.num_documents:,} documents, {len(stream):,} tokens, {len(self.blocks):,} blocks of {size}"
 
     def updates_per_epoch(self, batch_size: int, grad_accum_steps: int) -> int | None:
-        """None where that is not known."""
+        """None where it is not known."""
         return math.ceil(math.ceil(len(self.blocks) / batch_size) / grad_accum_steps)
 
     def epochs(self, position: Position) -> float:

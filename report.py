@@ -241,9 +241,6 @@ def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: lis
     given = {key: value for key, value in settings.items() if value not in (None, [])}
     hyperparameters = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in given.items())
     origin = f"fine-tuned from `{base}`" if base else f"a `{facts['model_type']}` trained from scratch"
-    amount = "Documents that were streamed"
-    if "train_documents" in facts:
-        amount = f"{facts['train_documents']:,} documents with {facts['train_tokens']:,} tokens"
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---
@@ -263,8 +260,8 @@ print(generator("Once upon a time")[0]["generated_text"])
 
 ## Data
 
-{amount} to train on, {facts["eval_documents"]:,}
-documents with {facts["eval_tokens"]:,} tokens held out; blocks of {settings["block_size"]} tokens.
+Trained on: {facts["training_text"]} tokens. Held out: {facts["eval_documents"]:,} documents,
+{facts["eval_tokens"]:,} tokens.
 
 ## Metrics
 

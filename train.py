@@ -472,7 +472,7 @@ def main() -> None:
         "model_type": model.config.model_type,
         "parameters": num_parameters,
         "trained_parameters": num_trained,
-        **data.facts,
+        "training_text": str(data),
         "eval_documents": eval_stream.num_documents,
         "eval_tokens": len(eval_stream),
         "max_steps": max_steps,

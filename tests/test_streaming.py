@@ -1,5 +1,6 @@
 """Text that is streamed: the same blocks as when it is read as a whole, a shuffle buffer, exact resumption."""
 
+import copy
 import json
 import signal
 import sys
@@ -27,14 +28,21 @@ from data import Position, collate
 from text import DataConfig
 
 
+def talk(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Three files of records, some filtered out and one long, and the evaluation text."""
     for file in range(3):
         rows = [{"n": i % 5, "name": f"{i}é", "text": make_text(4 + 7 * i, 20 * file + i)} for i in range(9)]
         rows[4]["text"] = make_text(700, file)
+        rows = [row | {"said": talk(row["name"], row["text"])} for row in rows]
         (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row | {"text": make_text(8)}) + "\n" for row in rows[:5]))
+    (tmp_path / "eval.jsonl").write_text(
+        "".join(json.dumps(row | {"text": make_text(8), "said": talk("a", "b")}) + "\n" for row in rows[:5])
+    )
     return {"train_files": [f"{tmp_path}/[0-9].jsonl"], "eval_files": [f"{tmp_path}/eval.jsonl"], "block_size": 32}
 
 
@@ -69,12 +77,14 @@ def same(some, others):
         {"pack": "documents"},
         {"pack": "documents", "long_documents": "drop"},
         {"prompt_column": "{name}: ", "completion_column": "text", "text_column": "text"},
+        {"text_column": "said"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("characters", [1 << 20, 300])
 def test_the_blocks_are_those_of_the_whole_text(settings, characters, corpus, tokenizer, monkeypatch):
     """In the same order without a buffer; in another one, each once, with a buffer."""
+    tokenizer = copy.deepcopy(tokenizer)  # which is given a chat template
     expected = stored(DataConfig(**corpus, **settings), tokenizer)
     monkeypatch.setattr(data, "ROW_CHARACTERS", characters)
     monkeypatch.setattr(data, "WINDOW_CHARACTERS", 2500)
@@ -164,7 +174,7 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(model_dir, corpus, t
     arguments = [*flags(model_dir, corpus), "--output_dir"]
     done = run_script("train.py", *arguments, tmp_path / "whole", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert f"training  streams from --train_files {tmp_path}/0.jsonl" in done.stdout
+    assert f"training  text that streams from --train_files {tmp_path}/0.jsonl" in done.stdout
     assert losses(tmp_path / "whole")[-1][0] == 24 and losses(tmp_path / "whole")[-2][3] >= 2  # several epochs
     for step, number, code in ((9, signal.SIGTERM, 143), (12, signal.SIGKILL, -9)):
         run_dir = tmp_path / f"cut-{step}"
@@ -269,10 +279,10 @@ def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
         with processes.prepare(env):
             done = run_script("train.py", *arguments, cwd=tmp_path, env=env)
             assert done.returncode == 0 and done.stderr == "", done.stderr
-            assert "training  streams from --dataset someone/answers" in done.stdout
+            assert "training  text that streams from --dataset someone/answers" in done.stdout
             assert "held out  5 documents" in done.stdout
             card = (tmp_path / "runs/train/model/README.md").read_text()
-            assert "Documents that were streamed to train on, 5" in card
+            assert "Trained on: text that streams from --dataset someone" in card
             arrow = [path for path in (tmp_path / "home").rglob("*.arrow") if "generator" not in str(path)]
             assert not arrow and not list((tmp_path / "home").rglob("*.jsonl"))
             (tmp_path / "data/train.jsonl").write_text((tmp_path / "data/test.jsonl").read_text())
@@ -295,7 +305,7 @@ def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
         ({"num_workers": 2}, "--num_workers 2: text that streams is read in this process"),
         ({"dataset": "x", "train_files": "", "dataset_split": "train[:9]"}, "give --max_documents instead"),
         ({"streaming": "false", "shuffle_buffer": 7}, "--shuffle_buffer 7: needs --streaming"),
-        ({"text_column": "texts"}, "no such column as texts; there are n, name, text"),
+        ({"text_column": "texts"}, "no such column as texts; there are n, name, said, text"),
         ({"filter": "m=1"}, "--filter m=1: no such column as m"),
         ({"max_documents": 1}, "and 32 or more are needed"),
         ({"train_files": "broken.jsonl"}, "broken.jsonl"),
