@@ -106,7 +106,7 @@ def test_commands_run_as_written(project):
         assert "pip install" not in done.stdout and "prepare_" not in done.stdout
         run.append(command)
     assert len(run) == len(COMMANDS) - 4 >= 9
-    made = {"quickstart", "notes", "eli5", "scratch", "lora", "titles", "mix", "answers", "chat"}
+    made = {"quickstart", "notes", "eli5", "scratch", "lora", "titles", "mix", "answers", "chat", "stream"}
     assert made == {path.name for path in (root / "runs").iterdir()}
     assert "model.safetensors" in hub.files("user/notes")
     again = subprocess.run(["make", "train", "ARGS=--max_steps 2"], capture_output=True, text=True, **options)
