@@ -51,10 +51,12 @@ def check_flags(config: text.DataConfig, tokenizer: str | None, max_steps: int |
 
 
 class StreamedFiles(text.Documents):
-    version = ""
-
     def __init__(self, name: str, paths: list[str], config: text.DataConfig):
-        self.name, self._files = name, text.read_texts(paths[: config.max_documents])
+        self.name, self.version, self._files = (
+            name,
+            f"{len(paths)} files",
+            text.read_texts(paths[: config.max_documents]),
+        )
         self.start = self.place = {"documents": 0}
 
     def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[text.Piece]]:
@@ -66,7 +68,7 @@ class StreamedFiles(text.Documents):
 class StreamedRows(text.Documents):
     """The documents of a table's records. Their columns are those of the first ones."""
 
-    def __init__(self, name: str, table: datasets.IterableDataset, config: text.DataConfig, version: str = ""):
+    def __init__(self, name: str, table: datasets.IterableDataset, config: text.DataConfig, version: str):
         self.name, self.version, self._limit = name, version, config.max_documents
         with _reading(f"{name}: the first records"):
             head = datasets.Dataset.from_list(list(table.take(FIRST_RECORDS)), features=table.features)
@@ -96,6 +98,9 @@ class StreamedRows(text.Documents):
                 yield pieces
 
 
+Streamed = StreamedFiles | StreamedRows
+
+
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
     try:
@@ -107,13 +112,12 @@ def _reading(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read ({one_line(error)}); {fix}") from error
 
 
-def load_documents(config: text.DataConfig, seed: int) -> tuple[StreamedFiles | StreamedRows, text.Documents]:
+def load_documents(config: text.DataConfig, seed: int) -> tuple[Streamed, text.Documents]:
     """Returns the training and the evaluation documents, of which the latter are read as a whole."""
     training = _stream_files(config) if config.train_files else _stream_dataset(config)
     if config.eval_files:
-        return training, text.read_documents(
-            dataclasses.replace(config, max_documents=None), "--eval_files", config.eval_files
-        )
+        config = dataclasses.replace(config, max_documents=None)
+        return training, text.read_documents(config, "--eval_files", config.eval_files)
     # Read as it comes as well: `datasets` would fetch the other splits too.
     config = dataclasses.replace(config, dataset_revision=training.version or None)
     table = text.load_table("--dataset", config.dataset, config, config.dataset_eval_split, streaming=True)
@@ -121,7 +125,7 @@ def load_documents(config: text.DataConfig, seed: int) -> tuple[StreamedFiles | 
         return training, text.read_rows(datasets.Dataset.from_list(list(table), features=table.features), config)
 
 
-def _stream_files(config: text.DataConfig) -> StreamedFiles | StreamedRows:
+def _stream_files(config: text.DataConfig) -> Streamed:
     paths, kind = text.find_files("--train_files", config.train_files, config, remote=True)
     name = f"--train_files {' '.join(paths)[:200]}"
     has_client = find_spec("aiohttp") or not any(path.startswith(("http:", "https:")) for path in paths)
@@ -131,7 +135,7 @@ def _stream_files(config: text.DataConfig) -> StreamedFiles | StreamedRows:
     files = [path if "://" in path else str(Path(path).resolve()) for path in paths]
     with _reading(name):
         table = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-    return StreamedRows(name, table, config)
+    return StreamedRows(name, table, config, f"{len(paths)} files")
 
 
 def _stream_dataset(config: text.DataConfig) -> StreamedRows:
@@ -152,13 +156,7 @@ def _stream_dataset(config: text.DataConfig) -> StreamedRows:
 class StreamedData:
     """What the loop trains on, as `data.TrainingData`. A block goes by its number in the epoch, in the text's order."""
 
-    def __init__(
-        self,
-        config: text.DataConfig,
-        documents: StreamedFiles | StreamedRows,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-    ):
+    def __init__(self, config: text.DataConfig, documents: Streamed, tokenizer: PreTrainedTokenizerBase, seed: int):
         self._config, self._documents, self._tokenizer = config, documents, tokenizer
         self._random = np.random.default_rng(seed)
         self._buffer: list[tuple[int, Block]] = []
@@ -172,7 +170,7 @@ class StreamedData:
 
     @property
     def identity(self) -> str:
-        """The dataset's commit, where it has one, and a hash of the settings and of the first tokens."""
+        """The dataset's commit or the number of files, and a hash of the settings and of the first tokens."""
         names = {field.name for field in dataclasses.fields(text.TextConfig)} - {"dataset", "dataset_revision"}
         form = str([getattr(self._config, name) for name in sorted(names)])
         return f"{self._documents.version} {hashlib.sha256((form + self._sha256).encode()).hexdigest()}".strip()
@@ -197,14 +195,22 @@ class StreamedData:
         shape = (batch_size, self._config.block_size) if same_shape else (0, 0)
         while True:
             blocks = self._blocks()
-            while drawn := list(islice(self._draw(blocks), batch_size * grad_accum_steps)):
+            self._fill(blocks)
+            while self._buffer:
+                drawn: list[tuple[int, Block]] = []
+                while self._buffer and len(drawn) < batch_size * grad_accum_steps:
+                    chosen = self._random.integers(len(self._buffer))
+                    self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
+                    drawn.append(self._buffer.pop())
+                    self._fill(blocks)
                 position = Position(position.epoch, position.blocks + len(drawn))
+                if not self._buffer:
+                    position = Position(position.epoch + 1)
+                    self._begin_epoch()
                 self._given = self._state()
                 items = [self._item(block) for _, block in drawn]
                 batches = [data.collate(items[i : i + batch_size], *shape) for i in range(0, len(items), batch_size)]
                 yield batches, position, [number for number, _ in drawn]
-            position = Position(position.epoch + 1)
-            self._begin_epoch()
 
     def state(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
         """As it was when `batches` gave its last update: what has been read since then, changes nothing."""
@@ -240,14 +246,8 @@ class StreamedData:
         positions = np.minimum(positions, np.arange(len(ids))) if self._config.pack == "documents" else None
         return data.block_item(ids, positions)
 
-    def _draw(self, blocks: Iterator[tuple[int, Block]]) -> Iterator[tuple[int, Block]]:
-        while True:
-            self._buffer += islice(blocks, self._config.shuffle_buffer - len(self._buffer))
-            if not self._buffer:
-                return
-            chosen = self._random.integers(len(self._buffer))
-            self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
-            yield self._buffer.pop()
+    def _fill(self, blocks: Iterator[tuple[int, Block]]) -> None:
+        self._buffer += islice(blocks, self._config.shuffle_buffer - len(self._buffer))
 
     def _blocks(self) -> Iterator[tuple[int, Block]]:
         """The blocks of the epoch that were not made yet, with their numbers."""
@@ -296,7 +296,7 @@ class StreamedData:
 
 def load_blocks(
     config: text.DataConfig,
-    training: StreamedFiles | StreamedRows,
+    training: Streamed,
     evaluation: text.Documents,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,

@@ -351,10 +351,12 @@ class TextFiles(Documents):
 
     @staticmethod
     def _read(path: str, start: int = 0, end: int | None = None) -> Iterator[str]:
+        opened = gzip.open if path.endswith(".gz") else open
+        if "://" in path:
+            opened = partial(fsspec.open, compression="infer")
         position = 0
         try:
-            # newline="": every \r\n stays as it is. A path may be a URL.
-            with fsspec.open(path, "rt", compression="infer", encoding="utf-8", newline="") as file:
+            with opened(path, "rt", encoding="utf-8", newline="") as file:  # newline="": every \r\n stays as it is
                 while piece := file.read(PIECE_CHARACTERS):
                     nul = piece.find("\0")
                     require(nul < 0, f"{path}: character {position + nul + 1} is a NUL; take it out, or give text")

@@ -68,8 +68,7 @@ T = TypeVar("T")
 
 # With another value of these it would be another run.
 SAME_RUN = ("block_size", "pack", "batch_size", "grad_accum_steps", "seed", "deduplicate", "freeze")
-SAME_RUN += ("streaming", "shuffle_buffer")
-SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets")
+SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer")
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
