@@ -234,7 +234,7 @@ class Rows(Documents):
             value = _joined(_value_at(record, column.split(".")), self.separator) if column else ""
             if value is None or "\0" in value:
                 held = "a NUL character" if value else f"{str(record.get(column.split('.')[0]))[:40]}, not text"
-                raise UserError(f"{where} holds {held}; take it out")
+                raise UserError(f"{where} holds {held}; take it out, or give messages as role and content")
             filled += [text, value]
         return "".join(filled)
 
@@ -318,7 +318,10 @@ def render(
         if messages[int(mark[1])]["role"] == "assistant":
             start = form.rfind(prompt, places[-1], mark.start())
             start = mark.start() if start < 0 else start + len(prompt)
-            places += [start, after.match(form, mark.end()).end()]
+            end_of_turn = after.match(form, mark.end()).end()
+            # Where no special token ends the last answer, what ends the document does, and is learnt with it.
+            last = end_of_turn == mark.end() and int(mark[1]) == len(messages) - 1
+            places += [start, len(form) if last else end_of_turn]
     places.append(len(form))
 
     def filled(trim: Callable[[str], str]) -> list[str]:

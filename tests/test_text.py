@@ -10,7 +10,7 @@ from test_data import scored_text, texts
 
 from config import UserError
 from data import tokenize
-from text import CHAT_TEMPLATE, DataConfig, TextConfig, load_documents, read_rows
+from text import CHAT_TEMPLATE, DataConfig, TextConfig, load_documents, read_rows, render
 
 
 def test_every_format_gives_the_same_documents(tmp_path):
@@ -265,3 +265,15 @@ def test_conversations_and_plain_text_mix(speaker, tmp_path):
     assert learnt == ["model"] * 3 + [texts(train)[-1]]
     with pytest.raises(UserError, match="one record cannot be held out in part"):
         load_documents(DataConfig(train_files=[f"{tmp_path}/a.jsonl"], max_documents=1), 0)
+
+
+def test_an_answer_that_no_token_ends_is_ended_by_its_document(tokenizer):
+    """In templates without special tokens, else a model would never learn to stop."""
+    twin = copy.deepcopy(tokenizer)
+    twin.chat_template = (
+        "{% for m in messages %}## {{ m.role }}\n{{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}## assistant\n{% endif %}"
+    )
+    turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "last")]
+    pieces = render([{"role": role, "content": content} for role, content in turns], twin)
+    assert [text for text, scored in pieces if scored] == ["first", "last\n\n"] and pieces[-1][1]
