@@ -82,16 +82,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
         model.peft_config["default"].base_model_name_or_path = os.path.abspath(model.name_or_path)
 
 
+@torch.no_grad()
 def _unlike_linear(model: torch.nn.Module) -> list[str]:
-    """Linear layers that do more, or whose weights something else reads: routers of Llama 4, some of Mamba."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear)
-        or (
-            name.endswith((".out_proj", ".dt_proj")) and hasattr(model.get_submodule(name.rpartition(".")[0]), "conv1d")
-        )
-    ]
+    """Linear layers that put out more than a tensor, as Llama 4's routers do, and those whose weights Mamba reads."""
+    found = []
+    for name, module in model.named_modules():
+        is_linear, parent = isinstance(module, torch.nn.Linear), model.get_submodule(name.rpartition(".")[0])
+        more = type(module) is not torch.nn.Linear and is_linear
+        if more and not torch.is_tensor(module(module.weight.new_zeros(1, module.in_features))):
+            found.append(name)
+        elif name.endswith((".out_proj", ".dt_proj")) and hasattr(parent, "conv1d"):
+            found.append(name)
+    return found
 
 
 def save_merged(model: PreTrainedModel, directory: Path) -> None:

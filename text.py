@@ -461,7 +461,10 @@ def _first(config: TextConfig, documents: Documents) -> Documents:
 def _read_source(name: str, config: DataConfig) -> Documents:
     """A part of a mixture: files where the name is one or looks like one, else a dataset."""
     is_file = glob.has_magic(name) or os.path.isfile(name) or _format(name) is not None
-    return _read_files("--mix", [name], config) if is_file else _read_dataset("--mix", name, config, "train")
+    try:
+        return _read_files("--mix", [name], config) if is_file else _read_dataset("--mix", name, config, "train")
+    except UserError as error:
+        raise error if name in str(error) else UserError(f"--mix {name}: {error}") from error
 
 
 def _format(path: str) -> str | None:
@@ -581,7 +584,9 @@ def read_rows(table: datasets.Dataset, config: TextConfig) -> Rows:
         head = parse_filter(rule)[0].split(".")[0]
         values = (value for batch in table.select_columns([head]).iter(batch_size=1000) for value in batch[head])
         kept = np.flatnonzero([passes({head: value}) for value in values])
-        require(len(kept) > 0, f"--filter {rule}: none of {len(table):,} records is left; give another")
+        first = _joined(_value_at(table[0], parse_filter(rule)[0].split(".")), config.text_separator, object)
+        none = f"--filter {rule}: none of {len(table):,} records is left, the first of which holds {str(first)[:40]}"
+        require(len(kept) > 0, f"{none}; give another")
         print(f"filter    {rule}: {len(kept):,} of {len(table):,} records kept")
         table, numbers = table.select(kept), numbers[kept]
     names = ("text_template",) if config.text_template else ("text_column",)

@@ -316,6 +316,12 @@ CASES = [
     Case("a mixture without weight", "--mix good.txt:0", ("--mix good.txt:0", "above 0")),
     Case("a mixture of something missing", "--mix good.txt:1 x.txt:1", ("--mix x.txt", "no such file")),
     Case("a mixture of a missing data set", "--mix good.txt:1 ./x:1", ("--mix ./x", "cannot be loaded")),
+    Case(
+        "a mixture with a part of another form",
+        "--mix good.txt:1 n.jsonl:1",
+        ("--mix n.jsonl", "no such column as text"),
+        (file("n.jsonl", '{"other": "a"}\n'),),
+    ),
     Case("a mixture beside files", "--mix good.txt:1 --train_files good.txt", ("--train_files good.txt and --mix",)),
     Case("a mixture without end", "--mix good.txt:1 '*.txt:1e-12'", ("--mix", "documents would be drawn")),
     Case("an empty message", DATA + "x.jsonl --eval_files good.txt", ("record 2: message 1 lacks",),
