@@ -12,7 +12,7 @@ random order, into updates. An epoch ends with what is left there; the next one 
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -61,7 +61,7 @@ class StreamedFiles(text.Documents):
 
     def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[text.Piece]]:
         for i in range(self.place["documents"], len(self._files)):
-            self.place = {"documents": i + 1}
+            self.before, self.place = self.place, {"documents": i + 1}
             yield from self._files.select([i]).marked(tokenizer)
 
 
@@ -77,7 +77,8 @@ class StreamedRows(text.Documents):
         self._filters = [text.read_filter(head, rule, config.text_separator) for rule in config.filter]
         filtered = {text.parse_filter(rule)[0].split(".")[0] for rule in config.filter}
         if table.features is None:  # CSV: else each piece of a file would have types of its own
-            table = table.cast(head.features)
+            empty, some = datasets.Value("null"), datasets.Value("string")  # a column may be filled later on
+            table = table.cast(datasets.Features({k: some if v == empty else v for k, v in head.features.items()}))
         self._table = table.select_columns(sorted({*self._form.columns, *filtered}))
         self.start = self.place = {"documents": 0, "records": 0, "table": self._table.state_dict()}
 
@@ -94,6 +95,7 @@ class StreamedRows(text.Documents):
             if all(passes(record) for passes in self._filters):
                 documents += 1
                 pieces = self._form.document(f"{self.name}, {self._form.source}: record {number}", record, tokenizer)
+                self.before = self.place
                 self.place = {"documents": documents, "records": number, "table": self._table.state_dict()}
                 yield pieces
 
@@ -142,9 +144,12 @@ def _stream_dataset(config: text.DataConfig) -> StreamedRows:
     """A Hub dataset as it is at one commit, also where it changes while it is read."""
     if not Path(config.dataset).exists():
         find_hub()
-        with suppress(Exception):  # what is wrong with the dataset, load_table says
+        try:
             commit = HfApi().dataset_info(config.dataset, revision=config.dataset_revision).sha
-            config = dataclasses.replace(config, dataset_revision=commit)
+        except Exception as error:  # which ones, depends on the HTTP library of the Hub's client
+            known = f"--dataset {config.dataset}: cannot be loaded ({one_line(error)})"
+            raise UserError(f"{known}; check name, revision and network") from error
+        config = dataclasses.replace(config, dataset_revision=commit)
     table = text.load_table("--dataset", config.dataset, config, config.dataset_split, streaming=True)
     return StreamedRows(f"--dataset {config.dataset}", table, config, config.dataset_revision or "")
 
@@ -166,7 +171,7 @@ class StreamedData:
 
     def __str__(self) -> str:
         size, buffer = self._config.block_size, self._config.shuffle_buffer
-        return f"text that streams from {self._documents.name}, blocks of {size}, the next one drawn from {buffer:,}"
+        return f"text that streams from {self._documents.name}, each block drawn from {buffer:,}, in blocks of {size}"
 
     @property
     def identity(self) -> str:
@@ -253,16 +258,18 @@ class StreamedData:
         """The blocks of the epoch that were not made yet, with their numbers."""
         size, made, done = self._config.block_size, self._at["blocks"], self._made
         self._documents.place, tokens = self._at["place"], self._carry
-        for piece, between in self._pieces():
+        for piece, whole in self._pieces():  # whole: tokens to the end of the last document that ends in it
+            end, before = tokens.shape[1] + whole, made
             tokens = np.concatenate([tokens, piece], axis=1)
+            carry = tokens[:, end // size * size : end].copy()
             for start in range(0, tokens.shape[1] - size + 1, size):
                 made += 1
                 if made > done:
                     self._made = made
                     yield made - 1, tokens[:, start : start + size].copy()  # a view would keep the whole piece
             tokens = tokens[:, tokens.shape[1] // size * size :].copy()
-            if between:
-                self._at, self._carry = {"place": self._documents.place, "blocks": made}, tokens
+            if place := self._ended:
+                self._at, self._carry = {"place": place, "blocks": before + end // size}, carry
         few = f"{self._documents.name}: the training text has {tokens.shape[1]} tokens, and {size} or more are needed"
         require(made > 0, f"{few}; give more text, other rules or a smaller --block_size")
         if tokens.shape[1] and made >= done:
@@ -291,7 +298,11 @@ class StreamedData:
                 held = np.concatenate([held, held_next], axis=1)[:, : size + 1]
                 kept = [part for part, length in zip(parts, lengths, strict=True) if length <= size]
                 piece = np.concatenate([NO_TOKENS, *kept], axis=1)
-            yield piece, self._documents.place["documents"] == ended
+                ends = [piece.shape[1]]
+            begun_since = self._documents.place["documents"] - ended
+            places = {0: self._documents.place, 1: self._documents.before}
+            self._ended = places.get(begun_since) if len(lengths) else None  # where the next document begins
+            yield piece, int(ends[-1]) if len(lengths) else 0
 
 
 def load_blocks(

@@ -127,12 +127,16 @@ class DataConfig(TextConfig):
     def _streaming_rules(self) -> list[tuple[bool, str]]:
         held_out = "nothing can be held out of text that is streamed; give --eval_files or --dataset_eval_split"
         mix = f"--streaming reads one source, not --mix {' '.join(self.mix)}; leave one of them out"
+        slices = (
+            f"--dataset_eval_split {self.dataset_eval_split}: --streaming reads whole splits; give --eval_files instead"
+        )
         part = f"--dataset_split {self.dataset_split}: --streaming reads whole splits; give --max_documents instead"
         return [
             (bool(self.eval_files or self.dataset_eval_split), f"--streaming: {held_out}"),
             (not self.mix, mix),
             (not self.deduplicate, "--streaming and --deduplicate, which needs the whole text, exclude each other"),
             (not {"[", "+"} & set(self.dataset_split), part),
+            (not {"[", "+"} & set(self.dataset_eval_split or ""), slices),
         ]
 
 
@@ -234,7 +238,9 @@ class Rows(Documents):
             value = _joined(_value_at(record, column.split(".")), self.separator) if column else ""
             if value is None or "\0" in value:
                 held = "a NUL character" if value else f"{str(record.get(column.split('.')[0]))[:40]}, not text"
-                raise UserError(f"{where} holds {held}; take it out, or give messages as role and content")
+                raise UserError(
+                    f"{where} holds {held}; take it out, or pass it over with --filter (messages need role and content)"
+                )
             filled += [text, value]
         return "".join(filled)
 

@@ -114,6 +114,32 @@ def test_the_seed_decides_the_order(corpus, tokenizer):
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_the_place_moves_on_behind_long_documents(pack, corpus, tokenizer, tmp_path, monkeypatch):
+    """Where no piece of tokens ends with a document; else ever more of the text would be read again."""
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 500)
+    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(make_text(250, i))
+    corpus |= {"train_files": [f"{tmp_path}/*.txt"], "eval_files": [f"{tmp_path}/0.txt"]}
+    config = DataConfig(**corpus, pack=pack, streaming=True, shuffle_buffer=1)
+    training, updates, states = streamed(config, tokenizer), [], []
+    for update in training.batches(4, 1, Position()):
+        if update[1].epoch:
+            break
+        updates.append(update)
+        states.append(training.state())
+    begun = training._documents.place["documents"]
+    assert begun == 9 and states[-1][0]["at"]["place"]["documents"] >= begun - 2
+    for i in range(0, len(states) - 1, 3):
+        again = streamed(config, tokenizer)
+        again.restore(*states[i])
+        following = next(again.batches(4, 1, updates[i][1]))
+        assert following[2] == updates[i + 1][2]
+        assert all(torch.equal(x[k], y[k]) for x, y in zip(following[0], updates[i + 1][0], strict=True) for k in x)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "txt", "saved"])
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_it_goes_on_exactly_from_any_update(kind, pack, corpus, tokenizer, tmp_path, monkeypatch):
