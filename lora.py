@@ -87,11 +87,11 @@ def _unlike_linear(model: torch.nn.Module) -> list[str]:
     """Linear layers that put out more than a tensor, as Llama 4's routers do, and those whose weights Mamba reads."""
     found = []
     for name, module in model.named_modules():
-        is_linear, parent = isinstance(module, torch.nn.Linear), model.get_submodule(name.rpartition(".")[0])
-        more = type(module) is not torch.nn.Linear and is_linear
-        if more and not torch.is_tensor(module(module.weight.new_zeros(1, module.in_features))):
-            found.append(name)
-        elif name.endswith((".out_proj", ".dt_proj")) and hasattr(parent, "conv1d"):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        unlike = name.endswith((".out_proj", ".dt_proj")) and hasattr(parent, "conv1d")
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
+            unlike = not torch.is_tensor(module(module.weight.new_zeros(1, module.in_features)))
+        if unlike:
             found.append(name)
     return found
 
