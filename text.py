@@ -15,6 +15,7 @@ import math
 import os
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -173,16 +174,16 @@ def parse_source(item: str) -> tuple[str, float]:
 # larger than memory.
 
 
-class Documents:
+class Documents(ABC):
     ended = True  # False where the last document was cut and goes on elsewhere: no end-of-text follows it
     has_messages = False  # whether a chat template is needed
 
     def __iter__(self) -> Iterator[Iterator[str]]:
         return ((piece for piece, _ in pieces) for pieces in self.marked())
 
+    @abstractmethod
     def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
         """The documents with what of them is scored. Without a tokenizer a conversation is its bare contents."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
