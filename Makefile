@@ -22,7 +22,7 @@ help:
 	@echo 'make tensorboard                       the curves of all runs, on http://localhost:6006'
 	@echo 'make test, make lint                   the tests and the linter'
 	@echo 'make test-all                          the slow tests as well: adapters on every architecture'
-	@echo 'make torture                           kills, crashes, damage, full disks, signals: the long tests, as a table'
+	@echo 'make torture                           kills, lost ranks, damage, full disks, signals: the long tests, as a table'
 	@echo 'make bench                             speed and memory beside the peers, 3 minutes; ARGS=--full takes 30'
 
 install: .venv/installed

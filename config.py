@@ -129,7 +129,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         drop_output(sys.stdout)
         code = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        known = _as_user_error(error)
+        known = as_user_error(error)
         if known is None:
             raise
         with suppress(OSError):
@@ -146,6 +146,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
+    if (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):  # Gloo's threads may wait for Python, which at its end waits for them
+        os._exit(code)
     sys.exit(code)
 
 
@@ -166,7 +170,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
-def _as_user_error(error: Exception) -> UserError | None:
+def as_user_error(error: Exception) -> UserError | None:
     """What a person can act on, whoever raised it; None for what is a mistake of ours."""
     if isinstance(error, UserError):
         return error

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import datasets
@@ -448,12 +448,15 @@ def _window_hashes(ids: np.ndarray, size: int) -> np.ndarray:
     return (sums[size:] - sums[:-size]) * inverses
 
 
-def collate(items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0) -> dict[str, torch.Tensor]:
+def collate(
+    items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0, apart: bool = False
+) -> dict[str, torch.Tensor]:
     """Stacks blocks to (batch, longest), at least (rows, length); the rest is token 0 with the ignored label, alone.
 
     No mask is needed: what follows a token cannot change its logits (`model.check_causal` has seen to that), and
-    filled places are never scored.
+    filled places are never scored. Where there are no blocks at all, everything is filled.
     """
+    items = items or [block_item(np.array([~0, ~0]), np.arange(2) if apart else None)]
     batch = {}
     for key in items[0]:
         value = IGNORED_LABEL if key == "labels" else 0
@@ -483,25 +486,30 @@ def _init_worker(worker_id: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def in_batches(indices: Sequence[int], batch_size: int, rank: int = 0, ranks: int = 1) -> list[Sequence[int]]:
+    """Batches of the indices that fall to one of the ``ranks``. All ranks have as many, be it some without blocks."""
+    count = math.ceil(math.ceil(len(indices) / ranks) / batch_size)
+    return [indices[rank::ranks][i * batch_size : (i + 1) * batch_size] for i in range(count)]
+
+
 def make_loader(
     blocks: Blocks,
     batch_size: int,
-    indices: Sequence[int] | None = None,
+    batches: list[Sequence[int]] | None = None,
     num_workers: int = 0,
     same_shape: bool = False,
 ) -> DataLoader:
-    """Batches of ``blocks`` in the order of ``indices``, or in their own order.
+    """Loads ``batches`` of the blocks, or all blocks in their own order.
 
     With ``same_shape`` the last ones are filled up to (batch_size, block_size), so that compiled code fits them all.
     """
-    indices = range(len(blocks)) if indices is None else indices
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    shape = {"rows": batch_size, "length": blocks.block_size} if same_shape else {}
     # Without a generator of its own, a DataLoader draws from the global one whenever iteration starts, and dropout
     # would depend on how often that happened.
     return DataLoader(
         blocks,
-        batch_sampler=batches,
-        collate_fn=partial(collate, rows=batch_size, length=blocks.block_size) if same_shape else collate,
+        batch_sampler=in_batches(range(len(blocks)), batch_size) if batches is None else batches,
+        collate_fn=partial(collate, **shape, apart=blocks.apart),
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         num_workers=num_workers,
@@ -525,28 +533,33 @@ def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 def training_batches(
     blocks: Blocks,
     batch_size: int,
-    grad_accum_steps: int,
+    blocks_per_update: int,
     seed: int,
     position: Position,
+    rank: int = 0,
+    ranks: int = 1,
+    same_shape: bool = False,
     num_workers: int = 0,
     worker_timeout: int = 300,
-    same_shape: bool = False,
-) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position]]:
-    """Yields, without end, the micro-batches of one update and the position after it.
+) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
+    """Yields, without end, one rank's micro-batches of an update, the position after it, and all its blocks' numbers.
 
-    An epoch ends with what is left, be it fewer micro-batches: every block is seen once in each epoch. Raises
-    WorkerError where a worker has died, or nothing comes for ``worker_timeout`` seconds.
+    Which blocks make an update does not depend on the number of ranks. An epoch ends with what is left, be it fewer
+    blocks: each is seen once in an epoch, by one rank. Raises WorkerError where a worker has died, or nothing comes for
+    ``worker_timeout`` seconds.
     """
     while True:
         order = epoch_order(len(blocks), seed, position.epoch)[position.blocks :]
-        batches = iter(make_loader(blocks, batch_size, order, num_workers, same_shape))
+        updates = [order[i : i + blocks_per_update] for i in range(0, len(order), blocks_per_update)]
+        shares = [in_batches(update, batch_size, rank, ranks) for update in updates]
+        batches = iter(make_loader(blocks, batch_size, list(chain(*shares)), num_workers, same_shape))
         if num_workers:
             batches = _guarded(batches, num_workers, worker_timeout)
-        while update := list(islice(batches, grad_accum_steps)):
-            position = Position(position.epoch, position.blocks + batch_size * len(update))
-            if position.blocks >= len(blocks):
+        for update, share in zip(updates, shares, strict=True):
+            position = Position(position.epoch, position.blocks + len(update))
+            if position.blocks == len(blocks):
                 position = Position(position.epoch + 1)
-            yield update, position
+            yield list(islice(batches, len(share))), position, update.tolist()
 
 
 class TrainingData:
@@ -562,9 +575,9 @@ class TrainingData:
         stream, size = self.blocks.stream, self.blocks.block_size
         return f"{stream.num_documents:,} documents, {len(stream):,} tokens, {len(self.blocks):,} blocks of {size}"
 
-    def updates_per_epoch(self, batch_size: int, grad_accum_steps: int) -> int | None:
+    def updates_per_epoch(self, blocks_per_update: int) -> int | None:
         """None where it is not known."""
-        return math.ceil(math.ceil(len(self.blocks) / batch_size) / grad_accum_steps)
+        return math.ceil(len(self.blocks) / blocks_per_update)
 
     def epochs(self, position: Position) -> float:
         return position.epoch + position.blocks / len(self.blocks)
@@ -574,25 +587,21 @@ class TrainingData:
         return collate([self.blocks[i] for i in range(min(count, len(self.blocks)))])
 
     def batches(
-        self, batch_size: int, grad_accum_steps: int, position: Position, same_shape: bool, *workers: int
+        self, batch_size: int, blocks_per_update: int, position: Position, *options: Any
     ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
-        """What `training_batches` yields, and the numbers of the blocks."""
-        updates = training_batches(
-            self.blocks, batch_size, grad_accum_steps, self._seed, position, *workers, same_shape=same_shape
-        )
-        order, size = epoch_order(len(self.blocks), self._seed, position.epoch), batch_size * grad_accum_steps
-        for micro_batches, after in updates:
-            yield micro_batches, after, order[position.blocks : position.blocks + size].tolist()
-            if after.epoch > position.epoch:
-                order = epoch_order(len(self.blocks), self._seed, after.epoch)
-            position = after
+        """What `training_batches` yields, whose ``options`` follow the position."""
+        return training_batches(self.blocks, batch_size, blocks_per_update, self._seed, position, *options)
 
-    def state(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-        """What a checkpoint must hold beside the position, in JSON's terms and as tensors by group."""
+    def state(self, rank: int = 0, ranks: int = 1) -> None:
+        """What a checkpoint must hold beside the position, of which each rank gives its part."""
+
+    @staticmethod
+    def joined(states: list) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        """What all ranks' `state` have returned, as a checkpoint holds it: in JSON's terms, and as tensors by group."""
         return {}, {}
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Goes on from what `state` has returned."""
+    def restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Goes on from what `joined` has returned, of the tensors those of the group "stream"."""
 
 
 def _guarded(batches: Iterator[T], num_workers: int, timeout: int) -> Iterator[T]:

@@ -50,7 +50,7 @@ def linear_cross_entropy(
     nll = torch.empty(len(targets), device=hidden.device)
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
     empty = torch.empty_like if len(targets) else torch.zeros_like  # the first chunk writes it, later ones add to it
-    d_weight = empty(weight) if wanted[1] else None
+    d_weight = empty(weight, dtype=torch.float32) if wanted[1] else None  # the weights may be less, as fsdp's copies
     d_bias = torch.zeros_like(bias) if wanted[2] else None
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
@@ -91,4 +91,5 @@ def linear_cross_entropy(
                 (part.add_ if start else part.copy_)(softmax.T @ (states * factor).to(dtype))
             if d_bias is not None:
                 d_bias[i * tile : (i + 1) * tile] += (softmax * factor).sum(0)
-    return nll, None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+    gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
+    return nll, *(None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients)

@@ -56,6 +56,8 @@ ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # which are 
 # What transformers 5 no longer has; its last release with them was 4.57.6.
 DROPPED = ("mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet")
 
+FOUND = ("has_plain_head", "isolated_by", "generation_config")  # attributes that loading and checking a model leave
+
 END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
 
 
@@ -295,13 +297,20 @@ def _make_causal(
     return list(changed)
 
 
-def load_model(config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Returns the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings."""
-    if config.model:
+def load_model(
+    config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, empty: bool = False
+) -> PreTrainedModel:
+    """Returns the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings.
+
+    An ``empty`` one has its weights on device meta, and no memory for them.
+    """
+    if config.model and not empty:
         model = load_pretrained(config.model, settings, config.model_revision)
     else:
-        with _loading(
-            f"--model_config {config.model_config}", "causal language model", "check it and --model_overrides"
+        source = f"--model {config.model}" if config.model else f"--model_config {config.model_config}"
+        with (
+            _loading(source, "causal language model", "check it and --model_overrides"),
+            weights_on_meta() if empty else nullcontext(),
         ):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         _generate_as_trained(model)
@@ -314,6 +323,25 @@ def load_model(config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTr
                 for rows in layer.parameters():  # weights (vocabulary, width), a bias (vocabulary,)
                     rows[added] = rows[: min(added)].mean(0)
     return model
+
+
+@contextmanager
+def weights_on_meta() -> Iterator[None]:
+    """Models that are made here take no memory for weights; buffers, which are computed, are as ever."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            marks = vars(parameter)
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            vars(parameter).update(marks)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
 
 
 def load_pretrained(

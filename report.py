@@ -147,6 +147,15 @@ class RunLog:
             warn(problem)
 
 
+class NoLog:
+    """The log of ranks other than 0: whatever it is told, it does nothing."""
+
+    goes_on = False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values, **named: None
+
+
 def _add_scalars(board: SummaryWriter, step: int, split: str, **values: Any) -> None:
     for key, value in values.items():
         if key not in NO_CURVES and split != "nonfinite":

@@ -7,10 +7,15 @@
 
 Records become documents and tokens as everywhere. Consecutive blocks of them go into the buffer, and from there, in a
 random order, into updates. An epoch ends with what is left there; the next one begins at the start of the text.
+
+A run that starts on several ranks splits the text into as many shards, each with a place, a buffer and epochs of its
+own, and draws about as many blocks of an update from each. They stay as many on whatever ranks the run goes on.
 """
 
+import copy
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,6 +26,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +38,7 @@ from data import Position
 FIRST_RECORDS = 100  # of a table; they say which columns there are and what these hold
 
 Block = np.ndarray  # (2, length) int32: ids, ~id where not scored; how far each is from its document's start
+Given = tuple[dict[str, Any], Block, list[tuple[int, Block]]]  # a shard's state, tokens left over, and buffer
 NO_TOKENS = np.empty((2, 0), np.int32)
 
 
@@ -52,12 +59,16 @@ def check_flags(config: text.DataConfig, tokenizer: str | None, max_steps: int |
 
 class StreamedFiles(text.Documents):
     def __init__(self, name: str, paths: list[str], config: text.DataConfig):
-        self.name, self.version, self._files = (
-            name,
-            f"{len(paths)} files",
-            text.read_texts(paths[: config.max_documents]),
-        )
+        self.name, self.version = name, f"{len(paths)} files"
+        self._files = text.read_texts(paths[: config.max_documents])
         self.start = self.place = {"documents": 0}
+        self.most_shards = len(self._files)
+
+    def shard(self, number: int, count: int) -> "StreamedFiles":
+        """Every ``count``-th file."""
+        part = copy.copy(self)
+        part._files = self._files.select(range(number, len(self._files), count))
+        return part
 
     def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[text.Piece]]:
         for i in range(self.place["documents"], len(self._files)):
@@ -81,6 +92,16 @@ class StreamedRows(text.Documents):
             table = table.cast(datasets.Features({k: some if v == empty else v for k, v in head.features.items()}))
         self._table = table.select_columns(sorted({*self._form.columns, *filtered}))
         self.start = self.place = {"documents": 0, "records": 0, "table": self._table.state_dict()}
+        self.most_shards = config.max_documents or sys.maxsize
+
+    def shard(self, number: int, count: int) -> "StreamedRows":
+        """Whole files where they divide evenly, or nearly so as they are many; else every ``count``-th record."""
+        part, files = copy.copy(self), self._table.num_shards
+        table = self._table.shard(1, 0)  # all of it, of its own: tables that share a reader move each other's place
+        part._table = split_dataset_by_node(table, number, count, "shards" if files >= 10 * count else "auto")
+        part._limit = self._limit and len(range(number, self._limit, count))
+        part.start = part.place = self.start | {"table": part._table.state_dict()}
+        return part
 
     def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[text.Piece]]:
         documents, number = self.place["documents"], self.place["records"]
@@ -158,103 +179,51 @@ def _stream_dataset(config: text.DataConfig) -> StreamedRows:
 # Blocks and batches
 
 
-class StreamedData:
-    """What the loop trains on, as `data.TrainingData`. A block goes by its number in the epoch, in the text's order."""
+class Shard:
+    """One of the shards of the text, or all of it: its blocks in a random order, epoch after epoch."""
 
-    def __init__(self, config: text.DataConfig, documents: Streamed, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(
+        self, config: text.DataConfig, documents: Streamed, tokenizer: PreTrainedTokenizerBase, seed: int | list[int]
+    ):
         self._config, self._documents, self._tokenizer = config, documents, tokenizer
         self._random = np.random.default_rng(seed)
-        self._buffer: list[tuple[int, Block]] = []
-        self._sha256, self.scored = "", 0.0  # of the first tokens
-        self.first(1)  # what is wrong with the text is said before a run has begun
-        self._given = self._state()
-
-    def __str__(self) -> str:
-        size, buffer = self._config.block_size, self._config.shuffle_buffer
-        return f"text that streams from {self._documents.name}, each block drawn from {buffer:,}, in blocks of {size}"
-
-    @property
-    def identity(self) -> str:
-        """The dataset's commit or the number of files, and a hash of the settings and of the first tokens."""
-        names = {field.name for field in dataclasses.fields(text.TextConfig)} - {"dataset", "dataset_revision"}
-        form = str([getattr(self._config, name) for name in sorted(names)])
-        return f"{self._documents.version} {hashlib.sha256((form + self._sha256).encode()).hexdigest()}".strip()
-
-    def updates_per_epoch(self, batch_size: int, grad_accum_steps: int) -> None:
-        return None
-
-    def epochs(self, position: Position) -> int:
-        return position.epoch
-
-    def first(self, count: int) -> dict[str, torch.Tensor]:
-        """The first blocks as a batch; what is read next is the start of the text."""
+        self.buffer: list[tuple[int, Block]] = []  # empty where an epoch begins
+        self.sha256, self.scored = "", 0.0  # of the first tokens
         self._begin_epoch()
-        items = [self._item(block) for _, block in islice(self._blocks(), count)]
-        self._begin_epoch()
-        return data.collate(items)
 
-    def batches(
-        self, batch_size: int, grad_accum_steps: int, position: Position, same_shape: bool = False, *workers: int
-    ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
-        """As `data.TrainingData.batches`. Raises UserError where the text cannot be read further."""
-        shape = (batch_size, self._config.block_size) if same_shape else (0, 0)
-        while True:
-            blocks = self._blocks()
-            self._fill(blocks)
-            while self._buffer:
-                drawn: list[tuple[int, Block]] = []
-                while self._buffer and len(drawn) < batch_size * grad_accum_steps:
-                    chosen = self._random.integers(len(self._buffer))
-                    self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
-                    drawn.append(self._buffer.pop())
-                    self._fill(blocks)
-                position = Position(position.epoch, position.blocks + len(drawn))
-                if not self._buffer:
-                    position = Position(position.epoch + 1)
-                    self._begin_epoch()
-                self._given = self._state()
-                items = [self._item(block) for _, block in drawn]
-                batches = [data.collate(items[i : i + batch_size], *shape) for i in range(0, len(items), batch_size)]
-                yield batches, position, [number for number, _ in drawn]
+    def draw(self, count: int) -> list[tuple[int, Block]]:
+        """The next blocks, each with its number in the text of the epoch; fewer where that ends."""
+        self._unread = self._unread or self.blocks()
+        self._fill()
+        drawn: list[tuple[int, Block]] = []
+        while self.buffer and len(drawn) < count:
+            chosen = self._random.integers(len(self.buffer))
+            self.buffer[chosen], self.buffer[-1] = self.buffer[-1], self.buffer[chosen]
+            drawn.append(self.buffer.pop())
+            self._fill()
+        if not self.buffer:
+            self._begin_epoch()
+        return drawn
 
-    def state(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-        """As it was when `batches` gave its last update: what has been read since then, changes nothing."""
-        state, carry, buffer = self._given
-        blocks = [block for _, block in buffer]
-        tensors = {
-            "carry": torch.from_numpy(carry),
-            "buffer": torch.from_numpy(np.concatenate([NO_TOKENS, *blocks], axis=1)),
-            "lengths": torch.tensor([block.shape[1] for block in blocks], dtype=torch.int64),
-        }
-        return {**state, "buffer": [number for number, _ in buffer]}, {"stream": tensors}
-
-    def restore(self, state: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        stream = {name: tensor.numpy() for name, tensor in tensors["stream"].items()}
-        self._at, self._made, self._carry = state["at"], state["made"], stream["carry"]
-        self._random.bit_generator.state = state["random"]
-        blocks = np.split(stream["buffer"], np.cumsum(stream["lengths"]), axis=1)[:-1]
-        self._buffer = list(zip(state["buffer"], blocks, strict=True))
-        self._given = self._state()
-
-    def _state(self) -> tuple[dict[str, Any], Block, list[tuple[int, Block]]]:
+    def state(self) -> Given:
         state = {"at": self._at, "made": self._made, "random": self._random.bit_generator.state}
-        return state, self._carry, list(self._buffer)
+        return state, self._carry, list(self.buffer)
+
+    def restore(self, given: Given) -> None:
+        state, self._carry, buffer = given
+        self._at, self._made, self.buffer = state["at"], state["made"], list(buffer)
+        self._random.bit_generator.state = state["random"]
 
     def _begin_epoch(self) -> None:
         # Reading can go on between two documents alone, so a state is such a place, with the number of blocks made
         # before and the tokens left over there; and how many blocks were made in all, some of them behind it.
         self._at, self._carry, self._made = {"place": self._documents.start, "blocks": 0}, NO_TOKENS, 0
+        self._unread: Iterator[tuple[int, Block]] | None = None
 
-    def _item(self, block: Block) -> dict[str, torch.Tensor]:
-        ids, positions = block.astype(np.int64)
-        # A document that began in the block before has its positions from the start of this one.
-        positions = np.minimum(positions, np.arange(len(ids))) if self._config.pack == "documents" else None
-        return data.block_item(ids, positions)
+    def _fill(self) -> None:
+        self.buffer += islice(self._unread, self._config.shuffle_buffer - len(self.buffer))
 
-    def _fill(self, blocks: Iterator[tuple[int, Block]]) -> None:
-        self._buffer += islice(blocks, self._config.shuffle_buffer - len(self._buffer))
-
-    def _blocks(self) -> Iterator[tuple[int, Block]]:
+    def blocks(self) -> Iterator[tuple[int, Block]]:
         """The blocks of the epoch that were not made yet, with their numbers."""
         size, made, done = self._config.block_size, self._at["blocks"], self._made
         self._documents.place, tokens = self._at["place"], self._carry
@@ -284,8 +253,8 @@ class StreamedData:
         for row in data.token_rows(self._documents, self._tokenizer, data.end_of_text_id(self._tokenizer)):
             ids = np.frombuffer(row["input_ids"], np.int32)
             lengths = np.frombuffer(row["documents"], data.DOCUMENT)["tokens"]
-            if not self._sha256:
-                self._sha256, self.scored = row["sha256"], float(np.mean(ids >= 0))
+            if len(ids) and not self.sha256:
+                self.sha256, self.scored = row["sha256"], float(np.mean(ids >= 0))
             ends = np.cumsum(lengths) - begun
             starts = np.append(-begun, ends)  # of the documents; the last one goes on
             positions = np.arange(len(ids)) - np.repeat(starts, np.diff(ends, prepend=0, append=len(ids)))
@@ -303,6 +272,126 @@ class StreamedData:
             places = {0: self._documents.place, 1: self._documents.before}
             self._ended = places.get(begun_since) if len(lengths) else None  # where the next document begins
             yield piece, int(ends[-1]) if len(lengths) else 0
+
+
+class StreamedData:
+    """What the loop trains on, as `data.TrainingData`: all shards of the text, of which a rank reads its own.
+
+    Rank r of N reads the shards s of S with s % N = r; where there are more ranks than shards, those with
+    r % S = s read the same one, and share out what they draw from it. So an update is of the same blocks on any ranks.
+    """
+
+    def __init__(self, config: text.DataConfig, documents: Streamed, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self._config, self._documents, self._tokenizer, self._seed = config, documents, tokenizer, seed
+        self._count, self._given = 0, {}  # of the shards, 0 until the first update; and what is known of each here
+        whole = self._shard(0, 1)
+        next(whole.blocks())  # what is wrong with the text is said before a run has begun
+        self._sha256, self.scored = whole.sha256, whole.scored
+
+    def __str__(self) -> str:
+        size, buffer = self._config.block_size, self._config.shuffle_buffer
+        return f"text that streams from {self._documents.name}, each block drawn from {buffer:,}, in blocks of {size}"
+
+    @property
+    def identity(self) -> str:
+        """The dataset's commit or the number of files, and a hash of the settings and of the first tokens."""
+        names = {field.name for field in dataclasses.fields(text.TextConfig)} - {"dataset", "dataset_revision"}
+        form = str([getattr(self._config, name) for name in sorted(names)])
+        return f"{self._documents.version} {hashlib.sha256((form + self._sha256).encode()).hexdigest()}".strip()
+
+    def updates_per_epoch(self, blocks_per_update: int) -> None:
+        return None
+
+    def epochs(self, position: Position) -> int:
+        return position.epoch
+
+    def first(self, count: int) -> dict[str, torch.Tensor]:
+        """The first blocks of the whole text as a batch."""
+        return data.collate([self._item(block) for _, block in islice(self._shard(0, 1).blocks(), count)])
+
+    def batches(
+        self,
+        batch_size: int,
+        blocks_per_update: int,
+        position: Position,
+        rank: int = 0,
+        ranks: int = 1,
+        same_shape: bool = False,
+        *workers: int,
+    ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
+        """As `data.TrainingData.batches`, of what this rank knows: its shards' blocks, the first shard's position.
+
+        So rank 0 gives the position of shard 0. Number n is block n // S of shard n % S in its epoch. Raises UserError
+        where the text cannot be read further.
+        """
+        count = self._count or min(ranks, blocks_per_update, self._documents.most_shards)
+        draws = [len(range(s, blocks_per_update, count)) for s in range(count)]
+
+        def share(r: int) -> dict[int, range]:
+            """The shards that a rank reads, and which of the blocks drawn from each are its own."""
+            readers = max(1, len(range(r % count, ranks, count)))
+            return {s: range(draws[s])[r // count :: readers] for s in range(r % count, count, ranks)}
+
+        most = max(sum(map(len, share(r).values())) for r in range(ranks))
+        least = most if ranks > 1 else 0  # all ranks make as many batches, be it some without blocks
+        mine, apart = share(rank), self._config.pack == "documents"
+        shape = {"rows": batch_size, "length": self._config.block_size} if same_shape else {}
+        shards = {s: self._shard(s, count, self._given.get(s)) for s in mine}
+        while True:
+            drawn = {s: shard.draw(draws[s]) for s, shard in shards.items()}
+            self._count, self._given = count, {s: shard.state() for s, shard in shards.items()}
+            position = Position(position.epoch, position.blocks + len(drawn[rank % count]))
+            if not shards[rank % count].buffer:
+                position = Position(position.epoch + 1)
+            items = [self._item(block) for s, own in mine.items() for _, block in drawn[s][own.start :: own.step]]
+            parts = [items[i : i + batch_size] for i in range(0, max(len(items), least), batch_size)]
+            numbers = [number * count + s for s in mine for number, _ in drawn[s]]
+            yield [data.collate(part, apart=apart, **shape) for part in parts], position, numbers
+
+    def state(self, rank: int = 0, ranks: int = 1) -> dict[int, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        """Of the shards whose first reader this rank is, as it was when `batches` gave its last update."""
+        states = {}
+        for s in range(rank, self._count, ranks):
+            state, carry, buffer = self._given[s]
+            blocks = [block for _, block in buffer]
+            tensors = {
+                "carry": torch.from_numpy(carry),
+                "buffer": torch.from_numpy(np.concatenate([NO_TOKENS, *blocks], axis=1)),
+                "lengths": torch.tensor([block.shape[1] for block in blocks], dtype=torch.int64),
+            }
+            states[s] = {**state, "buffer": [number for number, _ in buffer]}, tensors
+        return states
+
+    @staticmethod
+    def joined(states: list) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        shards = {s: shard for state in states for s, shard in state.items()}
+        tensors = {f"{s}.{name}": tensor for s, (_, own) in shards.items() for name, tensor in own.items()}
+        return {"shards": [shards[s][0] for s in range(len(shards))]}, {"stream": tensors}
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if "at" in state:  # of a run from before there were shards
+            state, tensors = {"shards": [state]}, {f"0.{name}": tensor for name, tensor in tensors.items()}
+        self._count = len(state["shards"])
+        for s, shard in enumerate(state["shards"]):
+            carry, buffer, lengths = (tensors[f"{s}.{name}"].numpy() for name in ("carry", "buffer", "lengths"))
+            blocks = np.split(buffer, np.cumsum(lengths), axis=1)[:-1]
+            self._given[s] = shard, carry, list(zip(shard["buffer"], blocks, strict=True))
+
+    def _shard(self, number: int, count: int, given: Given | None = None) -> Shard:
+        documents, seed = self._documents, self._seed
+        if count > 1:
+            documents, seed = documents.shard(number, count), [seed, number]
+            documents.name += f", shard {number} of {count}"
+        shard = Shard(self._config, documents, self._tokenizer, seed)
+        if given:
+            shard.restore(given)
+        return shard
+
+    def _item(self, block: Block) -> dict[str, torch.Tensor]:
+        ids, positions = block.astype(np.int64)
+        # A document that began in the block before has its positions from the start of this one.
+        positions = np.minimum(positions, np.arange(len(ids))) if self._config.pack == "documents" else None
+        return data.block_item(ids, positions)
 
 
 def load_blocks(

@@ -1,10 +1,11 @@
-"""Fine-tune a causal language model, or train one from scratch. The loop is written out: read `main` top to bottom.
+"""Fine-tune a causal language model, or train one from scratch. The loop is written out: read `train` top to bottom.
 
     python train.py --config configs/quickstart.yaml
     python train.py --model distilgpt2 --train_files 'notes/*.txt' --max_steps 500
     python train.py --model_config configs/gpt2-small.json --tokenizer train:8192 --train_files corpus.jsonl
     python train.py --config configs/quickstart.yaml --resume               # go on where it was stopped
     python train.py --config configs/quickstart.yaml --dry_run              # what would happen, and does it fit
+    torchrun --nproc_per_node=8 train.py --config configs/eli5.yaml         # on many devices: docs/scale.md
 
 Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
 """
@@ -13,7 +14,6 @@ import fcntl
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ import checkpoint
 import report
 import streaming
 from config import Count, Range, SaveError, Seed, UserError, flag, out_of_memory, parse, require, run, warn
-from data import IGNORED_LABEL, Position, load_blocks, make_loader, split_batch, tokenizer_fingerprint
+from data import IGNORED_LABEL, Position, in_batches, load_blocks, make_loader, split_batch, tokenizer_fingerprint
+from distributed import DistributedConfig, Group, join, quiet_unless_first
 from generate import SamplingConfig, generate
 from lora import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
 from model import (
@@ -47,14 +48,12 @@ from model import (
     Precision,
     autocast,
     check_model,
-    count_predicted,
     flops_per_token,
     keep_freed_memory,
     largest_blocks,
     load_config,
     load_model,
     load_tokenizer,
-    next_token_nll,
     plain_head,
     position_limit,
     recompute_activations,
@@ -154,6 +153,15 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
+class Update(NamedTuple):
+    """What an update has come to, over all its micro-batches and ranks; on the device, in float64 and float32."""
+
+    loss: torch.Tensor  # in nats a predicted token
+    grad_norm: torch.Tensor  # before clipping
+    num_predicted: torch.Tensor  # tokens that the loss is over
+    num_tokens: torch.Tensor  # and those that begin a block, which nothing predicts
+
+
 def train_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -162,47 +170,54 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float = 1.0,
     precision: str = "fp32",
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """One optimizer update on the mean loss over all predicted tokens of all ``micro_batches``.
+    group: Group | None = None,
+) -> Update:
+    """One optimizer update on the mean loss over all predicted tokens of all ``micro_batches`` of all ranks.
 
     Each micro-batch is {"input_ids", "labels"}, both (batch, sequence) int64, and "position_ids" where documents are
-    kept apart. Dividing every micro-batch's sum by the tokens of the whole update makes 4 x 2 equal 1 x 8, also where
-    blocks differ in length. Returns the loss in nats a token, the gradient norm before clipping (both on the device,
-    without a sync) and the number of predicted tokens.
+    kept apart. Gradients are of the summed loss, until they are divided by the tokens of the whole update: so 4 x 2
+    equals 1 x 8, also where blocks differ in length. All is done without waiting for the device, but in fp16.
     Where loss or norm is not finite, the weights stay as they are; so they do where there is nothing to predict.
     """
-    device = next(model.parameters()).device
-    num_tokens = sum(count_predicted(batch["labels"]) for batch in micro_batches)
-    if num_tokens == 0:
-        return torch.zeros((), device=device), torch.zeros((), device=device), 0
+    group, device = group or Group(), next(model.parameters()).device
     first_scale = scaler.get_scale()
     while True:
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
-        for batch in micro_batches:
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for number, batch in enumerate(micro_batches, 1):
             inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-            with autocast(device, precision):
-                share = next_token_nll(model, **inputs) / num_tokens
-            scaler.scale(share).backward()
-            loss += share.detach()
+            with group.last_of_update(model, number == len(micro_batches)):
+                with autocast(device, precision):
+                    nll = group.next_token_nll(model, **inputs)
+                scaler.scale(nll * group.size).backward()  # the ranks' gradients are averaged
+            known = inputs["labels"] != IGNORED_LABEL
+            for i, value in enumerate((nll.detach(), known[:, 1:].sum(), known.sum())):
+                sums[i] += value
 
+        nll_sum, num_predicted, num_tokens = group.sum(sums)
+        divisor = num_predicted.clamp_min(1)
         scale = scaler.get_scale()  # a host sync in fp16, and in fp16 alone
         with out_of_memory_is_final():
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            loss, grad_norm = nll_sum / divisor, (group.grad_norm(model) / divisor).float()
+            clipping = ((grad_norm + 1e-6) / (max_grad_norm or math.inf)).clamp_min(1)  # as clip_grad_norm_ has it
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, (divisor * clipping).float())
+            for settings in optimizer.param_groups:
+                settings["lr"] = learning_rate
             if not scaler.is_enabled():  # the scaler does the same where the scaled gradients of fp16 overflow
-                optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()  # fused AdamW then does nothing
-            scaler.step(optimizer)
-            scaler.update()
+                fine = torch.isfinite(loss + grad_norm) & (num_predicted > 0)
+                optimizer.found_inf = (~fine).float()  # fused AdamW then does nothing
+            if not scaler.is_enabled() or num_predicted > 0:
+                scaler.step(optimizer)
+                scaler.update()
         # After an overflow the same blocks once more with the smaller scale: none is lost, and the learning rate does
-        # not move on.
-        if scaler.get_scale() >= scale:
-            return loss, grad_norm, num_tokens
-        if scale <= 1:  # what overflows without any scale is not an overflow, and no reason to change the scale
+        # not move on. What overflows without any scale is not an overflow, and no reason to change the scale.
+        overflowed = scaler.get_scale() < scale
+        if overflowed and scale * divisor <= 1:
             scaler.update(first_scale)
-            return loss, grad_norm, num_tokens
+        elif overflowed:
+            continue
+        return Update(loss, grad_norm, num_predicted, num_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,43 +225,38 @@ def train_step(
 
 
 def training_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: Group
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors of a checkpoint: weights, AdamW's moments under the names of their parameters, random states."""
+    """All tensors of a checkpoint, on rank 0: weights, and AdamW's moments under the names of their parameters."""
+    group.release(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
-        f"{names[parameter]}:{key}": value
+        f"{names[parameter]}:{key}": group.whole(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    return {"weights": _weights(model), "optimizer": moments, "random": random_state(device)}
+    return {"weights": {name: group.whole(weight) for name, weight in _weights(model).items()}, "optimizer": moments}
 
 
 def restore_state(
-    tensors: dict[str, dict[str, torch.Tensor]],
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    tensors: dict[str, dict[str, torch.Tensor]], model: PreTrainedModel, optimizer: torch.optim.Optimizer, group: Group
 ) -> None:
-    _copy_weights(tensors["weights"], model)
+    """Gives model and optimizer what `training_state` has returned on rank 0."""
+    for name, weight in _weights(model).items():
+        group.copy_(weight, tensors["weights"][name] if tensors else None)
     parameters = dict(model.named_parameters())
-    for key, value in tensors["optimizer"].items():
+    shapes = {key: value.shape for key, value in tensors["optimizer"].items()} if tensors else {}
+    for key, shape in group.share(shapes).items():
         name, _, moment = key.rpartition(":")
-        optimizer.state[parameters[name]][moment] = value.to(device)
-    restore_random_state(tensors["random"], device)
+        like = torch.zeros_like(parameters[name])
+        state = like if shape == like.shape else torch.zeros(shape, device=like.device)
+        group.copy_(state, tensors["optimizer"][key] if tensors else None)
+        optimizer.state[parameters[name]][moment] = state
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def seed_update(seed: int, step: int, rank: int) -> None:
+    """Random numbers, such as dropout's, depend on these alone: there is no state of them to be kept."""
+    transformers.set_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -262,21 +272,9 @@ def _copy_weights(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> N
             weight.copy_(weights[name])
 
 
-def _python_random_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {"python": [version, internal, gauss], "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
-
-
-def _restore_python_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-
-
 @dataclass
 class Progress:
-    """Where a run stands between two steps; what resuming needs beside tensors and random states."""
+    """Where a run stands between two steps; what resuming needs beside tensors."""
 
     micro_batch_size: int  # blocks at once; the batch size, or less of it after --oom halve
     step: int = 0  # updates made
@@ -333,9 +331,8 @@ def out_of_memory_is_final() -> Iterator[None]:
         raise UserError("out of memory with weights, gradients and AdamW's moments; take a smaller model") from error
 
 
-def within_memory(work: Callable[[int], T], blocks: int, oom: str, device: torch.device) -> tuple[T, int]:
+def within_memory(work: Callable[[int], T], blocks: int, oom: str) -> tuple[T, int]:
     """Returns ``work(blocks)`` and ``blocks``, halved as often as memory demands and ``oom`` allows."""
-    before = random_state(device)
     while True:
         try:
             return work(blocks), blocks
@@ -348,7 +345,6 @@ def within_memory(work: Callable[[int], T], blocks: int, oom: str, device: torch
                     fix = "lower --batch_size and raise --grad_accum_steps by as much, give --oom halve, or " + fix
                 raise UserError(f"out of memory with {blocks} blocks at once; {fix}") from error
         blocks //= 2  # out of reach of the exception, which holds the tensors of the attempt
-        restore_random_state(before, device)
         warn(f"out of memory; from here on {blocks} blocks at once, accumulated to the same update")
 
 
@@ -356,19 +352,36 @@ def within_memory(work: Callable[[int], T], blocks: int, oom: str, device: torch
 
 
 def main() -> None:
+    quiet_unless_first()
     signals = Signals()
-    data_config, model_config, lora_config, config, config_file = parse(
-        [DataConfig, ModelConfig, LoraConfig, TrainConfig], __doc__
-    )
+    *configs, config_file = parse([DataConfig, ModelConfig, LoraConfig, DistributedConfig, TrainConfig], __doc__)
+    with join(configs[3]) as group:
+        train(*configs, config_file, signals, group)
+
+
+def train(
+    data_config: DataConfig,
+    model_config: ModelConfig,
+    lora_config: LoraConfig,
+    distributed_config: DistributedConfig,
+    config: TrainConfig,
+    config_file: Path | None,
+    signals: Signals,
+    group: Group,
+) -> None:
+    """The run. All ranks of ``group`` go through the same lines; rank 0 alone writes and prints."""
     streaming.check_flags(data_config, model_config.tokenizer, config.max_steps, config.num_workers)
     run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
     config.output_dir = str(run_dir)
-    holds_run = check_run_dir(run_dir, config)
+    if group.was_restarted():
+        config.resume, config.overwrite = True, False
+    holds_run = group.first(lambda: check_run_dir(run_dir, config))
     if config.push_to_hub and not config.dry_run:
-        report.check_login(config.push_to_hub)
+        group.first(lambda: report.check_login(config.push_to_hub))
     device = select_device()
     precision = resolve_precision(config.precision, device)
-    settings = {**vars(model_config), **vars(lora_config), **vars(data_config), **vars(config)}
+    group.check(precision, config.oom)
+    settings = vars(model_config) | vars(lora_config) | vars(data_config) | vars(distributed_config) | vars(config)
     changing = ("model_config", "model_overrides", "model_revision", "add_tokens", "init_from_checkpoint")
     others = [f"--{name}" for name in changing if settings[name]]
     is_adapter = bool(lora_config.lora_rank) and not lora_config.merge_lora
@@ -378,17 +391,14 @@ def main() -> None:
     # Text -> tokens -> blocks.
     on_disk, streamed = (load_documents, load_blocks), (streaming.load_documents, streaming.load_blocks)
     to_documents, to_blocks = streamed if data_config.streaming else on_disk
-    train_documents, eval_documents = to_documents(data_config, config.seed)
-    tokenizer = load_tokenizer(model_config, train_documents)
-    data, eval_blocks = to_blocks(data_config, train_documents, eval_documents, tokenizer, config.seed)
+    with group.once_a_node():
+        train_documents, eval_documents = to_documents(data_config, config.seed)
+        tokenizer = load_tokenizer(model_config, train_documents)
+        data, eval_blocks = to_blocks(data_config, train_documents, eval_documents, tokenizer, config.seed)
+        architecture = load_config(model_config, tokenizer, data_config.block_size, alone if is_adapter else None)
     eval_stream = eval_blocks.stream
-    updates_per_epoch = data.updates_per_epoch(config.batch_size, config.grad_accum_steps)
-    max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
-    warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
-    require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
 
     # A run that is already there: finished, to be resumed, or to be replaced.
-    architecture = load_config(model_config, tokenizer, data_config.block_size, alone if is_adapter else None)
     base = Path(model_config.model or model_config.model_config)
     identity = {
         "model": base.name if base.exists() else str(base),  # a directory may have moved
@@ -399,20 +409,41 @@ def main() -> None:
         **{name: settings[name] for name in SAME_RUN},
     }
     resumes = config.resume and holds_run and not config.overwrite and not config.dry_run
-    resumed, state, tensors, progress = None, {}, {}, Progress(config.batch_size)
+    resumed, state, progress = None, {}, Progress(config.batch_size)
+    tensors: dict[str, dict[str, torch.Tensor]] = {}  # of the checkpoint, on rank 0
+    blocks_per_update = group.size * config.grad_accum_steps * config.batch_size
     if resumes:
-        lock_directory(run_dir)
-        for directory in (run_dir, run_dir / "checkpoints", run_dir / "model"):
-            checkpoint.mend(directory)
-        if resumed := checkpoint.newest(run_dir / "checkpoints"):
-            state, tensors = checkpoint.load(resumed)
-            check_same_run(run_dir, state["identity"], identity)
-            progress = Progress(**state["progress"])
-            progress.position = Position(**state["progress"]["position"])
-            if progress.kept_step is not None and not (run_dir / "model").is_dir():
-                warn(f"{run_dir}/model is gone, with the weights of step {progress.kept_step}; keeping later ones")
-                progress.kept_step, progress.evaluated = None, -1
-        done = report.finished_step(run_dir)
+
+        def find_checkpoint() -> tuple[Path | None, dict[str, Any]]:
+            lock_directory(run_dir)
+            for directory in (run_dir, run_dir / "checkpoints", run_dir / "model"):
+                checkpoint.mend(directory)
+            if path := checkpoint.newest(run_dir / "checkpoints"):
+                found, loaded = checkpoint.load(path)
+                tensors.update(loaded)
+                return path, found
+            return None, {}
+
+        resumed, state = group.first(find_checkpoint)
+    if resumed:
+        if state.get("ranks", 1) != group.size:  # an update stays one of the same blocks, whoever computes them
+            for name in ("batch_size", "grad_accum_steps"):
+                state["identity"].pop(name, None)
+        check_same_run(run_dir, state["identity"], identity)
+        blocks_per_update = state.get("blocks_per_update", blocks_per_update)
+        progress = Progress(**state["progress"])
+        progress.position = Position(**state["progress"]["position"])
+        if group.size > 1:
+            progress.micro_batch_size = config.batch_size  # not halved, as one process may have done
+        if progress.kept_step is not None and not group.first((run_dir / "model").is_dir):
+            warn(f"{run_dir}/model is gone, with the weights of step {progress.kept_step}; keeping later ones")
+            progress.kept_step, progress.evaluated = None, -1
+    updates_per_epoch = data.updates_per_epoch(blocks_per_update)
+    max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
+    warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
+    require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
+    if resumes:
+        done = group.first(lambda: report.finished_step(run_dir))
         if resumed:
             done = progress.step if progress.evaluated >= max_steps else 0
         if done >= max_steps:
@@ -420,43 +451,48 @@ def main() -> None:
                 f"{run_dir}: this run is finished ({done} of {max_steps} steps). "
                 f"To train longer give a larger --max_steps; to start anew, --overwrite."
             )
-            report.mark_finished(run_dir)
-            return finish(run_dir, config)
+            if group.rank == 0:
+                report.mark_finished(run_dir)
+                finish(run_dir, config)
+            return
         if resumed:
             note_changes(state["settings"], settings)
-        elif done or report.last_step(run_dir) > save_every_of(run_dir):
+        elif done or group.first(lambda: report.last_step(run_dir) > save_every_of(run_dir)):
             fix = "use its model as it is, or --overwrite the run"
             raise checkpoint.NoCheckpointError(f"{run_dir}: no checkpoint is left there to go on from; {fix}")
         else:
             print(f"{run_dir}: the run there was stopped before its first checkpoint; starting over")
 
-    # Model.
+    # Model. Rank 0 loads it and looks at it; `spread` brings it to the others.
     transformers.set_seed(config.seed)
     make_deterministic()
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_model(model_config, architecture, tokenizer).to(device)
-    check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents", precision)
-    if config.init_from_checkpoint and (not resumed or lora_config.lora_rank or lora_config.freeze):
-        init_from_checkpoint(model, Path(config.init_from_checkpoint))
+    model = load_model(model_config, architecture, tokenizer, empty=group.rank > 0)
+    if group.rank == 0:
+        model = model.to(group.home(device))
+        check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents", precision)
+        if config.init_from_checkpoint and (not resumed or lora_config.lora_rank or lora_config.freeze):
+            init_from_checkpoint(model, Path(config.init_from_checkpoint))
     freeze(model, lora_config.freeze)
     if lora_config.lora_rank:
         add_lora(model, lora_config)
-    frozen = {"weights that are not trained": frozen_sha256(model)}  # which no checkpoint holds
+    frozen = {"weights that are not trained": group.first(lambda: frozen_sha256(model))}  # which no checkpoint holds
     if resumed:
         check_same_run(run_dir, state.get("frozen", {}), frozen)
     if config.gradient_checkpointing:
         recompute_activations(model)
+    model = group.spread(model, device, precision)
     limit = position_limit(model) or math.inf
     sampling = SamplingConfig(max_new_tokens=min(60, limit // 2))
     for prompt in config.sample_prompt:
         fits = len(tokenizer(prompt)["input_ids"]) + sampling.max_new_tokens <= limit
         require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
     num_parameters = model.num_parameters()
-    block_tokens = config.batch_size * config.grad_accum_steps * data_config.block_size
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
-    compiled = should_compile(config.compile, model, 6 * num_parameters * block_tokens * max_steps)
+    run_flops = 6 * num_parameters * blocks_per_update * data_config.block_size * max_steps / group.size
+    compiled = should_compile(config.compile, model, run_flops)
     if resumed and config.compile == "auto":  # a longer run, or another PATH, must not change what is computed
         compiled = state.get("compiled", compiled)
     if compiled:
@@ -464,9 +500,13 @@ def main() -> None:
     # One compiled code fits all batches; Reformer's positions are those of a whole block.
     same_shape = compiled or getattr(model.config, "axial_pos_embds", False)
     optimizer = make_optimizer(model, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    # Gradients are of a sum over some blocks: with its usual scale, that of a mean, fp16 would overflow at first.
+    scale = 2.0 ** (16 - round(math.log2(blocks_per_update * data_config.block_size)))
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16")
 
     num_trained = model.num_parameters(only_trainable=True)
+    sizes = [size for size in (group.size,) if size > 1] + [config.grad_accum_steps, config.batch_size]
+    shape = " x ".join(map(str, sizes)) if math.prod(sizes) == blocks_per_update else str(blocks_per_update)
     facts = {
         "model_type": model.config.model_type,
         "parameters": num_parameters,
@@ -483,40 +523,45 @@ model     {identity["model"]}: {facts["model_type"]}, {num_parameters / 1e6:.1f}
 {f", {num_trained / 1e6:.1f} M of them trained" if num_trained < num_parameters else ""}
 training  {data}
 held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_blocks):,} blocks
-steps     {max_steps:,} of {config.grad_accum_steps} x {config.batch_size} blocks\
+steps     {max_steps:,} of {shape} blocks\
 {f" ({max_steps / updates_per_epoch:.2f} epochs)" if updates_per_epoch else ""}, \
 learning rate {config.learning_rate:g}, {warmup_steps} to warm up
-device    {device_name(device)}, {precision}{", compiled" if compiled else ""}
+device    {group}{device_name(device)}, {precision}{", compiled" if compiled else ""}
 output    {run_dir}""")
     sys.stdout.flush()
     if config.dry_run:
-        return dry_run(model, optimizer, scaler, data, config, precision, device)
+        return dry_run(model, optimizer, scaler, data, config, precision, device, group)
 
     # The run's directory. Until here nothing was written.
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not resumes:
-        lock_directory(run_dir)
-        if check_run_dir(run_dir, config) and not holds_run:
-            raise UserError(f"--output_dir {run_dir}: another run was made there meanwhile; give another directory")
+    def begin() -> report.RunLog:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not resumes:
+            lock_directory(run_dir)
+            if check_run_dir(run_dir, config) and not holds_run:
+                raise UserError(f"--output_dir {run_dir}: another run was made there meanwhile; give another directory")
+        if not resumed:
+            remove_run(run_dir)
+        goes_on = config.on_save_error == "continue"
+        log = report.RunLog(run_dir, progress.step, progress.evaluated == progress.step, max_steps, goes_on)
+        write_config(run_dir / "config.yaml", settings)
+        return log
+
+    log = begin() if group.rank == 0 else report.NoLog()
     if resumed:
-        restore_state(tensors, model, optimizer, device)
-        data.restore(state.get("data", {}), tensors)
-        _restore_python_random_state(state["random"])
+        restore_state(tensors, model, optimizer, group)
+        data.restore(state.get("data", {}), group.share(tensors.get("stream", {})))
         scaler.load_state_dict(state["scaler"])
         print(f"resuming from {resumed} at step {progress.step}")
-    else:
-        remove_run(run_dir)
-    del tensors
-    goes_on = config.on_save_error == "continue"
-    log = report.RunLog(run_dir, progress.step, progress.evaluated == progress.step, max_steps, goes_on)
-    write_config(run_dir / "config.yaml", settings)
-    # Updates that `settle` has not looked at: step, epoch, blocks, loss and gradient norm.
-    updates: list[tuple[int, int, list[int], tuple[torch.Tensor, torch.Tensor]]] = []
+    tensors.clear()
+    updates: list[tuple[int, int, list[int], Update]] = []  # with step, epoch and blocks; `settle` has not seen them
 
     def settle() -> None:
-        """Looks whether the last updates were finite. A host waits for its device here and at the log alone."""
-        values = torch.stack([value for *_, values in updates for value in values]).tolist() if updates else []
-        for (step, epoch, blocks, _), loss, grad_norm in zip(updates, values[::2], values[1::2], strict=True):
+        """Looks whether the last updates were finite. A host waits for its device here alone."""
+        values = torch.stack([value.double() for *_, update in updates for value in update]).tolist() if updates else []
+        for (step, epoch, blocks, _), loss, grad_norm, num_tokens in zip(
+            updates, values[::4], values[1::4], values[3::4], strict=True
+        ):
+            progress.tokens_seen += int(num_tokens)
             if math.isfinite(loss + grad_norm):
                 progress.skips = 0
                 continue
@@ -539,27 +584,33 @@ output    {run_dir}""")
         settle()
         log.sync()
         path = run_dir / "checkpoints" / f"step-{progress.step:06}"
-        data_state, data_tensors = data.state()
-        state = {
-            "progress": asdict(progress),
-            "data": data_state,
-            "scaler": scaler.state_dict(),
-            "random": _python_random_state(),
-            "identity": identity,
-            "settings": settings,
-            "frozen": frozen,
-            "compiled": compiled,
-        }
-        with warns_only(log.goes_on):
-            checkpoint.save(path, training_state(model, optimizer, device) | data_tensors, state)
-            checkpoint.prune(path.parent, config.keep_checkpoints, path)
-            return True
-        return False
+        tensors = training_state(model, optimizer, group)
+        data_states = group.collect(data.state(group.rank, group.size))
+
+        def write() -> bool:
+            data_state, stream = data.joined(data_states)
+            state = {
+                "progress": asdict(progress),
+                "ranks": group.size,
+                "blocks_per_update": blocks_per_update,
+                "data": data_state,
+                "scaler": scaler.state_dict(),
+                "identity": identity,
+                "settings": settings,
+                "frozen": frozen,
+                "compiled": compiled,
+            }
+            with warns_only(log.goes_on):
+                checkpoint.save(path, tensors | stream, state)
+                checkpoint.prune(path.parent, config.keep_checkpoints, path)
+                return True
+            return False
+
+        return group.first(write)
 
     def obey_signals() -> None:
         """Called between steps, and between the batches and samples of an evaluation, which change no state."""
-        while signals.received:
-            number = signal.Signals(signals.received.pop(0))
+        for number in map(signal.Signals, group.union(signals.received)):
             log.goes_on &= number == signal.SIGUSR1
             saved = save_checkpoint()
             if number == signal.SIGUSR1:
@@ -577,10 +628,12 @@ output    {run_dir}""")
         log.goes_on &= not last
 
         def measure(size: int) -> tuple[float, int]:
-            return evaluate(model, make_loader(eval_blocks, size, same_shape=same_shape), precision, obey_signals)
+            batches = in_batches(range(len(eval_blocks)), size, group.rank, group.size)
+            loader = make_loader(eval_blocks, size, batches, same_shape=same_shape)
+            return evaluate(model, loader, precision, obey_signals)
 
-        measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom, device)
-        nll_sum, num_predicted = measured
+        measured, progress.micro_batch_size = within_memory(measure, progress.micro_batch_size, config.oom)
+        nll_sum, num_predicted = group.sum(torch.tensor(measured, dtype=torch.float64, device=device)).tolist()
         loss = nll_sum / num_predicted
         if not math.isfinite(loss):
             raise NonFiniteError(
@@ -589,16 +642,22 @@ output    {run_dir}""")
         samples = []
         for prompt in config.sample_prompt:
             obey_signals()
-            # The training's random numbers stay untouched.
-            with torch.random.fork_rng(), autocast(device, precision), uncompiled(compiled):
+            with autocast(device, precision), uncompiled(compiled):
                 torch.manual_seed(config.seed)
                 samples.append(generate(model, tokenizer, [prompt], sampling)[0])
-        log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=num_predicted)
+        log.evaluation(step, loss=loss, perplexity=perplexity(loss), tokens=int(num_predicted))
         for prompt, text in zip(config.sample_prompt, samples, strict=True):
             log.sample(step, prompt, text)
         if step and (config.keep == "last" or progress.kept_step is None or loss < progress.kept_loss):
-            with warns_only(log.goes_on):
-                save_model(run_dir, model, tokenizer, settings, facts, lora_config.merge_lora)
+            whole = group.whole_model(model)
+
+            def keep() -> bool:
+                with warns_only(log.goes_on):
+                    save_model(run_dir, whole, tokenizer, settings, facts, lora_config.merge_lora)
+                    return True
+                return False
+
+            if group.first(keep):
                 progress.kept_step, progress.kept_loss = step, loss
         progress.evaluated = step
 
@@ -608,55 +667,58 @@ output    {run_dir}""")
     model.train()
     batches = data.batches(
         config.batch_size,
-        config.grad_accum_steps,
+        blocks_per_update,
         progress.position,
+        group.rank,
+        group.size,
         same_shape,
         config.num_workers,
         config.worker_timeout,
     )
 
-    def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int):
+    def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int) -> Update:
+        seed_update(config.seed, progress.step, group.rank)
         parts = [part for batch in micro_batches for part in split_batch(batch, size)]
-        return train_step(model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision)
+        return train_step(model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision, group)
 
-    tokens_timed, logged, started = 0, progress.step, time.perf_counter()
+    logged, tokens_logged, started = progress.step, progress.tokens_seen, time.perf_counter()
     while progress.step < max_steps:
         try:
             micro_batches, position, blocks = next(batches)
         except UserError:  # a worker was lost, or text that is streamed
-            save_checkpoint()
+            if group.size == 1:
+                save_checkpoint()
             raise
         learning_rate = learning_rate_at(progress.step, config.learning_rate, warmup_steps, max_steps)
-        (loss, grad_norm, num_predicted), progress.micro_batch_size = within_memory(
-            partial(update, micro_batches, learning_rate), progress.micro_batch_size, config.oom, device
+        made, progress.micro_batch_size = within_memory(
+            partial(update, micro_batches, learning_rate), progress.micro_batch_size, config.oom
         )
         progress.step += 1
-        updates.append((progress.step, progress.position.epoch, blocks, (loss, grad_norm)))
+        updates.append((progress.step, progress.position.epoch, blocks, made))
         progress.position = position
-        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
-        progress.tokens_seen, tokens_timed = progress.tokens_seen + tokens, tokens_timed + tokens
         log.step()
 
         paused = time.perf_counter()
         if progress.step % config.log_every == 0 or progress.step in (1, max_steps):
             settle()
-            speed = tokens_timed / (paused - started)
+            paused = time.perf_counter()
+            speed = (progress.tokens_seen - tokens_logged) / (paused - started)
             seconds_left = (max_steps - progress.step) * (paused - started) / (progress.step - logged)
-            tokens_timed, logged, started = 0, progress.step, paused
+            logged, tokens_logged, started = progress.step, progress.tokens_seen, paused
             if progress.skips == 0:
                 log.train(
                     progress.step,
                     max_steps,
                     seconds_left=seconds_left,
-                    loss=loss.item(),
-                    tokens=num_predicted,
+                    loss=made.loss.item(),
+                    tokens=int(made.num_predicted),
                     learning_rate=learning_rate,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=made.grad_norm.item(),
                     tokens_per_second=speed,
                     tokens_seen=progress.tokens_seen,
                     epoch=data.epochs(position),
                     memory_gib=report.peak_memory_gib(device),
-                    **({"mfu": speed / data.scored * flops / peak_flops} if flops else {}),
+                    **({"mfu": speed / data.scored * flops / peak_flops / group.size} if flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:
@@ -665,21 +727,26 @@ output    {run_dir}""")
             obey_signals()
         started += time.perf_counter() - paused  # the speed is that of training alone
 
-    evaluations = report.evaluations(run_dir)
-    first, kept = evaluations[0], {"loss": progress.kept_loss, "perplexity": perplexity(progress.kept_loss)}
-    log.hyperparameters(settings, kept)
-    checkpoint.write_file(run_dir / "model" / "README.md", str(report.model_card(settings, facts, evaluations)))
+    first, kept = {}, {"loss": progress.kept_loss, "perplexity": perplexity(progress.kept_loss)}
+    if group.rank == 0:
+        first, *_ = evaluations = report.evaluations(run_dir)
+        log.hyperparameters(settings, kept)
+        card = report.model_card(settings, facts, evaluations)
+        checkpoint.write_file(run_dir / "model" / "README.md", str(card))
     save_checkpoint()
-    log.close()
-    report.mark_finished(run_dir)
+    ended_by = set(group.union(signals.received)) - {signal.SIGUSR1}
     signals.can_wait = False
-    before, after = first["perplexity"], kept["perplexity"]
-    print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {progress.kept_step})")
-    if kept["loss"] >= first["loss"]:
-        print("warning: training did not improve on the model it started from; try another --learning_rate")
-    for number in set(signals.received) - {signal.SIGUSR1}:  # all is saved; an upload may take long
+    if group.rank == 0:
+        log.close()
+        report.mark_finished(run_dir)
+        before, after = first["perplexity"], kept["perplexity"]
+        print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {progress.kept_step})")
+        if kept["loss"] >= first["loss"]:
+            print("warning: training did not improve on the model it started from; try another --learning_rate")
+    for number in ended_by:  # all is saved; an upload may take long
         sys.exit(128 + number)
-    finish(run_dir, config)
+    if group.rank == 0:
+        finish(run_dir, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -817,19 +884,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def dry_run(model, optimizer, scaler, data, config, precision, device) -> None:
+def dry_run(model, optimizer, scaler, data, config, precision, device, group) -> None:
     """One forward and backward pass and update on a full batch of full blocks; its learning rate is zero."""
     batch = data.first(config.batch_size)
     started = time.perf_counter()
     model.train()
 
-    def step(size: int):
+    def step(size: int) -> Update:
         parts = list(split_batch(batch, size))
-        return train_step(model, optimizer, scaler, parts, 0.0, config.max_grad_norm, precision)
+        return train_step(model, optimizer, scaler, parts, 0.0, config.max_grad_norm, precision, group)
 
-    (loss, _, _), _ = within_memory(step, config.batch_size, config.oom, device)
+    made, _ = within_memory(step, config.batch_size, config.oom)
     print(
-        f"{'dry run':<10}loss {loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
+        f"{'dry run':<10}loss {made.loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
         f"{report.peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"
     )
 

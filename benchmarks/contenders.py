@@ -45,7 +45,8 @@ from transformers import (
 import checkpoint
 import train
 from benchmarks import guide
-from data import IGNORED_LABEL, Blocks, Position, group_texts, make_loader, split_batch, tokenize, training_batches
+from data import Blocks, Position, group_texts, in_batches, make_loader, split_batch, tokenize, training_batches
+from distributed import Group
 from generate import SamplingConfig, generate
 from model import (
     DTYPES,
@@ -139,7 +140,7 @@ def ours(turns: Turns, o: Options) -> None:
     directory = Path(o["work"]) / f"ours-{os.getpid()}"
     directory.mkdir()
     log, blocks, max_steps = RunLog(directory, 0, False, ENDLESS), text_blocks(o), o.get("max_steps", ENDLESS)
-    updates, losses, tokens_seen, tokens_timed, started = [], [], 0, 0, time.perf_counter()
+    updates, losses, tokens_seen, started = [], [], 0, time.perf_counter()
 
     def tell_losses() -> None:
         turns.facts["losses"] = [loss.item() for loss in losses]
@@ -151,8 +152,8 @@ def ours(turns: Turns, o: Options) -> None:
     }
     if o.get("count_syncs"):
         turns.between = count_syncs(turns)
-    batches = training_batches(blocks, BATCH, 1, 42, Position(), same_shape=compiled)
-    for step, (micro_batches, position) in enumerate(batches, 1):
+    batches = training_batches(blocks, BATCH, BATCH, 42, Position(), same_shape=compiled)
+    for step, (micro_batches, position, _) in enumerate(batches, 1):
         turns.boundary()
         rate = train.learning_rate_at(step - 1, o.get("learning_rate", PEAK_RATE), o.get("warmup", 0), max_steps)
 
@@ -160,25 +161,24 @@ def ours(turns: Turns, o: Options) -> None:
             parts = [part for batch in batches for part in split_batch(batch, size)]
             return train.train_step(model, optimizer, scaler, parts, rate, CLIP, precision)
 
-        (loss, norm, num_predicted), _ = train.within_memory(update, BATCH, "stop", device)
-        losses.append(loss)
-        updates += [loss, norm]
-        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
-        tokens_seen, tokens_timed = tokens_seen + tokens, tokens_timed + tokens
+        made, _ = train.within_memory(update, BATCH, "stop")
+        losses.append(made.loss)
+        updates.append(torch.stack([value.double() for value in made]))
         log.step()
         if step % LOG_EVERY == 0:
-            assert all(map(math.isfinite, torch.stack(updates).tolist()))
-            now = time.perf_counter()
-            speed = tokens_timed / (now - started)
-            updates, tokens_timed, started = [], 0, now
+            values = torch.stack(updates).tolist()  # loss, gradient norm, tokens
+            assert all(math.isfinite(loss + norm) for loss, norm, *_ in values)
+            tokens, now = sum(int(update[3]) for update in values), time.perf_counter()
+            tokens_seen, speed = tokens_seen + tokens, tokens / (now - started)
+            updates, started = [], now
             log.train(
                 step,
                 max_steps,
                 seconds_left=(max_steps - step) / speed,
-                loss=loss.item(),
-                tokens=num_predicted,
+                loss=made.loss.item(),
+                tokens=int(made.num_predicted),
                 learning_rate=rate,
-                grad_norm=norm.item(),
+                grad_norm=made.grad_norm.item(),
                 tokens_per_second=speed,
                 tokens_seen=tokens_seen,
                 epoch=position.epoch + position.blocks / len(blocks),
@@ -208,7 +208,7 @@ def bare(turns: Turns, o: Options) -> None:
     train.make_deterministic()
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
-    batches = list(make_loader(text_blocks(o), BATCH, range(32 * BATCH)))
+    batches = list(make_loader(text_blocks(o), BATCH, in_batches(range(32 * BATCH), BATCH)))
     for batch in cycle(batches):
         turns.boundary()
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
@@ -431,7 +431,7 @@ def guide_blocks(turns: Turns, o: Options) -> None:
 def our_evaluation(turns: Turns, o: Options) -> None:
     keep_freed_memory()
     model, device = fresh_model(o), select_device()
-    loader = make_loader(text_blocks(o), BATCH, range(o["blocks"]))
+    loader = make_loader(text_blocks(o), BATCH, in_batches(range(o["blocks"]), BATCH))
     precision = resolve_precision("auto", device)
     while True:
         turns.boundary()
@@ -484,12 +484,12 @@ def pipeline_generation(turns: Turns, o: Options) -> None:
 
 def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a checkpoint after one update."""
-    model, device = fresh_model(o), select_device()
+    model = fresh_model(o)
     optimizer = train.make_optimizer(model, 0.01)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    return train.training_state(model, optimizer, device)
+    return train.training_state(model, optimizer, Group())
 
 
 def our_checkpoint(turns: Turns, o: Options) -> None:

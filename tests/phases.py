@@ -3,7 +3,8 @@
     python tests/phases.py FILE train.py --config small.yaml
 
 The script is the real one. Around the functions of its modules that make up a phase a note is taken in FILE, which is
-mapped into memory, so that whoever kills the process knows afterwards in which phase it died.
+mapped into memory, so that whoever kills the process knows afterwards in which phase it died. Of several ranks each has
+a FILE of its own, with the rank's number at the end of its name.
 """
 
 import functools
@@ -79,7 +80,7 @@ def main() -> None:
     import perplexity
     import report
 
-    phases = Phases(path)
+    phases = Phases(path + os.environ.get("RANK", ""))
     for owner, name, phase in (
         (config, "parse", "preparation"),  # the first thing that `main` does after it has set its signals
         (model, "load_model", "loading"),

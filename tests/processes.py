@@ -39,6 +39,16 @@ MESSAGE_SIZE = 16
 # Variables that no import reads: pytest's, and those that torch sets at its import and train.py where a test calls it.
 IGNORED_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG")
 IGNORED_VARIABLES += ("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",)  # set by the compiler
+IGNORED_VARIABLES += (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+IGNORED_VARIABLES += ("TORCHELASTIC_RESTART_COUNT",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,5 +84,5 @@ def test_help_names_each_flag_and_default_once(capsys):
 
 
 def test_what_the_compiler_raises_is_one_line():
-    error = config._as_user_error(torch._dynamo.exc.Unsupported("no\nway"))
+    error = config.as_user_error(torch._dynamo.exc.Unsupported("no\nway"))
     assert error.exit_code == 2 and str(error).startswith("torch.compile failed (no way")

@@ -188,7 +188,7 @@ def test_each_block_is_seen_once_an_epoch_and_order_can_be_taken_up_anywhere(row
     whole = blocks.stream[:]
 
     def updates(position, count):
-        batches = training_batches(blocks, 4, grad_accum_steps, 7, position)
+        batches = training_batches(blocks, 4, 4 * grad_accum_steps, 7, position)
         return [next(batches) for _ in range(count)]
 
     per_epoch = math.ceil(math.ceil(len(blocks) / 4) / grad_accum_steps)
@@ -196,14 +196,14 @@ def test_each_block_is_seen_once_an_epoch_and_order_can_be_taken_up_anywhere(row
     assert two_epochs[per_epoch - 1][1] == Position(1) and two_epochs[-1][1] == Position(2)
     epochs = []
     for epoch in (two_epochs[:per_epoch], two_epochs[per_epoch:]):
-        labels = torch.cat([batch["labels"][batch["labels"] != -100] for update, _ in epoch for batch in update])
+        labels = torch.cat([batch["labels"][batch["labels"] != -100] for update, *_ in epoch for batch in update])
         assert sorted(labels.tolist()) == sorted(whole.tolist())
         epochs.append(labels.tolist())
     assert epochs[0] != epochs[1]  # another order in each epoch
     torch.manual_seed(0)
     for taken_up in (1, per_epoch - 1, per_epoch, per_epoch + 2):
         again = updates(two_epochs[taken_up - 1][1], 2 * per_epoch - taken_up)
-        for (before, place), (after, same_place) in zip(two_epochs[taken_up:], again, strict=True):
+        for (before, place, _), (after, same_place, _) in zip(two_epochs[taken_up:], again, strict=True):
             assert place == same_place
             assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(before, after, strict=True))
     assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(0)))  # drew nothing

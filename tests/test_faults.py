@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -225,13 +224,6 @@ def test_signals_wait_for_a_boundary_and_a_second_sigint_does_not():
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-
-
-def test_random_states_are_taken_up():
-    state = json.loads(json.dumps(train._python_random_state()))
-    drawn = random.random(), np.random.rand()
-    train._restore_python_random_state(state)
-    assert (random.random(), np.random.rand()) == drawn
 
 
 @pytest.fixture(scope="module")

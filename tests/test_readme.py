@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
 
+from distributed import DistributedConfig
 from generate import GenerateConfig
 from lora import LoraConfig
 from model import ModelConfig
@@ -32,7 +34,10 @@ SHORTER = {
 }
 
 
-@pytest.mark.parametrize("kind", [ModelConfig, LoraConfig, DataConfig, TrainConfig, GenerateConfig, PerplexityConfig])
+KINDS = [ModelConfig, LoraConfig, DataConfig, DistributedConfig, TrainConfig, GenerateConfig, PerplexityConfig]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_tables_name_every_flag_with_its_default_and_meaning(kind):
     for field in dataclasses.fields(kind):
         (line,) = {line for line in README.splitlines() if line.startswith(f"| `--{field.name}` |")} & {
@@ -86,6 +91,9 @@ def project(tmp_path_factory, tokenizer):
         with processes.prepare(env, root) as server:
             python.write_text(processes.stand_in(server))
             python.chmod(0o755)
+            torchrun = python.with_name("torchrun")
+            torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+            torchrun.chmod(0o755)
             yield root, hub, {"env": os.environ | env, "pass_fds": [server.control.fileno()], "cwd": root}
 
 
@@ -106,7 +114,7 @@ def test_commands_run_as_written(project):
         assert "pip install" not in done.stdout and "prepare_" not in done.stdout
         run.append(command)
     assert len(run) == len(COMMANDS) - 4 >= 9
-    made = {"quickstart", "notes", "eli5", "scratch", "lora", "titles", "mix", "answers", "chat", "stream"}
+    made = {"quickstart", "notes", "eli5", "scratch", "lora", "titles", "mix", "answers", "chat", "stream", "two"}
     assert made == {path.name for path in (root / "runs").iterdir()}
     assert "model.safetensors" in hub.files("user/notes")
     again = subprocess.run(["make", "train", "ARGS=--max_steps 2"], capture_output=True, text=True, **options)

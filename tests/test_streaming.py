@@ -1,18 +1,21 @@
 """Text that is streamed: the same blocks as when it is read as a whole, a shuffle buffer, exact resumption."""
 
 import copy
+import dataclasses
 import json
 import signal
+import subprocess
 import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, islice
 
 import datasets
 import processes
 import pytest
 import torch
-from conftest import make_text, read_jsonl, run_script, write_jsonl
+from conftest import ROOT, make_text, read_jsonl, run_script, write_jsonl
 from hub_server import HubServer
 from test_run import flags as run_flags
 from test_run import start_until, weights_sha256
@@ -58,10 +61,16 @@ def streamed(config, tokenizer, seed=0):
 def epoch(training, position=None):
     """The updates from ``position`` to the end of its epoch: (micro-batches, position, numbers of the blocks)."""
     position, found = position or Position(), []
-    for update in training.batches(4, 2, position):
+    for update in training.batches(4, 8, position):
         found.append(update)
         if update[1].epoch > position.epoch:
             return found
+
+
+def saved(*trainings):
+    """What a checkpoint holds of the ranks."""
+    states = [training.state(rank, len(trainings)) for rank, training in enumerate(trainings)]
+    return streaming.StreamedData.joined(states)
 
 
 def same(some, others):
@@ -125,17 +134,17 @@ def test_the_place_moves_on_behind_long_documents(pack, corpus, tokenizer, tmp_p
     corpus |= {"train_files": [f"{tmp_path}/*.txt"], "eval_files": [f"{tmp_path}/0.txt"]}
     config = DataConfig(**corpus, pack=pack, streaming=True, shuffle_buffer=1)
     training, updates, states = streamed(config, tokenizer), [], []
-    for update in training.batches(4, 1, Position()):
+    for update in training.batches(4, 4, Position()):
         if update[1].epoch:
             break
         updates.append(update)
-        states.append(training.state())
+        states.append(saved(training))
     begun = training._documents.place["documents"]
-    assert begun == 9 and states[-1][0]["at"]["place"]["documents"] >= begun - 2
+    assert begun == 9 and states[-1][0]["shards"][0]["at"]["place"]["documents"] >= begun - 2
     for i in range(0, len(states) - 1, 3):
         again = streamed(config, tokenizer)
-        again.restore(*states[i])
-        following = next(again.batches(4, 1, updates[i][1]))
+        again.restore(states[i][0], states[i][1]["stream"])
+        following = next(again.batches(4, 4, updates[i][1]))
         assert following[2] == updates[i + 1][2]
         assert all(torch.equal(x[k], y[k]) for x, y in zip(following[0], updates[i + 1][0], strict=True) for k in x)
 
@@ -164,10 +173,10 @@ def test_it_goes_on_exactly_from_any_update(kind, pack, corpus, tokenizer, tmp_p
         corpus["train_files"] = [f"{tmp_path}/*.{kind}"]
     config = DataConfig(**corpus | settings, pack=pack, streaming=True, shuffle_buffer=7)
     training, states, updates = streamed(config, tokenizer), [], []
-    states.append((Position(), *training.state()))
-    for update in training.batches(4, 2, Position()):
+    states.append((Position(), *saved(training)))
+    for update in training.batches(4, 8, Position()):
         updates.append(update)
-        states.append((update[1], *training.state()))
+        states.append((update[1], *saved(training)))
         if update[1].epoch == 2:
             break
     assert len(updates) > 10
@@ -175,11 +184,131 @@ def test_it_goes_on_exactly_from_any_update(kind, pack, corpus, tokenizer, tmp_p
         checkpoint.save(tmp_path / "step", tensors, json.loads(json.dumps(state)))
         other = streamed(config, tokenizer)
         state, tensors = checkpoint.load(tmp_path / "step")
-        other.restore(state, tensors)
-        assert same([tensors["stream"]], [other.state()[1]["stream"]])
-        rest = [update for update, _ in zip(other.batches(4, 2, position), updates[i:], strict=False)]
+        other.restore(state, tensors["stream"])
+        assert same([tensors["stream"]], [saved(other)[1]["stream"]])
+        rest = [update for update, _ in zip(other.batches(4, 8, position), updates[i:], strict=False)]
         assert [update[1:] for update in rest] == [update[1:] for update in updates[i:]]
         assert all(same(update[0], true[0]) for update, true in zip(rest, updates[i:], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several ranks, each an object of this process
+
+
+@pytest.fixture(params=["jsonl", "parquet", "txt"])
+def files(request, corpus, tmp_path, monkeypatch):
+    """Four files: two or four ranks read whole ones, three (but of .txt files) every third record."""
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 150)  # so that shards are read by turns
+    for i in range(4):
+        part = datasets.Dataset.from_list([{"text": make_text(5 + 9 * (j % 4), 8 * i + j)} for j in range(8 + i)])
+        if request.param == "parquet":
+            part.to_parquet(tmp_path / f"part{i}.parquet", batch_size=3)
+        elif request.param == "jsonl":
+            part.to_json(tmp_path / f"part{i}.jsonl")
+        else:
+            (tmp_path / f"part{i}.txt").write_text(" ".join(part["text"]))
+    changes = {"train_files": [f"{tmp_path}/part*.{request.param}"], "streaming": True, "shuffle_buffer": 5}
+    return DataConfig(**corpus | changes | {"block_size": 16})
+
+
+def on_ranks(config, tokenizer, ranks, at=None):
+    """The ranks' data, restored from ``at``, and without end what they give for the same update."""
+    trainings = [streamed(config, tokenizer) for _ in range(ranks)]
+    position, state, tensors = at or (Position(), None, None)
+    for training in trainings if at else []:
+        training.restore(json.loads(json.dumps(state)), tensors["stream"])
+    updates = (training.batches(2, 9, position, rank, ranks) for rank, training in enumerate(trainings))
+    return trainings, zip(*updates, strict=True)
+
+
+def tokens(update):
+    """Of each block that a rank, or that all of them got, without what it was filled up with."""
+    rows = (row for batch in update[0] for row in zip(batch["input_ids"], batch["labels"], strict=True))
+    found = [ids[labels != data.IGNORED_LABEL].tolist() for ids, labels in rows]
+    return [block for block in found if block]
+
+
+def documents_of(blocks, tokenizer):
+    return sorted(filter(None, tokenizer.decode(list(chain(*blocks))).split(tokenizer.eos_token)))
+
+
+@pytest.mark.parametrize("limit", [None, 17])
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_the_shards_are_the_text(shards, limit, files, tokenizer):
+    """Each document is in one of them, and once in its epoch."""
+    whole = text.read_documents(files, "--train_files", files.train_files)
+    config, found, orders = dataclasses.replace(files, max_documents=limit), [], set()
+    for rank in range(shards):
+        blocks, numbers = [], []
+        for update in streamed(config, tokenizer).batches(2, 9, Position(), rank, shards):
+            blocks, numbers = blocks + tokens(update), numbers + update[2]
+            if update[1].epoch:
+                break
+        assert sorted(numbers) == list(range(rank, shards * len(numbers), shards))
+        orders.add(tuple(number // shards for number in numbers[:6]))
+        found += documents_of([blocks[i] for i in sorted(range(len(blocks)), key=numbers.__getitem__)], tokenizer)
+    assert len(orders) == shards
+    expected = documents_of(data.tokenize(whole, tokenizer)[:][None].tolist(), tokenizer)
+    count = min(limit or len(expected), len(expected))
+    assert len(found) == count and (sorted(found) == expected if not limit else set(found) <= set(expected))
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_a_run_goes_on_with_the_same_updates_on_any_ranks(shards, files, tokenizer):
+    expected, (first, updates) = [], on_ranks(files, tokenizer, shards)
+    for ranks_updates in islice(updates, 40):
+        expected.append((ranks_updates[0][1], sorted(block for update in ranks_updates for block in tokens(update))))
+    assert all(update[1].epoch > 1 for update in ranks_updates)
+    at, place = None, 0
+    for ranks in (shards, 3, 1, 8, 4, 2, shards):
+        trainings, updates = on_ranks(files, tokenizer, ranks, at)
+        if at:
+            assert same([saved(*trainings)[1]["stream"]], [at[2]["stream"]])  # nothing was drawn yet
+        for ranks_updates in islice(updates, 5):
+            blocks = sorted(block for update in ranks_updates for block in tokens(update))
+            assert (ranks_updates[0][1], blocks) == expected[place]
+            assert len({len(micro_batches) for micro_batches, *_ in ranks_updates}) == 1
+            place += 1
+        at = ranks_updates[0][1], *saved(*trainings)
+        assert len(at[1]["shards"]) == shards
+    assert place == 35 and [len(t._given) for t in first] == [1] * shards
+
+
+def test_a_rank_needs_no_files_but_its_own(files, tokenizer, tmp_path):
+    for rank in (0, 1):
+        updates = streamed(files, tokenizer).batches(2, 9, Position(), rank, 2)
+        expected = [tokens(update) for update in islice(updates, 30)]
+        training = streamed(files, tokenizer)
+        others = sorted(tmp_path.glob("part*"))[1 - rank :: 2]
+        for path in others:
+            path.rename(tmp_path / f"gone-{path.name}")
+        updates = training.batches(2, 9, Position(), rank, 2)
+        assert [tokens(update) for update in islice(updates, 30)] == expected
+        for path in others:
+            (tmp_path / f"gone-{path.name}").rename(path)
+
+
+def test_shards_that_cannot_be_read_are_named(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 100)
+    rows = [{"text": make_text(30, i)} for i in range(9)]
+    rows[7] = {"text": None}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(**corpus | {"train_files": [f"{tmp_path}/rows.jsonl"]}, streaming=True)
+    with pytest.raises(UserError, match=r"rows.jsonl, shard 1 of 2, --text_column text: record 4 holds None"):
+        next(on_ranks(config, tokenizer, 2)[1])
+    few = r"shard 0 of 4: the training text has [1-9]\d* tokens, and 64 or more are needed"
+    with pytest.raises(UserError, match=few):
+        config = dataclasses.replace(config, max_documents=4, block_size=64)
+        next(on_ranks(config, tokenizer, 8)[1])
+
+
+def test_a_checkpoint_from_before_there_were_shards(files, tokenizer):
+    trainings, updates = on_ranks(files, tokenizer, 1)
+    _, (one, *_) = next(updates), saved(*trainings)
+    stream = {name.removeprefix("0."): tensor for name, tensor in saved(*trainings)[1]["stream"].items()}
+    other = streamed(files, tokenizer)
+    other.restore(one["shards"][0], stream)
+    assert saved(other)[0] == one and tokens(next(other.batches(2, 9, Position()))) == tokens(next(updates)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +348,34 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(model_dir, corpus, t
     assert refused.returncode == 2 and "training text was" in refused.stderr
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_on_two_ranks_ends_with_the_very_same_weights(model_dir, corpus, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    command += [
+        *flags(model_dir, corpus, max_documents=25, max_steps=300, eval_every=100, save_every=90),
+        "--output_dir",
+    ]
+    for name, stopped, said in (
+        ("whole", "never", "held-out"),
+        ("cut", "step 20/", "stopped by SIGTERM"),
+        ("cut", "", "resuming"),
+    ):
+        arguments = list(map(str, [*command, tmp_path / name, *(["--resume"] if not stopped else [])]))
+        with subprocess.Popen(
+            arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as run:
+            lines = []
+            for line in run.stdout:
+                lines.append(line)
+                if stopped and line.startswith(stopped):
+                    run.send_signal(signal.SIGTERM)
+        assert any(said in line for line in lines) and (run.returncode == 0) == ("SIGTERM" not in said), "".join(lines)
+    for name in ("weights", "optimizer", "stream"):
+        one, other = (tmp_path / run / f"checkpoints/step-000300/{name}.safetensors" for run in ("whole", "cut"))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 @pytest.fixture
 def site(tmp_path):
     """The address of the test's directory by HTTP."""
@@ -247,14 +404,14 @@ def test_what_is_lost_on_the_way_is_named_and_gone_on_with(
     training, seen = streamed(config, tokenizer), []
     lost = tmp_path / f"2.{kind}"
     with pytest.raises(UserError, match=rf"/2\.{kind}: cannot be read|: record 19 or one soon after it cannot be read"):
-        for update in training.batches(4, 2, Position()):
+        for update in training.batches(4, 8, Position()):
             seen.append(update)
             if len(seen) == 1:
                 lost.rename(tmp_path / "lost")
-    state, tensors = training.state()
+    state, tensors = saved(training)
     (tmp_path / "lost").rename(lost)
     other = streamed(config, tokenizer)
-    other.restore(state, tensors)
+    other.restore(state, tensors["stream"])
     updates = seen + epoch(other, seen[-1][1])
     assert 1 < len(seen) < len(expected) and [u[1:] for u in updates] == [u[1:] for u in expected]
     assert all(same(one[0], two[0]) for one, two in zip(updates, expected, strict=True))

@@ -11,7 +11,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
 from config import UserError
-from data import Position, collate, group_texts, make_loader, split_batch, tokenize, training_batches
+from data import Position, collate, group_texts, in_batches, make_loader, split_batch, tokenize, training_batches
+from distributed import Group
 from generate import SamplingConfig, generate
 from model import plain_head
 from perplexity import evaluate
@@ -20,6 +21,7 @@ from train import (
     learning_rate_at,
     make_optimizer,
     restore_state,
+    seed_update,
     should_compile,
     train_step,
     training_state,
@@ -27,7 +29,6 @@ from train import (
     within_memory,
 )
 
-CPU = torch.device("cpu")
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
 
 
@@ -42,7 +43,7 @@ def blocks(rows, tokenizer):
 
 def test_equals_the_trainer(blocks, tokenizer, tmp_path):
     """The same model, blocks, order, warmup, decay, clipping and accumulation give the same losses and weights."""
-    batches = list(make_loader(blocks, 4, range(4 * 2 * STEPS % len(blocks) + 8)))  # full blocks alone
+    batches = list(make_loader(blocks, 4, in_batches(range(4 * 2 * STEPS % len(blocks) + 8), 4)))  # full blocks alone
     batches = [batches[i % (len(batches) - 1)] for i in range(2 * STEPS)]
 
     ours = tiny_gpt2(len(tokenizer))
@@ -50,7 +51,7 @@ def test_equals_the_trainer(blocks, tokenizer, tmp_path):
     our_losses = []
     for step in range(STEPS):
         rate = learning_rate_at(step, PEAK, WARMUP, STEPS)
-        loss, _, _ = train_step(ours, optimizer, scaler, batches[2 * step : 2 * step + 2], rate, CLIP)
+        loss, *_ = train_step(ours, optimizer, scaler, batches[2 * step : 2 * step + 2], rate, CLIP)
         our_losses.append(loss.item())
 
     class Losses(TrainerCallback):
@@ -128,7 +129,7 @@ def updated(micro_batches, vocab_size, steps=3):
     model = tiny_gpt2(vocab_size)
     optimizer = make_optimizer(model, DECAY)
     for _ in range(steps):
-        loss, norm, tokens = train_step(model, optimizer, no_scaler(), micro_batches, 1e-3, CLIP)
+        loss, norm, tokens, _ = train_step(model, optimizer, no_scaler(), micro_batches, 1e-3, CLIP)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), loss.item(), norm.item(), tokens
 
 
@@ -152,7 +153,7 @@ def test_loss_is_the_mean_over_the_tokens_of_the_update(blocks, tokenizer):
         model(input_ids=i["input_ids"][None], labels=i["labels"][None]).loss * (len(i["labels"]) - 1) for i in items
     ]
     expected = sum(sums) / sum(len(item["labels"]) - 1 for item in items)
-    loss, _, _ = train_step(model, make_optimizer(model, 0), no_scaler(), [collate([i]) for i in items], 0.0)
+    loss, *_ = train_step(model, make_optimizer(model, 0), no_scaler(), [collate([i]) for i in items], 0.0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -177,7 +178,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_bitwise(blocks, tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: output * math.nan)
-    loss, _, _ = train_step(model, optimizer, no_scaler(), [batch], 1e-3)
+    loss, *_ = train_step(model, optimizer, no_scaler(), [batch], 1e-3)
     hook.remove()
     assert math.isnan(loss)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -206,7 +207,7 @@ def test_an_overflow_of_fp16_loses_no_update(blocks, tokenizer):
     plain, model = tiny_gpt2(len(tokenizer)), tiny_gpt2(len(tokenizer))
     train_step(plain, make_optimizer(plain, 0), torch.amp.GradScaler("cpu"), [batch], 1e-3, 1.0, "fp16")
     optimizer, scaler = make_optimizer(model, 0), torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    loss, norm, _ = train_step(model, optimizer, scaler, [batch], 1e-3, 1.0, "fp16")
+    loss, norm, *_ = train_step(model, optimizer, scaler, [batch], 1e-3, 1.0, "fp16")
     assert math.isfinite(loss + norm) and 1 < scaler.get_scale() < 2.0**39
     assert {state["step"].item() for state in optimizer.state.values()} == {1}  # however often the scaler skipped
     assert torch.allclose(model.lm_head.weight, plain.lm_head.weight, atol=2e-4)
@@ -217,7 +218,7 @@ def test_fp16_ends_where_no_scale_helps(blocks, tokenizer):
     optimizer, scaler = make_optimizer(model, DECAY), torch.amp.GradScaler("cpu")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * math.nan)
     before = model.lm_head.weight.clone()
-    loss, _, _ = train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
+    loss, *_ = train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
     assert math.isnan(loss) and torch.equal(model.lm_head.weight, before)
     assert scaler.get_scale() == 2.0**16  # the next update does not suffer for it
 
@@ -236,7 +237,7 @@ def test_out_of_memory_in_the_optimizer_is_final(blocks, tokenizer, monkeypatch)
 
     optimizer.register_step_pre_hook(fail)
     with pytest.raises(UserError, match="AdamW's moments"):
-        within_memory(work, 4, "halve", CPU)
+        within_memory(work, 4, "halve")
     assert tried == [4]
 
 
@@ -244,7 +245,7 @@ def test_an_update_without_anything_to_predict_changes_nothing(blocks, tokenizer
     model = tiny_gpt2(len(tokenizer))
     optimizer, before = make_optimizer(model, DECAY), model.lm_head.weight.clone()
     one = {key: tensor[:, :1] for key, tensor in collate([blocks[0]]).items()}
-    loss, norm, tokens = train_step(model, optimizer, no_scaler(), [one], 1e-3)
+    loss, norm, tokens, _ = train_step(model, optimizer, no_scaler(), [one], 1e-3)
     assert (loss.item(), norm.item(), tokens) == (0, 0, 0) and torch.equal(model.lm_head.weight, before)
 
 
@@ -266,16 +267,16 @@ def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
         def work(size, model=model, optimizer=optimizer):
             return train_step(model, optimizer, no_scaler(), list(split_batch(batch, size)), 1e-3)
 
-        _, left = within_memory(work, 5, "halve", CPU)
+        _, left = within_memory(work, 5, "halve")
         weights.append((left, model.lm_head.weight))
     assert sizes == [5, 2, 2, 1, 5] and [left for left, _ in weights] == [2, 5]
     assert (weights[0][1] - weights[1][1]).abs().max() < 1e-6
     with pytest.raises(UserError, match="out of memory with 5 blocks at once; lower --batch_size"):
-        within_memory(lambda size: torch.empty(1 << 50), 5, "stop", CPU)
+        within_memory(lambda size: torch.empty(1 << 50), 5, "stop")
     with pytest.raises(UserError, match="out of memory with 1 blocks at once; lower --block_size"):
-        within_memory(lambda size: torch.empty(1 << 50), 5, "halve", CPU)
+        within_memory(lambda size: torch.empty(1 << 50), 5, "halve")
     with pytest.raises(RuntimeError, match="another mistake"):
-        within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve", CPU)
+        within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve")
 
 
 def test_compile_auto_is_for_long_runs_of_models_that_compile(tokenizer, monkeypatch):
@@ -309,9 +310,9 @@ def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tok
         if compiled:
             compile_blocks(model, 16)
         optimizer = make_optimizer(model, 0)
-        batches = training_batches(blocks, 5, 1, 0, Position(), same_shape=compiled)
+        batches = training_batches(blocks, 5, 5, 0, Position(), same_shape=compiled)
         for _ in range(2 * math.ceil(len(blocks) / 5)):
-            micro_batches, position = next(batches)
+            micro_batches, position, _ = next(batches)
             losses.append(train_step(model, optimizer, no_scaler(), micro_batches, 1e-3)[0].item())
         assert position == Position(2, 0)
         nll_sum, num_tokens = evaluate(model, make_loader(blocks, 5, same_shape=compiled))
@@ -324,30 +325,30 @@ def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tok
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision):
-    """With dropout: a restored model, optimizer and random state go on exactly as the ones they were saved from."""
+    """With dropout: a restored model and optimizer go on exactly as the ones they were saved from."""
 
     def start():
         model = tiny_gpt2(len(tokenizer), dropout=0.1).train()
         return model, make_optimizer(model, DECAY)
 
     def go_on(model, optimizer, position, steps):
-        batches = training_batches(blocks, 4, 2, 3, position)
-        for _ in range(steps):
-            update, position = next(batches)
+        batches = training_batches(blocks, 4, 8, 3, position)
+        for step in range(steps):
+            seed_update(3, step, 0)
+            update, position, _ = next(batches)
             train_step(model, optimizer, no_scaler(), update, 1e-3, precision=precision)
         return position
 
     model, optimizer = start()
-    torch.manual_seed(5)
     position = go_on(model, optimizer, Position(), 4)
     saved = {
         group: {name: tensor.clone() for name, tensor in content.items()}
-        for group, content in training_state(model, optimizer, CPU).items()
+        for group, content in training_state(model, optimizer, Group()).items()
     }
     go_on(model, optimizer, position, 4)
     again, again_optimizer = start()
     torch.manual_seed(99)
-    restore_state(saved, again, again_optimizer, CPU)
+    restore_state(saved, again, again_optimizer, Group())
     go_on(again, again_optimizer, position, 4)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name

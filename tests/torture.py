@@ -1,11 +1,13 @@
-"""The long tests: kills, crashes, damage, full disks, signals, lost workers and wrong input, as a table.
+"""The long tests: kills, crashes, damage, full disks, signals, lost workers and ranks, and wrong input, as a table.
 
     make torture
     make torture ARGS="--kills 10 --seed 3 --only kills signals"
+    make torture ARGS="--ranks 24 --only ranks"
 
-One run of `train.py` is left alone. Every other one, whatever was done to it, must end with the same SHA-256 of
-weights, optimizer, random state and model, and with the same curves. Runs are real processes. Moments are random, and
-repeat with --seed as far as a machine repeats itself. Exits with 1 where anything did not hold.
+One run of `train.py` is left alone, and of two ranks one with each strategy. Every other one, whatever was done to it,
+must end with the same SHA-256 of weights, optimizer and model, and with the same curves: dropout is on, so its random
+numbers are the same as well. Runs are real processes. Moments are random, and repeat with --seed as far as a machine
+repeats itself. Exits with 1 where anything did not hold.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +30,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -53,6 +56,7 @@ import checkpoint  # noqa: E402
 TIMEOUT = 120  # seconds a process
 MEASURED = ("tokens_per_second", "memory_gib")  # differ from run to run
 EARLY, LOOP = ("preparation", "loading"), ("training", "evaluation", "sampling", "saving")
+RANK_TIMEOUT = 8  # seconds, where a rank is to be missed
 SETTINGS = {
     "model_config": "gpt2.json",
     "tokenizer": "train:320",
@@ -120,14 +124,20 @@ class Runs:
     def __init__(self, directory: Path, fast: Path, table: Table, seed: int):
         self.directory, self.fast, self.table, self.seed = directory, fast, table, seed
         self.started: list[processes.Process] = []
+        self.plain, self.plain_lock = None, threading.Lock()
         (directory / "gpt2.json").write_text(json.dumps(GPT2))
+        (directory / "plain.json").write_text(json.dumps({**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}))
         texts = (json.dumps({"text": make_text(60 + i, i)}) + "\n" for i in range(45))
         (directory / "text.jsonl").write_text("".join(texts))
         (directory / "small.yaml").write_text("".join(f"{key}: {value}\n" for key, value in SETTINGS.items()))
 
+    def notes(self) -> str:
+        """The name of a new file for notes of phases."""
+        return str(self.directory / f"phases-{len(self.started)}-{threading.get_ident()}-")
+
     def start(self, run_dir: Path, *flags: object, noted: bool = True) -> tuple[processes.Process, Phases]:
         """A process, and a view of the phase it is in, if it is to be noted."""
-        notes = self.directory / f"phases-{len(self.started)}-{threading.get_ident()}"
+        notes = self.notes()
         launcher = ("tests/phases.py", notes, "train.py") if noted else ("train.py",)
         arguments = (*launcher, "--config", "small.yaml", "--output_dir", run_dir, *flags)
         process = processes.start(*arguments, cwd=self.directory, fresh=run_dir.name == "alone")
@@ -138,7 +148,7 @@ class Runs:
         try:
             return process.wait(max(1, min(TIMEOUT, self.table.left())))
         except subprocess.TimeoutExpired:
-            process.kill()
+            end_all(process)
             raise
 
     def train(self, run_dir: Path, *flags: object, code: int = 0) -> processes.Process:
@@ -158,23 +168,32 @@ class Runs:
         times = (f"{self.usual.count(phase)} x {self.usual.seconds(phase) * 1000:.0f} ms {phase}" for phase in PHASES)
         print(f"a run: {', '.join(times)}", flush=True)
 
-    def same(self, run_dir: Path, curves: bool = True) -> None:
-        found = outcome(run_dir)
-        names = [name for name in self.alone if curves or not name.startswith("curves")]
-        differ = [name for name in names if found[name] != self.alone[name]]
+    def same(self, run_dir: Path, curves: bool = True, alone: dict[str, object] | None = None) -> None:
+        found, alone = outcome(run_dir), alone or self.alone
+        names = [name for name in alone if curves or not name.startswith("curves")]
+        differ = [name for name in names if found[name] != alone[name]]
         expect(not differ, f"{', '.join(differ)} differ from the run that was left alone ({run_dir.name})")
         shutil.rmtree(run_dir)
 
     def draw(self, *names: object) -> random.Random:
         return random.Random(" ".join(map(str, (self.seed, *names))))
 
-    def wait_for(self, process: processes.Process, phases: Phases, wanted: str, draw: random.Random, part: float = 1.0):
+    def wait_for(
+        self,
+        process: processes.Process,
+        phases: Phases,
+        wanted: str,
+        draw: random.Random,
+        part: float = 1.0,
+        usual: Phases | None = None,
+    ) -> bool:
         """Waits for a random moment in one of the phases ``wanted``, out of the first ``part`` of those in a run.
 
         Where it went by unseen, for one as far into a later such phase. False where the process ended before.
         """
-        count = 1 + int(draw.random() * part * self.usual.count(wanted))
-        seconds = draw.random() * self.usual.seconds(wanted)
+        usual = usual or self.usual
+        count = 1 + int(draw.random() * part * usual.count(wanted))
+        seconds = draw.random() * usual.seconds(wanted)
         while process.returncode is None:
             expect(self.table.left() > 0, "the time was over")
             if phases.count(wanted) >= count:
@@ -193,7 +212,7 @@ class Runs:
         except BaseException:  # Ctrl-C: the others end soon
             self.table.end = 0
             for process in self.started:
-                process.kill()
+                end_all(process)
             raise
         finally:
             pool.shutdown()
@@ -286,7 +305,7 @@ class Runs:
 
     def damage_all(self, stopped: Path) -> None:
         for path in (stopped / "checkpoints").iterdir():
-            spoil(path / "random.safetensors", "truncate", self.draw("all"))
+            spoil(path / "weights.safetensors", "truncate", self.draw("all"))
         before = content(stopped)
         lines = self.train(stopped, "--resume", code=3).stderr.splitlines()
         expect([line.partition(": ")[0] for line in lines] == ["warning", "warning", "train.py"], str(lines))
@@ -432,6 +451,218 @@ class Runs:
         self.same(run_dir)
         return f"exit {code}, no process left", seconds
 
+    def ranks(self, args: argparse.Namespace) -> None:
+        """Two ranks, one of which is killed, stopped or asked to end, or both are, at any moment."""
+        self.pairs: dict[str, tuple[dict[str, object], Phases]] = {}
+        for strategy in ("ddp", "fsdp"):
+            self.table.trial(f"2 ranks ({strategy}), left alone", self.leave_ranks_alone, strategy)
+        deeds = []
+        for strategy in self.pairs:
+            # What, to whom, and the phases of rank 0 in which it may happen; of torchrun's, imports are the "start".
+            pair = f"2 ranks ({strategy}),"
+            for who in ("rank 0", "rank 1", "both"):
+                row, moments = f"{pair} SIGKILL of {who}, torchrun --max-restarts=1", ("start", *EARLY, *LOOP)
+                deeds.append((row, self.kill_under_agent, strategy, who, moments))
+            deeds.append((f"{pair} SIGKILL of both, --resume", self.kill_ranks, strategy, "both", LOOP))
+            for who in ("rank 0", "rank 1"):
+                for name, work, moments in (
+                    (f"SIGKILL of {who}: the other exits with 6", self.kill_ranks, (*EARLY, *LOOP)),
+                    (f"SIGTERM to {who}: both exit with 143", self.end_ranks_by, LOOP),
+                    (f"SIGTERM to {who} before there is anything to save", self.end_ranks_early, EARLY),
+                    (f"SIGSTOP of {who}: the other exits with 6", self.stop_rank, ("loading", *LOOP)),
+                ):
+                    deeds.append((f"{pair} {name}, --resume", work, strategy, who, moments))
+        jobs = []
+        for i in range(args.ranks):
+            row, work, strategy, who, moments = deeds[i % len(deeds)]
+            jobs.append((row, work, strategy, who, self.draw("moment", i).choice(moments), i))
+        sizes = ("1 rank", "2 ranks (ddp)", "2 ranks (fsdp)")
+        for first, then in zip((0, 1, 0, 2, 1), (1, 0, 2, 0, 2), strict=True):
+            jobs.append((f"a checkpoint of {sizes[first]} goes on with {sizes[then]}", self.go_on_with, first, then))
+        self.trials(jobs)
+
+    def start_ranks(self, strategy: str, run_dir: Path, *flags: object) -> tuple[list[processes.Process], Phases]:
+        """Two ranks without torchrun, which would end one when the other has died, and the phase that rank 0 is in."""
+        notes = self.notes()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+        arguments = ("tests/phases.py", notes, "train.py", *self.rank_flags(strategy, run_dir, *flags))
+        started = []
+        for rank in "01":
+            rank_env = {**env, "RANK": rank, "LOCAL_RANK": rank}
+            started.append(processes.start(*arguments, cwd=self.directory, env=rank_env))
+            self.started.append(started[-1])
+        return started, Phases(notes + "0")
+
+    def rank_flags(self, strategy: str, run_dir: Path, *flags: object) -> list[object]:
+        """With half of the micro-batches on each of two ranks, their updates are those of one process."""
+        own = ["--config", "small.yaml", "--output_dir", run_dir, "--strategy", strategy, "--grad_accum_steps", 1]
+        return [*own, "--rank_timeout", TIMEOUT, *flags]
+
+    def end_ranks(self, started: list[processes.Process]) -> list[int]:
+        try:
+            return [self.end(process) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+
+    def resume_ranks(self, strategy: str, run_dir: Path) -> None:
+        """To the same end as the ranks that were left alone."""
+        started, _ = self.start_ranks(strategy, run_dir, "--resume")
+        codes = self.end_ranks(started)
+        expect(codes == [0, 0], f"--resume ended with {codes}: {said_by(started)}")
+        self.same(run_dir, alone=self.pairs[strategy][0])
+
+    def leave_ranks_alone(self, strategy: str) -> None:
+        run_dir = self.directory / f"alone-{strategy}"
+        started, phases = self.start_ranks(strategy, run_dir)
+        codes = self.end_ranks(started)
+        expect(codes == [0, 0], f"ended with {codes}: {said_by(started)}")
+        expect(not any(process.stderr for process in started), f"warned: {said_by(started)}")
+        expect(started[1].stdout == "", f"rank 1 said {started[1].stdout}")
+        self.pairs[strategy] = outcome(run_dir), phases
+
+    def ranks_in(
+        self, strategy: str, name: str, wanted: str, draw: random.Random, *flags: object
+    ) -> tuple[list[processes.Process], Phases, Path]:
+        """Two ranks that were in the phase ``wanted`` a moment ago, and their directory."""
+        for attempt in range(10):
+            run_dir = self.directory / f"{strategy}-{name}-{attempt}"
+            started, phases = self.start_ranks(strategy, run_dir, *flags)
+            part = 0.0 if wanted in EARLY else 0.6
+            if self.wait_for(started[0], phases, wanted, draw, part, self.pairs[strategy][1]):
+                return started, phases, run_dir
+            self.end_ranks(started)
+            shutil.rmtree(run_dir)
+        raise AssertionError(f"never in {wanted}")
+
+    def kill_under_agent(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
+        draw, notes, run_dir = self.draw("agent", number), self.notes(), self.directory / f"agent-{number}"
+        phases = Phases(notes + "0")
+        script = ("--nproc_per_node=2", "--max-restarts=1", ROOT / "tests/phases.py", notes, "train.py")
+        flags, torchrun = self.rank_flags(strategy, run_dir), Path(sys.executable).with_name("torchrun")
+        agent = processes.start(torchrun, "--standalone", *script, *flags, cwd=self.directory)
+        self.started.append(agent)
+        while agent.returncode is None and len(ranks_of(agent)) < 2:
+            time.sleep(0.01)
+        if wanted == "start":
+            time.sleep(4 * draw.random())
+        else:
+            part = 0.0 if wanted in EARLY else 0.6
+            self.wait_for(agent, phases, wanted, draw, part, self.pairs[strategy][1])
+        pids, phase = ranks_of(agent), phases.current
+        expect(len(pids) == 2, f"ended before it was killed: {agent.stderr[-1000:]}")
+        for rank, pid in pids.items():
+            if who in ("both", f"rank {rank}"):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            code = self.end(agent)
+        except subprocess.TimeoutExpired:
+            code = "none"
+        expect(code == 0, f"exit code {code} after a kill in {phase}: {agent.stdout[-1000:]}{agent.stderr[-3000:]}")
+        again = "resuming from" in agent.stdout or "starting over" in agent.stdout
+        expect(again or phase in ("start", *EARLY), agent.stdout)
+        self.same(run_dir, alone=self.pairs[strategy][0])
+        return f"in {phase}", 0.0
+
+    def kill_ranks(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
+        draw, flags = self.draw("kill ranks", number), ("--rank_timeout", RANK_TIMEOUT)
+        started, phases, run_dir = self.ranks_in(strategy, f"kill-{number}", wanted, draw, *flags)
+        phase, since = phases.current, time.monotonic()
+        for rank, process in enumerate(started):
+            if who in ("both", f"rank {rank}"):
+                process.kill()
+        codes, seconds = self.end_ranks(started), time.monotonic() - since
+        if who == "both":
+            expect(codes == [-signal.SIGKILL] * 2, f"ended with {codes}")
+        else:
+            self.is_missed(started, codes, int(who[-1]), -signal.SIGKILL, f"after a kill in {phase}")
+            limit = RANK_TIMEOUT + 15 if phase in EARLY else 5  # the other may be waiting for its coming
+            expect(seconds < limit, f"ended only after {seconds:.1f} seconds")
+        self.resume_ranks(strategy, run_dir)
+        return f"in {phase}", 0.0
+
+    def is_missed(self, started: list[processes.Process], codes: list[int], lost: int, code: int, when: str) -> None:
+        """The other rank has ended with 6 and a last line that names the lost one; torch may warn before that."""
+        other = 1 - lost
+        said = started[other].stderr.splitlines()[-1:] or [""]
+        expect(codes[lost] == code, f"rank {lost} ended with {codes[lost]}")
+        expect(codes[other] == 6, f"rank {other} ended with {codes[other]} {when}: {said_by(started)}")
+        named = re.fullmatch(rf"train\.py: error: .*\brank {lost}\b.*", said[0])
+        expect(named, f"{when} rank {other} said {started[other].stderr}")
+
+    def end_ranks_by(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
+        started, phases, run_dir = self.ranks_in(strategy, f"term-{number}", wanted, self.draw("term", number))
+        phase, since = phases.current, time.monotonic()
+        started[int(who[-1])].send_signal(signal.SIGTERM)
+        codes, seconds = self.end_ranks(started), time.monotonic() - since
+        expect(codes == [143, 143], f"ended with {codes} after SIGTERM in {phase}: {said_by(started)}")
+        expect(not any(process.stderr for process in started), f"warned: {said_by(started)}")
+        expect(started[1].stdout == "", f"rank 1 said {started[1].stdout}")
+        step = re.search(r"^stopped by SIGTERM at step (\d+)", started[0].stdout, re.MULTILINE)
+        if step:
+            path = run_dir / "checkpoints" / f"step-{int(step[1]):06}"
+            expect(checkpoint.verify(path) is None, f"{path} does not verify")
+        expect(step or "held-out perplexity" in started[0].stdout, started[0].stdout[-1000:])
+        self.resume_ranks(strategy, run_dir)
+        return "ended", seconds
+
+    def end_ranks_early(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
+        draw, flags = self.draw("early", number), ("--rank_timeout", RANK_TIMEOUT)
+        started, _, run_dir = self.ranks_in(strategy, f"early-{number}", wanted, draw, *flags)
+        ended, since = int(who[-1]), time.monotonic()
+        started[ended].send_signal(signal.SIGTERM)
+        codes, seconds = self.end_ranks(started), time.monotonic() - since
+        self.is_missed(started, codes, ended, 143, f"after SIGTERM in {wanted}")
+        expect(not run_dir.exists(), "something was written")
+        self.resume_ranks(strategy, run_dir)
+        return "exit 143, the other 6", seconds
+
+    def stop_rank(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
+        flags, lost = ("--rank_timeout", RANK_TIMEOUT), int(who[-1])
+        draw = self.draw("stop", number)
+        started, phases, run_dir = self.ranks_in(strategy, f"stop-{number}", wanted, draw, *flags)
+        phase, since = phases.current, time.monotonic()
+        started[lost].send_signal(signal.SIGSTOP)
+        with suppress(subprocess.TimeoutExpired):
+            started[1 - lost].wait(RANK_TIMEOUT + 15)
+        seconds = time.monotonic() - since
+        for process in started:
+            process.kill()
+        codes = self.end_ranks(started)
+        self.is_missed(started, codes, lost, -signal.SIGKILL, f"{seconds:.0f} s after SIGSTOP in {phase}")
+        self.resume_ranks(strategy, run_dir)
+        return f"--rank_timeout {RANK_TIMEOUT}: ended", seconds
+
+    def go_on_with(self, first: int, then: int) -> tuple[str, float]:
+        """Without dropout, whose random numbers are those of a rank, the losses are those of a single process."""
+        flags = ("--model_config", "plain.json", "--learning_rate", 5e-5)
+        with self.plain_lock:
+            if self.plain is None:
+                self.train(self.directory / "plain", *flags)
+                self.plain = read_jsonl(self.directory / "plain/metrics.jsonl")
+        run_dir = self.directory / f"sizes-{first}-{then}"
+        for size, code in ((first, 143), (then, 0)):
+            resume = ("--resume",) if size == then else ()
+            if size:
+                started, phases = self.start_ranks(("", "ddp", "fsdp")[size], run_dir, *flags, *resume)
+            else:
+                process, phases = self.start(run_dir, *flags, *resume)
+                started = [process]
+            if code:
+                self.wait_for(started[0], phases, "training", self.draw("size", first, then), 0.6)
+                started[0].send_signal(signal.SIGTERM)
+            codes = self.end_ranks(started)
+            expect(set(codes) == {code}, f"ended with {codes}: {said_by(started)}")
+        found = read_jsonl(run_dir / "metrics.jsonl")
+        places = [[(r["step"], r["split"], r["tokens"]) for r in records] for records in (found, self.plain)]
+        expect(places[0] == places[1], f"other steps: {places}")
+        far = max(abs(r["loss"] - p["loss"]) for r, p in zip(found, self.plain, strict=True))
+        expect(far < 1e-6, f"losses differ by {far:.1e}")
+        return "losses within 1e-6", 0.0
+
     def compiled(self, args: argparse.Namespace) -> None:
         """Compiled code on two threads, which adds up gradients in any order unless it is told not to."""
         self.table.trial("compiled, SIGKILL in training", self.kill_compiled)
@@ -483,7 +714,7 @@ class Runs:
 
 
 PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage, Runs.full_disks, Runs.signals,
-                                          Runs.workers, Runs.compiled, Runs.inputs)}  # fmt: skip
+                                          Runs.workers, Runs.ranks, Runs.compiled, Runs.inputs)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,7 +779,7 @@ def leftovers(run_dir: Path) -> list[str]:
 def outcome(run_dir: Path) -> dict[str, object]:
     """All that must not depend on what was done to a run."""
     last = max((run_dir / "checkpoints").iterdir())
-    files = [last / f"{name}.safetensors" for name in ("weights", "optimizer", "random")]
+    files = [last / f"{name}.safetensors" for name in ("weights", "optimizer")]
     # As TensorBoard's server reads them, which drops what a killed process had written beyond its last checkpoint.
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     names = [name for name in events.Tags()["tensors"] if not name.endswith(MEASURED) and "_hparams_" not in name]
@@ -602,6 +833,30 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def end_all(process: processes.Process) -> None:
+    """Kills a process with its children, such as those of torchrun."""
+    pids = children(process.pid) if process.returncode is None else []
+    process.kill()
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def ranks_of(agent: processes.Process) -> dict[int, int]:
+    """The processes of a torchrun by their ranks."""
+    found = {}
+    for pid in children(agent.pid):
+        with suppress(OSError):
+            rank = re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+            if rank:  # else it is only being started
+                found[int(rank[1])] = pid
+    return found
+
+
+def said_by(started: list[processes.Process]) -> str:
+    return "; ".join(f"rank {rank}: {process.stderr}" for rank, process in enumerate(started))
+
+
 def machine() -> str:
     names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
@@ -614,8 +869,9 @@ def machine() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="runs to kill")
+    parser.add_argument("--ranks", type=int, default=24, help="runs of two ranks to disturb")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the damage")
-    parser.add_argument("--minutes", type=float, default=30, help="after which nothing new is tried")
+    parser.add_argument("--minutes", type=float, default=35, help="after which nothing new is tried")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to try")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is cleared away
@@ -630,7 +886,7 @@ def main() -> int:
                 PARTS[part](runs, args)
         finally:
             for process in runs.started:
-                process.kill()
+                end_all(process)
     held = table.show()
     if "inputs" in args.only:
         runs.show_answers()

@@ -1,0 +1,239 @@
+"""What a run on many devices needs and costs, by formula; the table of docs/scale.md is made of them.
+
+They are those of this project's training step, and tests/test_scale.py holds them against bytes that were counted.
+Sizes are in bytes, GB are 10^9 of them, P is the number of parameters. `benchmarks.scale` prints the table.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from model import flops_per_token, largest_blocks
+from report import peak_flops
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
+BEGIN, END = "<!-- python -m benchmarks.scale --table --write -->", "<!-- end of the table -->"
+
+# What the table assumes of the devices; nobody has measured it here.
+PEAK, MFU = peak_flops("NVIDIA H100"), 0.4  # dense bfloat16 FLOP/s, and the part of it that computing reaches
+NVLINK = 0.8 * 450e9  # bytes/s from each GPU to the others of its node: 80% of NVLink 4's 450 GB/s
+NETWORK = 0.8 * 8 * 50e9  # bytes/s between nodes: 80% of eight 400 Gb/s adapters, over all of which a ring can go
+MEMORY, RESERVED = 80e9, 5e9  # of a GPU, and of that for CUDA, NCCL's buffers and fragmentation
+NODE = 8  # GPUs a node
+CHUNK = 1024  # tokens whose logits exist at once: linear_cross_entropy
+
+
+@dataclass
+class Shape:
+    """What the formulas need of a model. Parameters: ``block`` is a layer's, ``root`` those outside of all layers."""
+
+    parameters: int
+    block: int
+    layers: int
+    width: int
+    kv_width: int
+    mlp_width: int
+    heads: int
+    vocabulary: int
+    gated: bool  # Llama's layers, else GPT-2's
+
+    @property
+    def root(self) -> int:
+        return self.parameters - self.layers * self.block
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """A GPT-2's or a Llama's, which may be on device meta."""
+    c, gated = model.config, model.config.model_type == "llama"
+    blocks = largest_blocks(model)
+    kv_width = c.hidden_size // c.num_attention_heads * (c.num_key_value_heads if gated else c.num_attention_heads)
+    return Shape(
+        parameters=model.num_parameters(),
+        block=sum(parameter.numel() for parameter in blocks[0].parameters()),
+        layers=len(blocks),
+        width=c.hidden_size,
+        kv_width=kv_width,
+        mlp_width=c.intermediate_size if gated else c.n_inner or 4 * c.n_embd,
+        heads=c.num_attention_heads,
+        vocabulary=c.vocab_size,
+        gated=gated,
+    )
+
+
+def state_bytes(s: Shape, devices: int, strategy: str) -> tuple[float, float, float]:
+    """Weights, gradients and AdamW's two moments on a device, all float32: 4 P, 4 P and 8 P.
+
+    The 16 bytes of Rajbhandari et al. 2020 (ZeRO, section 3.1) without their fp16 copies; ddp has them on each device
+    (its buckets are the gradients' memory), fsdp divides them, as ZeRO stage 3 does.
+    """
+    share = s.parameters / (devices if strategy == "fsdp" else 1)
+    return 4 * share, 4 * share, 8 * share
+
+
+def copied_bytes(s: Shape, strategy: str) -> float:
+    """bfloat16 weights beside the float32 ones.
+
+    ddp: autocast's copies of the layers' weights, which are kept for the backward pass. fsdp: the root's, which stay
+    gathered, and those of three layers: at work, gathered next, and the flat buffer that the latter comes in (see
+    _fsdp_param_group.py in torch.distributed.fsdp).
+    """
+    return 2 * (s.root + 3 * s.block) if strategy == "fsdp" else 2 * s.layers * s.block
+
+
+def unsharded_gradient_bytes(s: Shape, strategy: str, micro_batches: int = 1) -> float:
+    """fsdp's gradients on their way: in bfloat16 as they come, and in float32 what is being reduced; 0 with ddp.
+
+    A layer's while the root's wait for the end, or the root's then. Where an update has several micro-batches, all
+    4 P are kept on each device until the last (`to_accumulated_grad_if_needed` in FSDP2's _fsdp_param.py).
+    """
+    if strategy != "fsdp":
+        return 0
+    return max(2 * s.root + 6 * s.block, 6 * s.root) + (4 * s.parameters if micro_batches > 1 else 0)
+
+
+def layer_bytes(s: Shape, strategy: str, device: str = "cuda") -> float:
+    """What a layer keeps of a token for its backward pass: bf16, flash attention, no dropout, not compiled.
+
+    Korthikanti et al. 2022 (section 4.1) count 34 width + 5 heads x length for 16-bit activations. Flash attention
+    keeps a float32 a head instead of the second term, and transformers' layers keep more than the first: float32
+    inputs of norms, tanh-GELU as five results (on CUDA autocast makes three of them float32), with Llama under
+    autocast a bfloat16 copy for each matrix that reads the same input.
+    """
+    residual = 2 if strategy == "fsdp" else 4  # bytes of a value between layers; fsdp's embeddings are bfloat16
+    attention = 2 * (s.width + 2 * s.kv_width) + 2 * s.width + 4 * s.heads  # query, key, value; result; log-sum-exp
+    if s.gated:
+        norms = 2 * (4 + residual) * s.width  # float32 input, normalized values
+        inputs = (2 if strategy == "fsdp" else 5) * 2 * s.width
+        return norms + inputs + attention + 4 * 2 * s.mlp_width  # gate, silu(gate), up, their product
+    wide = 4 if device == "cuda" else 2  # of what CUDA's autocast makes float32, and a CPU's does not
+    mlp = (3 * wide + 2 * 2) * s.mlp_width
+    return 2 * (max(residual, wide) + 2) * s.width + attention + mlp
+
+
+def kept_bytes(s: Shape, tokens: int, strategy: str, checkpointing: bool, device: str = "cuda") -> float:
+    """All that is kept for the backward pass, beside `copied_bytes`: layers, last norm, gradients of the head.
+
+    With gradient checkpointing layers keep their inputs, and one at a time the rest. The head's gradients are made in
+    the forward pass (linear_cross_entropy): of hidden states, and of its weights.
+    """
+    residual = 2 if strategy == "fsdp" else 4
+    states = 4 if device == "cuda" and not s.gated else residual  # LayerNorm gives float32 there
+    layer = layer_bytes(s, strategy, device)
+    layers = s.layers * residual * s.width + layer if checkpointing else s.layers * layer
+    last_norm = (4 + residual if s.gated else states) * s.width
+    return tokens * (layers + last_norm + states * s.width) + residual * s.vocabulary * s.width
+
+
+def head_bytes(s: Shape, tokens: int, strategy: str) -> float:
+    """What exists only while the head works: logits, softmax in float32 and in bfloat16 of a chunk; a product of the
+    weights' shape and, with ddp, their bfloat16 copy, with fsdp the float32 sum that becomes a bfloat16 gradient."""
+    matrices = 3 if strategy == "fsdp" else 2
+    return 8 * s.vocabulary * min(CHUNK, tokens) + matrices * 2 * s.vocabulary * s.width
+
+
+def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, width: int = 2) -> float:
+    """What each device sends for an update. Rings: all-reduce 2 (n - 1) / n of the data, gather and reduce half of it.
+
+    ddp: float32 gradients once. fsdp: float32 gradients once, and for each micro-batch weights of ``width`` bytes:
+    the root's once, the layers' for the forward and for the backward pass (Rajbhandari et al. 2020, section 7.2).
+    """
+    part = (devices - 1) / devices
+    if strategy == "ddp":
+        return 2 * part * 4 * s.parameters
+    return part * (4 * s.parameters + micro_batches * width * (s.root + 2 * s.layers * s.block))
+
+
+def seconds(s: Shape, flops: float, devices: int, strategy: str, checkpointing: bool) -> tuple[float, float, float]:
+    """Computing, exchanging, and the part of the exchange's time that can lie behind computing.
+
+    ``flops`` are 6 N + 12 L H Q T a token (Chowdhery et al. 2022, appendix B); checkpointing adds a forward pass, a
+    third. ddp can exchange behind the backward pass, two thirds of all, fsdp behind both.
+    """
+    computing = flops / (PEAK * MFU) * (4 / 3 if checkpointing else 1)
+    exchanging = sent_bytes(s, devices, strategy) / (NVLINK if devices <= NODE else min(NVLINK, NETWORK))
+    return computing, exchanging, min(exchanging, computing * (2 / 3 if strategy == "ddp" else 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {  # and the block size
+    "GPT-2, 124M": (lambda: gpt2(12, 768, 12), 1024),
+    "GPT-2 medium, 350M": (lambda: gpt2(24, 1024, 16), 1024),
+    "GPT-2 XL, 1.5B": (lambda: gpt2(48, 1600, 25), 1024),
+    "Llama 3, 8B": (lambda: llama(128256, 4096, 14336, 32, 32, 8), 4096),
+    "Llama 2, 13B": (lambda: llama(32000, 5120, 13824, 40, 40, 40), 4096),
+    "Llama 3, 70B": (lambda: llama(128256, 8192, 28672, 80, 64, 8), 4096),
+}
+TOKENS = 8192  # a device and step
+DEVICES = (1, 8, 16, 64)
+
+
+def gpt2(layers: int, width: int, heads: int, vocabulary: int = 50257, length: int = 1024) -> GPT2LMHeadModel:
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary, "n_positions": length}
+    return GPT2LMHeadModel(GPT2Config(**shape, **ends))
+
+
+def llama(vocabulary: int, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=4096,
+        )
+    )
+
+
+def memory(s: Shape, devices: int, strategy: str, checkpointing: bool) -> list[float]:
+    """Weights, gradients, moments, bfloat16 weights, activations: at their most, be it not at the same moment."""
+    weights, gradients, moments = state_bytes(s, devices, strategy)
+    gradients += unsharded_gradient_bytes(s, strategy)
+    activations = kept_bytes(s, TOKENS, strategy, checkpointing) + head_bytes(s, TOKENS, strategy)
+    return [weights, gradients, moments, copied_bytes(s, strategy), activations]
+
+
+def table() -> str:
+    lines = [
+        "| model | GPUs | strategy | weights | gradients | moments | bf16 weights | activations | sum | fits in 80 GB |"
+        " sent | computing | exchanging | efficiency |",
+        "|" + " --- |" * 14,
+    ]
+    for name, (make, length) in MODELS.items():
+        with torch.device("meta"):
+            model = make()
+        s, flops = shape_of(model), flops_per_token(model, length) * TOKENS
+        for devices in DEVICES:
+            for strategy in ("ddp", "fsdp") if devices > 1 else ("ddp",):
+                checkpointing = RESERVED + sum(memory(s, devices, strategy, False)) > MEMORY
+                parts = memory(s, devices, strategy, checkpointing)
+                fits = RESERVED + sum(parts) <= MEMORY
+                said = ("checkpointed" if checkpointing else "yes") if fits else "**no**"
+                row = [name, str(devices), strategy if devices > 1 else "(none)"]
+                row += [*(f"{part / 1e9:.1f}" for part in parts), f"{sum(parts) / 1e9:.1f} GB", said]
+                if fits and devices > 1:
+                    computing, exchanging, hidden = seconds(s, flops, devices, strategy, checkpointing)
+                    shares = (computing / (computing + exchanging - behind) for behind in (0, hidden))
+                    row += [f"{sent_bytes(s, devices, strategy) / 1e9:.1f} GB", f"{computing * 1e3:.0f} ms"]
+                    row += [f"{exchanging * 1e3:.0f} ms", " to ".join(f"{100 * share:.0f}%" for share in shares)]
+                elif fits:
+                    computing, *_ = seconds(s, flops, 1, strategy, checkpointing)
+                    row += ["", f"{computing * 1e3:.0f} ms", "", ""]
+                else:
+                    row += [""] * 4
+                if fits or strategy == "fsdp" or devices == 1:  # with ddp no number of devices helps
+                    lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def with_table(document: str) -> str:
+    """The document with the table between its marks."""
+    return re.sub(f"(?<={BEGIN}\n).*(?={END})", lambda _: f"\n{table()}\n\n", document, flags=re.DOTALL)

@@ -1,0 +1,466 @@
+"""One run on many processes: torchrun's ranks, the model on each of them or a shard of it, sums over them.
+
+    torchrun --nproc_per_node=8 train.py ...                       # DistributedDataParallel
+    torchrun --nproc_per_node=8 train.py --strategy fsdp ...       # a shard of weights and moments on each rank
+
+with join(config) as group:                          # without torchrun a group of one, whose methods do nothing
+    model = group.spread(model, device, precision)   # weights of rank 0, on all
+    with group.last_of_update(model, i == n - 1):    # gradients travel behind the last micro-batch
+        group.next_token_nll(model, **batch).backward()
+    saved = group.first(lambda: save(...))           # rank 0 alone does it, and all get what it returns
+
+Collectives on the device carry gradients, weights and sums. What hosts have to agree on, such as a signal, goes from
+CPU to CPU, so that no host waits for its device.
+"""
+
+import copy
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from config import Range, UserError, as_user_error, flag, require, warn
+from data import IGNORED_LABEL
+from model import DTYPES, FOUND, largest_blocks, next_token_nll
+
+T = TypeVar("T")
+
+GRACE = 10  # seconds in which ranks that still run say so, once one of them is missed
+
+
+@dataclass
+class DistributedConfig:
+    strategy: Literal["ddp", "fsdp"] = flag("ddp", "under torchrun: the whole model on each device, or a shard of it")
+    rank_timeout: Annotated[int, Range(least=1)] = flag(
+        600, "seconds that ranks wait for one another, a save of rank 0 included, until one counts as lost"
+    )
+
+    def rules(self) -> list[tuple[bool, str]]:
+        return []
+
+
+class RankError(UserError):
+    """Another rank died, or does not answer."""
+
+    exit_code = 6
+
+
+class NextTokenLoss(torch.nn.Module):
+    """`next_token_nll` as a module: DistributedDataParallel has to see the head, which is used outside of the model."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return next_token_nll(self.model, **batch)
+
+
+class Group:
+    """The ranks of a run. ``Group()`` is that of a single process."""
+
+    rank, local_rank, size = 0, 0, 1
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __str__(self) -> str:
+        """What is said before the device's name."""
+        return ""
+
+    def was_restarted(self) -> bool:
+        """Whether torchrun has started this run before, and started it again as a rank was lost."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leaves the group."""
+
+    # What all ranks call together.
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place of ``values``, which are on the device."""
+        return values
+
+    def union(self, numbers: list[int]) -> list[int]:
+        """The numbers, of 0 to 63, that any rank has; ``numbers`` is then empty."""
+        found = sorted(set(numbers))
+        numbers.clear()
+        return found
+
+    def share(self, value: T) -> T:
+        """The ``value`` of rank 0."""
+        return value
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all ranks, on rank 0; none elsewhere."""
+        return [value]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0, which alone does it."""
+        return self.share(work() if self.rank == 0 else None)
+
+    def once_a_node(self) -> AbstractContextManager:
+        """The first rank of each node goes ahead, the others find in the caches what it has prepared."""
+        return nullcontext()
+
+    # The model.
+
+    def check(self, precision: str, oom: str) -> None:
+        """Raises UserError where precision, or what to do when memory runs out, is nothing for these ranks."""
+
+    def home(self, device: torch.device) -> torch.device:
+        """Where rank 0 holds the model before `spread`."""
+        return device
+
+    def spread(self, model: PreTrainedModel, device: torch.device, precision: str) -> PreTrainedModel:
+        """Brings rank 0's weights to ``device`` on all ranks. Elsewhere ``model`` may have none (on device meta)."""
+        return model.to(device)
+
+    def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
+        """`model.next_token_nll` of this rank's batch, whose gradients are averaged over ranks."""
+        return next_token_nll(model, **batch)
+
+    def last_of_update(self, model: PreTrainedModel, is_last: bool) -> AbstractContextManager:
+        """Where forward and backward pass run. Gradients travel behind the last micro-batch of an update alone."""
+        return nullcontext()
+
+    def grad_norm(self, model: PreTrainedModel) -> torch.Tensor:
+        """The norm of all gradients together."""
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Gives up weights of other ranks' shards, some of which a forward pass leaves where they were used."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The tensor with all its shards, on rank 0; None elsewhere."""
+        return tensor
+
+    def whole_model(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """The model with all its weights, on rank 0; None elsewhere. To be saved, not to be run."""
+        return model
+
+    def copy_(self, target: torch.Tensor, whole: torch.Tensor | None) -> None:
+        """Copies rank 0's ``whole`` to ``target``, or each rank's shard of it."""
+        with torch.no_grad():
+            target.copy_(whole)
+
+
+class Ranks(Group):
+    """The ranks that torchrun has started, on NCCL where there are GPUs and on Gloo between CPUs."""
+
+    def __init__(self, config: DistributedConfig):
+        self.local_rank, self._node = int(os.environ["LOCAL_RANK"]), os.environ.get("GROUP_RANK", "0")
+        self._fsdp, self._ddp, self._has_met = config.strategy == "fsdp", None, False
+        self._timeout = timedelta(seconds=config.rank_timeout)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device == "cuda":
+            count = torch.cuda.device_count()
+            started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            require(started <= count, f"torchrun --nproc_per_node={started}: there are {count} GPUs; start as many")
+            torch.cuda.set_device(self.local_rank)
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self._timeout))
+        self._store = self._meet(store)
+        backend, times = ("nccl", 2) if self._device == "cuda" else ("gloo", 1)  # NCCL would end the process at once
+        options = {"store": dist.PrefixStore("group", self._store), "rank": self.rank, "world_size": self.size}
+        dist.init_process_group(backend, timeout=times * self._timeout, **options)
+        self._hosts = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _meet(self, store: dist.Store) -> dist.Store:
+        """A part of the store for these processes alone: torchrun keeps it, and all keys, when it starts others.
+
+        Rank 0 gives the meeting a new name, the others answer to it, and rank 0 says who has answered.
+        """
+        me, deadline = [socket.gethostname(), os.getpid(), uuid.uuid4().hex], time.monotonic() + self._timeout.seconds
+        if self.rank == 0:
+            self._has_met = store.check(["meeting"])
+            store.set("meeting", me[2])
+        while time.monotonic() < deadline:
+            meeting = dist.PrefixStore(store.get("meeting").decode(), store)
+            meeting.set(f"rank {self.rank}", json.dumps(me))
+            come = [r for r in range(self.size) if meeting.check([f"rank {r}"])]
+            if self.rank == 0 and len(come) == self.size:
+                meeting.set("all", json.dumps([json.loads(meeting.get(f"rank {r}")) for r in come]))
+            if meeting.check(["all"]) and me in (places := json.loads(meeting.get("all"))):
+                self._places = [(host, pid) for host, pid, _ in places]
+                return meeting
+            time.sleep(0.05)
+        missing = ", ".join(str(r) for r in range(self.size) if r not in come)
+        raise RankError(f"--rank_timeout {self._timeout.seconds}: rank {missing} did not come; look at its node")
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
+            sys.stderr = sys.__stderr__
+            known = as_user_error(error)
+            if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                known = RankError(self._lost())
+            if known is not None:
+                self._end_with(known)
+            traceback.print_exception(error)
+            os._exit(1)  # while all is there: see `config.run`
+
+    def _end_with(self, error: UserError) -> None:
+        """The first rank that fails says why, rank 0 if it fails as well; the others end with the same exit code."""
+        with suppress(RuntimeError):  # where rank 0 held the store and has died, every rank says so
+            if self.rank and not isinstance(error, RankError):
+                time.sleep(1)
+            known = f"{self.rank} {error.exit_code}"
+            failed = self._store.compare_set("failed", "", known).decode()
+            if failed != known:
+                self._store.add("told", 1)
+                os._exit(int(failed.split()[1]))
+            self._abort()
+            since = time.monotonic()
+            while self.rank == 0 and self._store.add("told", 0) < self.size - 1 and time.monotonic() < since + 3:
+                time.sleep(0.05)  # it may hold the store, in which the others find that it has said something
+        raise error if self.rank == 0 or isinstance(error, RankError) else type(error)(f"rank {self.rank}: {error}")
+
+    def _abort(self) -> None:
+        """Whoever waits for this rank in a collective has to notice that it does not come."""
+        for group in (self._hosts, dist.group.WORLD):
+            group.abort()
+
+    def was_restarted(self) -> bool:
+        # One node's torchrun counts, others' may not; after a node was replaced, none does.
+        return bool(self.union([1] if super().was_restarted() or self._has_met else []))
+
+    def _lost(self) -> str:
+        """Which ranks are lost: those that have ended on this machine, or else all that do not say that they go on."""
+        fix = "go on with --resume; torchrun --max-restarts=3 does so by itself"
+
+        def give_up() -> None:
+            print(f"train.py: error: the store of rank 0 does not answer; {fix}", file=sys.stderr, flush=True)
+            os._exit(RankError.exit_code)
+
+        timer = threading.Timer(2 * GRACE, give_up)  # where its machine stands still, the store never answers
+        timer.daemon = True
+        timer.start()
+        try:
+            self._abort()
+            self._store.set(f"rank {self.rank} goes on", "")
+            deadline = time.monotonic() + GRACE
+            while True:
+                silent = [r for r in range(self.size) if not self._store.check([f"rank {r} goes on"])]
+                places = {r: self._places[r] for r in silent}
+                dead = [r for r, (host, pid) in places.items() if host == socket.gethostname() and _has_ended(pid)]
+                if dead or not silent or time.monotonic() > deadline or self._store.check(["failed"]):
+                    break
+                time.sleep(0.05)
+        except RuntimeError as error:
+            return f"rank 0 (which held the store) is lost ({_first_line(error)}); {fix}"
+        who = ", ".join(f"rank {r} (process {places[r][1]} on {places[r][0]})" for r in dead or silent)
+        what = "has died" if dead else "does not answer"
+        return f"{who} {what}; {fix}" if who else f"the connection to a rank was lost; {fix}"
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def union(self, numbers: list[int]) -> list[int]:
+        mine = super().union(numbers)
+        bits = torch.zeros(64, dtype=torch.uint8)
+        bits[mine] = 1
+        dist.all_reduce(bits, dist.ReduceOp.MAX, group=self._hosts)
+        return bits.nonzero().flatten().tolist()
+
+    def share(self, value: T) -> T:
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self._hosts)
+        return values[0]
+
+    def collect(self, value: T) -> list[T]:
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._hosts)
+        return values if self.rank == 0 else []
+
+    @contextmanager
+    def once_a_node(self) -> Iterator[None]:
+        prepared = f"node {self._node} is prepared"
+        while self.local_rank and not self._store.check([prepared]):  # which may take hours, so there is no timeout
+            if self._store.check(["failed"]):
+                self._store.add("told", 1)
+                os._exit(int(self._store.get("failed").split()[1]))
+            time.sleep(0.1)
+        yield
+        if not self.local_rank:
+            self._store.set(prepared, "")
+
+    def __str__(self) -> str:
+        return f"{self.size} ranks ({'fsdp' if self._fsdp else 'ddp'}), each on "
+
+    def check(self, precision: str, oom: str) -> None:
+        fits = precision != "fp16" or not self._fsdp
+        require(fits, "--strategy fsdp: does not scale the gradients of float16; give --precision bf16 or fp32")
+        alone = f"--oom {oom}: {self.size} ranks have to agree on what they do; give a smaller --batch_size"
+        require(oom == "stop", alone)
+
+    def home(self, device: torch.device) -> torch.device:
+        return torch.device("cpu") if self._fsdp else device
+
+    def spread(self, model: PreTrainedModel, device: torch.device, precision: str) -> PreTrainedModel:
+        for name, value in self.share({name: vars(model).get(name) for name in FOUND}).items():
+            if value is not None:
+                setattr(model, name, value)
+        if not self._fsdp:
+            _materialize(model, device)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._ddp = DistributedDataParallel(  # which sends the weights of rank 0 to the others
+                NextTokenLoss(model),
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.share(self.rank == 0 and _leaves_unused(model, trained)),
+            )
+            # After its first backward pass it orders its buckets anew, and with them sums: a resumed run must not.
+            nothing = torch.full((1, 2), IGNORED_LABEL, device=device)
+            self._ddp(input_ids=torch.zeros_like(nothing), labels=nothing).backward()
+            model.zero_grad()
+            return model
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing changes in place
+        self._plain = _without_weights(model)
+        full = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+        mesh = init_device_mesh(device.type, (self.size,))
+        policy = MixedPrecisionPolicy(DTYPES[precision] if precision != "fp32" else None, torch.float32)
+        for module in [*largest_blocks(model), model]:
+            _materialize(module, device)
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        for name, parameter in model.named_parameters():
+            self.copy_(parameter, full.pop(name))
+            vars(parameter).update(marks[name])  # such as Mamba's, of what is not to decay
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+        return model
+
+    def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
+        return self._ddp(**batch) if self._ddp else next_token_nll(model, **batch)
+
+    @contextmanager
+    def last_of_update(self, model: PreTrainedModel, is_last: bool) -> Iterator[None]:
+        if self._fsdp:
+            model.set_requires_gradient_sync(is_last)
+        with self._ddp.no_sync() if self._ddp and not is_last else nullcontext():
+            yield
+
+    def grad_norm(self, model: PreTrainedModel) -> torch.Tensor:
+        norm = super().grad_norm(model)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def release(self, model: PreTrainedModel) -> None:
+        if self._fsdp:
+            model.reshard()
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return tensor.cpu() if self.rank == 0 else None
+
+    def whole_model(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        if not self._fsdp:
+            return model if self.rank == 0 else None
+        self.release(model)
+        wholes = {id(tensor): self.whole(tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        if self.rank:
+            return None
+        plain = copy.deepcopy(self._plain)
+        plain.load_state_dict({name: wholes[id(tensor)] for name, tensor in named}, strict=False, assign=True)
+        plain.tie_weights()
+        return plain
+
+    def copy_(self, target: torch.Tensor, whole: torch.Tensor | None) -> None:
+        if self.rank:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        whole = whole.to(target.device, target.dtype)
+        with torch.no_grad():
+            if isinstance(target, DTensor):
+                target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
+            else:
+                dist.broadcast(whole, 0)
+                target.copy_(whole)
+
+
+def join(config: DistributedConfig) -> Group:
+    """The group that torchrun has started, or a group of one."""
+    if _is_under_torchrun():
+        try:
+            return Ranks(config)
+        except RuntimeError as error:
+            sys.stderr = sys.__stderr__
+            fix = "look at what the others say; go on with --resume"
+            raise RankError(f"the ranks have not come together ({_first_line(error)}); {fix}") from error
+    if config.strategy != "ddp":
+        warn(f"--strategy {config.strategy}: without torchrun there is nothing to spread; it is not used")
+    return Group()
+
+
+def quiet_unless_first() -> None:
+    """What all ranks have to say, rank 0 alone says."""
+    if _is_under_torchrun() and int(os.environ["RANK"]):
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 open as long as the process
+
+
+def _is_under_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
+
+
+def _first_line(error: Exception) -> str:
+    """Of what C++ says, which adds where it came from."""
+    return str(error).splitlines()[0][:200]
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process of this machine is no more, be it that nobody has asked for its exit code yet."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+
+
+def _materialize(module: torch.nn.Module, device: torch.device) -> None:
+    """Brings a module to ``device``; weights that are on device meta become memory without values, tied ones once."""
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                made.setdefault(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
+                setattr(part, name, made[parameter])
+    module.to(device)
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` with its weights on device meta, where they take no memory."""
+    memo = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _leaves_unused(model: PreTrainedModel, trained: list[torch.nn.Parameter]) -> bool:
+    """Whether a backward pass leaves weights without a gradient, for which DistributedDataParallel would wait."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    gradients = torch.autograd.grad(next_token_nll(model, ids, ids), trained, allow_unused=True)
+    return any(gradient is None for gradient in gradients)

@@ -1,0 +1,283 @@
+"""What takes long of several ranks: four of them, two nodes, lost ranks, adapters, the compiler, architectures."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from architectures import GUIDE, TODAY
+from conftest import ROOT, make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
+from safetensors.torch import load_file
+from test_distributed import MODEL, NO_DROPOUT, assert_same, flags, run_ranks
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+TIMEOUT = 300
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+NAMES = {**GUIDE, **TODAY}
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("many-ranks")
+    rows = [{"text": make_text(40 + 7 * i, i)} for i in range(12)]
+    (path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "eval.jsonl").write_text("".join(json.dumps({"text": make_text(50, 100 + i)}) + "\n" for i in range(4)))
+    (path / "gpt2.json").write_text(json.dumps(MODEL))
+    (path / "plain.json").write_text(json.dumps(MODEL | NO_DROPOUT))
+    tiny_gpt2(len(tokenizer)).save_pretrained(path / "base")
+    tokenizer.save_pretrained(path / "base")
+    return path
+
+
+def run_one(cwd, *args):
+    done = run_script("train.py", *args, cwd=cwd, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def one(cwd):
+    """A single process, with the updates of four ranks with batches of a quarter of its own."""
+    run_one(cwd, *flags("one", batch_size=4))
+    return cwd / "one"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cwd):
+    """Two ranks, with dropout, for each strategy."""
+    for strategy in ("ddp", "fsdp"):
+        run_ranks(cwd, *flags(f"undisturbed-{strategy}", "gpt2.json", strategy=strategy))
+    return {strategy: cwd / f"undisturbed-{strategy}" for strategy in ("ddp", "fsdp")}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_four_ranks_equal_one_process(cwd, one, strategy):
+    """An epoch's 23 blocks are no multiple of anything: in its last update a rank has a block less, or none."""
+    out = f"four-{strategy}"
+    ranks = run_ranks(cwd, *flags(out, batch_size=1, strategy=strategy), size=4, codes=(0,) * 4)
+    assert_same(cwd / out, one, 1e-6)
+    metrics = [record for record in read_jsonl(one / "metrics.jsonl") if record["split"] == "train"]
+    assert any(record["grad_norm"] > 0.5 for record in metrics)  # so that clipping was at work
+    assert not any(rank.stderr for rank in ranks) and not any(rank.stdout for rank in ranks[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun, on one node and on two
+
+
+class Agents:
+    """Processes of torchrun, which are ended with their ranks whatever happens."""
+
+    def __init__(self):
+        self.started: list[processes.Process] = []
+
+    def __enter__(self) -> "Agents":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for agent in self.started:
+            if agent.returncode is None:
+                agent.send_signal(signal.SIGTERM)  # it then ends its ranks
+                with suppress(Exception):
+                    agent.wait(60)
+                agent.kill()
+
+    def start(self, cwd: Path, *args: object) -> processes.Process:
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as without torchrun, which would make it 1
+        self.started.append(processes.start(TORCHRUN, *args, cwd=cwd, env=env))
+        return self.started[-1]
+
+    def rank(self, number: int) -> int | None:
+        """The process of a rank, once it is there."""
+        for agent in self.started:
+            with suppress(OSError):
+                for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+                    if f"RANK={number}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                        return int(child)
+        return None
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        """Until step and its record are there, whichever node has rank 0."""
+        deadline = time.monotonic() + TIMEOUT
+        while not _has_step(run_dir / "metrics.jsonl", step):
+            assert time.monotonic() < deadline and all(agent.returncode is None for agent in self.started), [
+                agent.stderr for agent in self.started
+            ]
+            time.sleep(0.005)
+
+
+def _has_step(path: Path, step: int) -> bool:
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def two_nodes(agents: Agents, cwd: Path, restarts: int, *args: object) -> list[processes.Process]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", endpoint, "--rdzv_id=nodes")
+    options = (*options, f"--max-restarts={restarts}", ROOT / "train.py", *args)
+    return [agents.start(cwd, *options) for _ in range(2)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_nodes_equal_one_node(cwd, undisturbed, strategy):
+    out = f"nodes-{strategy}"
+    with Agents() as agents:
+        nodes = two_nodes(agents, cwd, 0, *flags(out, "gpt2.json", strategy=strategy))
+        assert [node.wait(TIMEOUT) for node in nodes] == [0, 0], [node.stderr for node in nodes]
+    assert_same(cwd / out, undisturbed[strategy], 0)
+    said = sorted((node.stdout for node in nodes), key=len)
+    assert said[0] == "" and f"2 ranks ({strategy})" in said[1]
+
+
+def test_two_nodes_come_back_after_one_has_lost_its_rank(cwd, undisturbed):
+    with Agents() as agents:
+        nodes = two_nodes(agents, cwd, 1, *flags("nodes-back", "gpt2.json"))
+        agents.wait_for_step(cwd / "nodes-back", 12)
+        os.kill(agents.rank(1), signal.SIGKILL)
+        assert [node.wait(TIMEOUT) for node in nodes] == [0, 0], [node.stderr for node in nodes]
+    assert "resuming from" in "".join(node.stdout for node in nodes)
+    assert_same(cwd / "nodes-back", undisturbed["ddp"], 0)
+
+
+@pytest.mark.parametrize(("strategy", "lost"), [("ddp", [0]), ("fsdp", [1]), ("ddp", [0, 1])])
+def test_torchrun_starts_the_group_again_to_the_same_weights(cwd, undisturbed, strategy, lost):
+    out = f"restarted-{strategy}-{len(lost)}"
+    with Agents() as agents:
+        options = ("--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py")
+        agent = agents.start(cwd, *options, *flags(out, "gpt2.json", strategy=strategy))
+        agents.wait_for_step(cwd / out, 12)
+        for pid in [agents.rank(number) for number in lost]:
+            os.kill(pid, signal.SIGKILL)
+        assert agent.wait(TIMEOUT) == 0, agent.stderr
+    assert "resuming from" in agent.stdout
+    assert_same(cwd / out, undisturbed[strategy], 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_hangs_is_named(cwd, undisturbed, strategy):
+    out, lost = f"hung-{strategy}", 1
+    arguments = flags(out, "gpt2.json", strategy=strategy, rank_timeout=4)
+    ranks = start_ranks(2, *arguments, cwd=cwd)
+    try:
+        assert any(line.startswith("step 8/") for line in ranks[0].lines())
+        since = time.monotonic()
+        ranks[lost].send_signal(signal.SIGSTOP)
+        assert ranks[1 - lost].wait(60) == 6, ranks[1 - lost].stderr
+        assert time.monotonic() - since < 4 + 15
+    finally:
+        for rank in ranks:
+            rank.kill()
+    (line,) = ranks[1 - lost].stderr.splitlines()[-1:]
+    assert re.fullmatch(rf"train\.py: error: .*rank {lost}\b.* --resume.*", line)
+    ranks[lost].wait(10)
+    run_ranks(cwd, *arguments, "--resume")
+    assert_same(cwd / out, undisturbed[strategy], 0)
+
+
+def test_torchrun_ends_a_first_rank_that_hangs_and_starts_the_group_again(cwd, undisturbed):
+    with Agents() as agents:
+        options = ("--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py")
+        agent = agents.start(cwd, *options, *flags("hung-0", "gpt2.json", rank_timeout=10))
+        agents.wait_for_step(cwd / "hung-0", 8)
+        os.kill(agents.rank(0), signal.SIGSTOP)
+        assert agent.wait(TIMEOUT) == 0, agent.stderr
+    assert re.search(r"^train\.py: error: rank 0 \(process .* does not answer; .*", agent.stderr, re.MULTILINE)
+    assert "resuming from" in agent.stdout
+    assert_same(cwd / "hung-0", undisturbed["ddp"], 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model may be, and what is done to it
+
+
+@pytest.fixture(scope="module")
+def adapters(cwd):
+    """Of a single process: an adapter, and a model with another one in its weights."""
+    run_one(cwd, *lora_flags("adapter", batch_size=4))
+    run_one(cwd, *lora_flags("merged", batch_size=4), "--merge_lora")
+    return {"": cwd / "adapter", "--merge_lora": cwd / "merged"}
+
+
+def lora_flags(out, **changed):
+    return [*flags(out, None, tokenizer=None, lora_rank=4, learning_rate=2e-5, **changed), "--model", "base"]
+
+
+@pytest.mark.parametrize(("strategy", "merge"), [("ddp", ""), ("fsdp", ""), ("fsdp", "--merge_lora")])
+def test_adapters_are_those_of_one_process(cwd, adapters, strategy, merge):
+    out = f"lora-{strategy}{merge}"
+    run_ranks(cwd, *lora_flags(out, strategy=strategy), *([merge] if merge else []))
+    saved = [run_dir / "model" for run_dir in (cwd / out, adapters[merge])]
+    assert {path.name for path in saved[0].iterdir()} == {path.name for path in saved[1].iterdir()}
+    if merge:
+        assert_near(*(AutoModelForCausalLM.from_pretrained(path).state_dict() for path in saved), 1e-6)
+    else:
+        assert_near(*(load_file(path / "adapter_model.safetensors") for path in saved), 1e-6)
+    assert_losses(cwd / out, adapters[merge], 1e-6)
+
+
+def assert_near(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= tolerance
+
+
+def assert_losses(run_dir, reference, tolerance):
+    losses = [[record["loss"] for record in read_jsonl(path / "metrics.jsonl")] for path in (run_dir, reference)]
+    assert losses[0] == pytest.approx(losses[1], abs=tolerance, rel=0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_layers_that_are_computed_twice_give_the_same(cwd, one, strategy):
+    out = f"twice-{strategy}"
+    run_ranks(cwd, *flags(out, strategy=strategy), "--gradient_checkpointing")
+    assert_same(cwd / out, one, 1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_ranks_learn_the_same(cwd, one, strategy):
+    out = f"compiled-{strategy}"
+    ranks = start_ranks(2, *flags(out, strategy=strategy, compile="on"), cwd=cwd)
+    try:
+        assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert "compiled" in ranks[0].stdout and not any(rank.stderr for rank in ranks)
+    assert_losses(cwd / out, one, 1e-5)
+    assert_near(*(load_file(path / "model/model.safetensors") for path in (cwd / out, one)), 1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_documents_are_kept_apart_on_all_ranks(cwd, strategy):
+    out = f"apart-{strategy}"
+    run_one(cwd, *flags(f"{out}-one", batch_size=4, pack="documents"))
+    run_ranks(cwd, *flags(out, strategy=strategy, pack="documents"))
+    assert_same(cwd / out, cwd / f"{out}-one", 1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["LLaMA", "Mamba", "BLOOM", "Mixtral", "XLNet", "BERT", "GPT Neo"])
+def test_architecture(cwd, name, strategy):
+    """It learns on two ranks, and what is saved is a plain model with the loss that was logged."""
+    kind, sizes = NAMES[name]
+    out = f"{kind}-{strategy}"
+    (cwd / f"{kind}.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    changed = {"strategy": strategy, "learning_rate": 1e-2, "eval_fraction": None, "eval_files": "eval.jsonl"}
+    run_ranks(cwd, *flags(out, f"{kind}.json", keep="last", **changed))
+    losses = [record["loss"] for record in read_jsonl(cwd / out / "metrics.jsonl") if record["split"] == "eval"]
+    assert losses[-1] < losses[0] - 0.2
+    options = ("--model", f"{out}/model", "--files", "eval.jsonl", "--block_size", 32, "--precision", "fp32")
+    done = run_script("perplexity.py", *options, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"^loss: (\S+)", done.stdout, re.MULTILINE)[1]) == pytest.approx(losses[-1], abs=2e-5)
+    _, said = AutoModelForCausalLM.from_pretrained(cwd / out / "model", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]

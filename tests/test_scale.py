@@ -1,0 +1,96 @@
+"""The formulas of benchmarks/formulas.py against bytes that were counted, and the table that docs/scale.md holds."""
+
+import pytest
+import torch
+
+from benchmarks import formulas, scale
+from model import autocast, next_token_nll, recompute_activations
+
+TINY = {"layers": 3, "width": 64, "vocabulary": 1000, "length": 64, "batch": 2}
+
+
+def test_the_document_holds_what_the_formulas_say():
+    document = formulas.DOCUMENT.read_text(encoding="utf-8")
+    assert document.count(formulas.BEGIN) == document.count(formulas.END) == 1
+    assert formulas.with_table(document) == document
+
+
+def test_shapes_are_the_published_ones():
+    with torch.device("meta"):
+        shapes = [formulas.shape_of(make()) for make, _ in formulas.MODELS.values()]
+    counts = [124_439_808, 354_823_168, 1_557_611_200, 8_030_261_248, 13_015_864_320, 70_553_706_496]
+    assert [shape.parameters for shape in shapes] == counts
+    assert all(shape.root + shape.layers * shape.block == shape.parameters for shape in shapes)
+    states = formulas.state_bytes(shapes[3], 8, "fsdp")
+    assert sum(states) == 16 * 8_030_261_248 / 8 and states[2] == 2 * states[0]
+
+
+def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """Bytes of the storages that autograd keeps, each once, the parameters' left out."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # which keeps the address from being used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(ids.device, "bf16"):
+        nll = next_token_nll(model, ids, ids)
+    assert nll.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_activations_are_what_autograd_keeps(kind, strategy, checkpointing):
+    """fsdp's gathered weights are bfloat16. Checkpointed layers are seen without what one of them makes anew."""
+    if kind == "gpt2":
+        model = formulas.gpt2(4, 128, 4, vocabulary=500, length=256)  # longer than SHORT_BLOCK: flash attention
+    else:
+        model = formulas.llama(500, 128, 320, 4, 4, 2)
+    model.train()
+    s, ids = formulas.shape_of(model), torch.randint(500, (2, 256))
+    if strategy == "fsdp":
+        model.to(torch.bfloat16)
+    if checkpointing:
+        recompute_activations(model)
+    expected = formulas.kept_bytes(s, ids.numel(), strategy, checkpointing, device="cpu")
+    if checkpointing:
+        expected -= ids.numel() * formulas.layer_bytes(s, strategy, "cpu")
+    elif strategy == "ddp":
+        expected += formulas.copied_bytes(s, strategy)
+    assert saved_bytes(model, ids) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "ranks, strategy, precision, micro_batches",
+    [
+        (2, "fsdp", "bf16", 2),
+        pytest.param(2, "ddp", "bf16", 2, marks=pytest.mark.slow),
+        pytest.param(3, "fsdp", "fp32", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_hold_and_send_what_the_formulas_say(ranks, strategy, precision, micro_batches, tmp_path):
+    options = TINY | {"precision": precision, "micro_batches": micro_batches, "counts": True}
+    job = scale.Ranks(ranks, strategy, tmp_path / "log", **options)
+    try:
+        job.turn(3)  # DistributedDataParallel makes its buckets anew after the first
+    finally:
+        job.stop()
+    s = formulas.shape_of(formulas.gpt2(3, 64, 1, 1000, 64))
+    expected = formulas.state_bytes(s, ranks, strategy)
+    near = 0.02 if s.width % ranks == 0 else 0.1  # shards are whole rows, and sent with as many rows from each rank
+    assert len(job.facts["held"]) == ranks
+    for held in job.facts["held"]:
+        assert held == pytest.approx(expected, rel=near)
+    whole = [sum(kind) for kind in zip(*job.facts["held"], strict=True)]
+    assert whole == [part * ranks for part in expected]
+    # What a rank puts in: its share to be gathered, and all gradients; Gloo makes an all-reduce of a reduce-scatter.
+    gathered = sum(size for name, size in job.facts["sent"] if name == "gloo:all_gather") * (ranks - 1)
+    reduced = sum(size for name, size in job.facts["sent"] if name != "gloo:all_gather") * (ranks - 1) / ranks
+    sent = gathered + reduced * (2 if strategy == "ddp" else 1)
+    width = 2 if precision == "bf16" else 4
+    assert sent == pytest.approx(formulas.sent_bytes(s, ranks, strategy, micro_batches, width), rel=near)
+    assert strategy == "fsdp" or not gathered
