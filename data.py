@@ -79,7 +79,7 @@ class TokenStream:
         )  # of runs of the table's tokens
         self._begins = starts[begins]
         self._document_starts = np.append(0, np.cumsum(self.documents["tokens"]))
-        self._starts = np.append(0, np.cumsum(self.documents["tokens"]))[np.append(begins, len(starts))]
+        self._starts = self._document_starts[np.append(begins, len(starts))]
         chosen = b"" if numbers is None else numbers.tobytes()
         self.sha256 = hashlib.sha256("".join(row.as_py() for row in sums).encode() + chosen).hexdigest()
 

@@ -124,6 +124,10 @@ class Group:
         """The first rank of each node goes ahead, the others find in the caches what it has prepared."""
         return nullcontext()
 
+    def first_ahead(self) -> AbstractContextManager:
+        """Rank 0 goes ahead, however long it takes."""
+        return nullcontext()
+
     # The model.
 
     def check(self, precision: str, oom: str) -> None:
@@ -294,17 +298,22 @@ class Ranks(Group):
         dist.all_gather_object(values, value, group=self._hosts)
         return values if self.rank == 0 else []
 
+    def once_a_node(self) -> AbstractContextManager:
+        return self._ahead(self.local_rank == 0, f"node {self._node} is prepared")
+
+    def first_ahead(self) -> AbstractContextManager:
+        return self._ahead(self.rank == 0, "rank 0 was ahead")
+
     @contextmanager
-    def once_a_node(self) -> Iterator[None]:
-        prepared = f"node {self._node} is prepared"
-        while self.local_rank and not self._store.check([prepared]):  # which may take hours, so there is no timeout
+    def _ahead(self, goes_ahead: bool, done: str) -> Iterator[None]:
+        while not goes_ahead and not self._store.check([done]):  # it may take hours, so there is no timeout
             if self._store.check(["failed"]):
                 self._store.add("told", 1)
                 os._exit(int(self._store.get("failed").split()[1]))
             time.sleep(0.1)
         yield
-        if not self.local_rank:
-            self._store.set(prepared, "")
+        if goes_ahead:
+            self._store.set(done, "")
 
     def __str__(self) -> str:
         return f"{self.size} ranks ({'fsdp' if self._fsdp else 'ddp'}), each on "

@@ -468,12 +468,13 @@ def train(
     make_deterministic()
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_model(model_config, architecture, tokenizer, empty=group.rank > 0)
-    if group.rank == 0:
-        model = model.to(group.home(device))
-        check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents", precision)
-        if config.init_from_checkpoint and (not resumed or lora_config.lora_rank or lora_config.freeze):
-            init_from_checkpoint(model, Path(config.init_from_checkpoint))
+    with group.first_ahead():
+        model = load_model(model_config, architecture, tokenizer, empty=group.rank > 0)
+        if group.rank == 0:
+            model = model.to(group.home(device))
+            check_model(model, tokenizer, data_config.block_size, data_config.pack == "documents", precision)
+            if config.init_from_checkpoint and (not resumed or lora_config.lora_rank or lora_config.freeze):
+                init_from_checkpoint(model, Path(config.init_from_checkpoint))
     freeze(model, lora_config.freeze)
     if lora_config.lora_rank:
         add_lora(model, lora_config)
