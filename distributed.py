@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py --strategy fsdp ...       # a shard of weights and moments on each rank
 
 with join(config) as group:                          # without torchrun a group of one, whose methods do nothing
-    model = group.spread(model, device, precision)   # weights of rank 0, on all
+    model = group.spread(model, device, ...)         # weights of rank 0, on all
     with group.last_of_update(model, i == n - 1):    # gradients travel behind the last micro-batch
         group.next_token_nll(model, **batch).backward()
     saved = group.first(lambda: save(...))           # rank 0 alone does it, and all get what it returns
@@ -40,8 +40,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from config import Range, UserError, as_user_error, flag, require, warn
-from data import IGNORED_LABEL
+from config import Range, UserError, as_user_error, flag, out_of_memory, require, warn
 from model import DTYPES, FOUND, largest_blocks, next_token_nll
 
 T = TypeVar("T")
@@ -89,9 +88,12 @@ class Group:
         """What is said before the device's name."""
         return ""
 
-    def was_restarted(self) -> bool:
-        """Whether torchrun has started this run before, and started it again as a rank was lost."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    def has_begun(self) -> bool:
+        """Whether torchrun has started these ranks before, they have begun their run, and one of them was lost."""
+        return False
+
+    def begin(self) -> None:
+        """Rank 0 has made the run's directory its own."""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leaves the group."""
@@ -102,11 +104,12 @@ class Group:
         """The sum over all ranks, in place of ``values``, which are on the device."""
         return values
 
+    def wait_for_device(self) -> None:
+        """Until the device has done its work: a host that waits inside of CUDA would not notice that a rank is lost."""
+
     def union(self, numbers: list[int]) -> list[int]:
         """The numbers, of 0 to 63, that any rank has; ``numbers`` is then empty."""
-        found = sorted(set(numbers))
-        numbers.clear()
-        return found
+        return sorted({numbers.pop() for _ in range(len(numbers))})  # a signal may add another one at any moment
 
     def share(self, value: T) -> T:
         """The ``value`` of rank 0."""
@@ -137,8 +140,11 @@ class Group:
         """Where rank 0 holds the model before `spread`."""
         return device
 
-    def spread(self, model: PreTrainedModel, device: torch.device, precision: str) -> PreTrainedModel:
-        """Brings rank 0's weights to ``device`` on all ranks. Elsewhere ``model`` may have none (on device meta)."""
+    def spread(self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int) -> PreTrainedModel:
+        """Brings rank 0's weights to ``device`` on all ranks. Elsewhere ``model`` may have none (on device meta).
+
+        Raises UserError where the strategy is nothing for the model.
+        """
         return model.to(device)
 
     def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
@@ -174,8 +180,8 @@ class Ranks(Group):
     """The ranks that torchrun has started, on NCCL where there are GPUs and on Gloo between CPUs."""
 
     def __init__(self, config: DistributedConfig):
-        self.local_rank, self._node = int(os.environ["LOCAL_RANK"]), os.environ.get("GROUP_RANK", "0")
-        self._fsdp, self._ddp, self._has_met = config.strategy == "fsdp", None, False
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self._fsdp, self._ddp = config.strategy == "fsdp", None
         self._timeout = timedelta(seconds=config.rank_timeout)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cuda":
@@ -183,44 +189,50 @@ class Ranks(Group):
             started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             require(started <= count, f"torchrun --nproc_per_node={started}: there are {count} GPUs; start as many")
             torch.cuda.set_device(self.local_rank)
-        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self._timeout))
-        self._store = self._meet(store)
+        # torchrun keeps the store, with all its keys, when it starts other processes.
+        self._kept_store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self._timeout))
+        self._store = self._meet(self._kept_store)
         backend, times = ("nccl", 2) if self._device == "cuda" else ("gloo", 1)  # NCCL would end the process at once
         options = {"store": dist.PrefixStore("group", self._store), "rank": self.rank, "world_size": self.size}
         dist.init_process_group(backend, timeout=times * self._timeout, **options)
         self._hosts = dist.new_group(backend="gloo", timeout=self._timeout)
+        if self.rank:
+            sys.stderr = sys.stdout
 
     def _meet(self, store: dist.Store) -> dist.Store:
-        """A part of the store for these processes alone: torchrun keeps it, and all keys, when it starts others.
+        """A part of the store for these processes alone.
 
         Rank 0 gives the meeting a new name, the others answer to it, and rank 0 says who has answered.
         """
-        me, deadline = [socket.gethostname(), os.getpid(), uuid.uuid4().hex], time.monotonic() + self._timeout.seconds
+        me, missing = [socket.gethostname(), os.getpid(), uuid.uuid4().hex], [0]
+        deadline = time.monotonic() + self._timeout.total_seconds()
         if self.rank == 0:
-            self._has_met = store.check(["meeting"])
             store.set("meeting", me[2])
         while time.monotonic() < deadline:
             meeting = dist.PrefixStore(store.get("meeting").decode(), store)
             meeting.set(f"rank {self.rank}", json.dumps(me))
-            come = [r for r in range(self.size) if meeting.check([f"rank {r}"])]
-            if self.rank == 0 and len(come) == self.size:
-                meeting.set("all", json.dumps([json.loads(meeting.get(f"rank {r}")) for r in come]))
+            if self.rank == 0:
+                missing = [r for r in range(self.size) if not meeting.check([f"rank {r}"])]
+                if not missing:
+                    meeting.set("all", json.dumps([json.loads(meeting.get(f"rank {r}")) for r in range(self.size)]))
             if meeting.check(["all"]) and me in (places := json.loads(meeting.get("all"))):
                 self._places = [(host, pid) for host, pid, _ in places]
                 return meeting
             time.sleep(0.05)
-        missing = ", ".join(str(r) for r in range(self.size) if r not in come)
-        raise RankError(f"--rank_timeout {self._timeout.seconds}: rank {missing} did not come; look at its node")
+        come = f"rank {', '.join(map(str, missing))} did not come"
+        raise RankError(f"--rank_timeout {self._timeout.total_seconds():.0f}: {come}; look at its node")
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
             sys.stderr = sys.__stderr__
             known = as_user_error(error)
-            if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if _is_lost(error):
                 known = RankError(self._lost())
             if known is not None:
                 self._end_with(known)
+            with suppress(RuntimeError):
+                self._store.compare_set("failed", "", f"{self.rank} 1")
             traceback.print_exception(error)
             os._exit(1)  # while all is there: see `config.run`
 
@@ -245,9 +257,13 @@ class Ranks(Group):
         for group in (self._hosts, dist.group.WORLD):
             group.abort()
 
-    def was_restarted(self) -> bool:
-        # One node's torchrun counts, others' may not; after a node was replaced, none does.
-        return bool(self.union([1] if super().was_restarted() or self._has_met else []))
+    def has_begun(self) -> bool:
+        # What torchrun counts is no help: one node's counts, another's does not, and a run may not have begun.
+        return self.first(lambda: self._kept_store.check(["begun"]))
+
+    def begin(self) -> None:
+        if self.rank == 0:
+            self._kept_store.set("begun", "")
 
     def _lost(self) -> str:
         """Which ranks are lost: those that have ended on this machine, or else all that do not say that they go on."""
@@ -281,6 +297,15 @@ class Ranks(Group):
         dist.all_reduce(values)
         return values
 
+    def wait_for_device(self) -> None:
+        if self._device == "cuda":
+            done, deadline = torch.cuda.Event(), time.monotonic() + self._timeout.total_seconds()
+            done.record()
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise RankError(self._lost())
+                time.sleep(1e-3)
+
     def union(self, numbers: list[int]) -> list[int]:
         mine = super().union(numbers)
         bits = torch.zeros(64, dtype=torch.uint8)
@@ -294,26 +319,36 @@ class Ranks(Group):
         return values[0]
 
     def collect(self, value: T) -> list[T]:
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self._hosts)
-        return values if self.rank == 0 else []
-
-    def once_a_node(self) -> AbstractContextManager:
-        return self._ahead(self.local_rank == 0, f"node {self._node} is prepared")
-
-    def first_ahead(self) -> AbstractContextManager:
-        return self._ahead(self.rank == 0, "rank 0 was ahead")
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, 0, group=self._hosts)
+        return values or []
 
     @contextmanager
-    def _ahead(self, goes_ahead: bool, done: str) -> Iterator[None]:
-        while not goes_ahead and not self._store.check([done]):  # it may take hours, so there is no timeout
+    def once_a_node(self) -> Iterator[None]:
+        nodes = [f"node {node} is prepared" for node in range(int(os.environ.get("GROUP_WORLD_SIZE", 1)))]
+        mine = nodes[int(os.environ.get("GROUP_RANK", 0))]
+        if self.local_rank:
+            self._wait_for(mine)
+        yield
+        if not self.local_rank:
+            self._store.set(mine, "")
+        self._wait_for(*nodes)
+
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        if self.rank:
+            self._wait_for("rank 0 was ahead")
+        yield
+        if not self.rank:
+            self._store.set("rank 0 was ahead", "")
+
+    def _wait_for(self, *keys: str) -> None:
+        """What others do may take hours, so there is no timeout."""
+        while not self._store.check(list(keys)):
             if self._store.check(["failed"]):
                 self._store.add("told", 1)
                 os._exit(int(self._store.get("failed").split()[1]))
             time.sleep(0.1)
-        yield
-        if goes_ahead:
-            self._store.set(done, "")
 
     def __str__(self) -> str:
         return f"{self.size} ranks ({'fsdp' if self._fsdp else 'ddp'}), each on "
@@ -327,7 +362,8 @@ class Ranks(Group):
     def home(self, device: torch.device) -> torch.device:
         return torch.device("cpu") if self._fsdp else device
 
-    def spread(self, model: PreTrainedModel, device: torch.device, precision: str) -> PreTrainedModel:
+    def spread(self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int) -> PreTrainedModel:
+        ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
         for name, value in self.share({name: vars(model).get(name) for name in FOUND}).items():
             if value is not None:
                 setattr(model, name, value)
@@ -338,12 +374,10 @@ class Ranks(Group):
                 NextTokenLoss(model),
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=self.share(self.rank == 0 and _leaves_unused(model, trained)),
+                find_unused_parameters=self.share(self.rank == 0 and _leaves_unused(model, trained, ids)),
             )
             # After its first backward pass it orders its buckets anew, and with them sums: a resumed run must not.
-            nothing = torch.full((1, 2), IGNORED_LABEL, device=device)
-            self._ddp(input_ids=torch.zeros_like(nothing), labels=nothing).backward()
-            model.zero_grad()
+            self._warm_up(model, ids, "--strategy ddp", "train it in one process")
             return model
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing changes in place
         self._plain = _without_weights(model)
@@ -360,7 +394,22 @@ class Ranks(Group):
             vars(parameter).update(marks[name])  # such as Mamba's, of what is not to decay
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+        self._warm_up(model, ids, "--strategy fsdp", "give ddp")
         return model
+
+    def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, strategy: str, fix: str) -> None:
+        """An update's passes, without the update."""
+        model.train()
+        try:
+            for is_last in (False, True):
+                with self.last_of_update(model, is_last):
+                    self.next_token_nll(model, input_ids=ids, labels=ids).backward()
+        except (RuntimeError, AttributeError, TypeError) as error:
+            if out_of_memory(error) or _is_lost(error):
+                raise
+            kind = model.config.model_type
+            raise UserError(f"{strategy}: {kind} fails with it ({_first_line(error)[:100]}); {fix}") from error
+        model.zero_grad()
 
     def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
         return self._ddp(**batch) if self._ddp else next_token_nll(model, **batch)
@@ -416,7 +465,6 @@ def join(config: DistributedConfig) -> Group:
         try:
             return Ranks(config)
         except RuntimeError as error:
-            sys.stderr = sys.__stderr__
             fix = "look at what the others say; go on with --resume"
             raise RankError(f"the ranks have not come together ({_first_line(error)}); {fix}") from error
     if config.strategy != "ddp":
@@ -427,11 +475,19 @@ def join(config: DistributedConfig) -> Group:
 def quiet_unless_first() -> None:
     """What all ranks have to say, rank 0 alone says."""
     if _is_under_torchrun() and int(os.environ["RANK"]):
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 open as long as the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 open as long as the process
+        if int(os.environ["LOCAL_RANK"]):  # until the ranks have met, one of each node says what is wrong there
+            sys.stderr = sys.stdout
 
 
 def _is_under_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
+    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return "LOCAL_RANK" in os.environ and (not is_one or "TORCHELASTIC_RUN_ID" in os.environ)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an exception says that another rank cannot be reached."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _first_line(error: Exception) -> str:
@@ -468,8 +524,7 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _leaves_unused(model: PreTrainedModel, trained: list[torch.nn.Parameter]) -> bool:
+def _leaves_unused(model: PreTrainedModel, trained: list[torch.nn.Parameter], ids: torch.Tensor) -> bool:
     """Whether a backward pass leaves weights without a gradient, for which DistributedDataParallel would wait."""
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     gradients = torch.autograd.grad(next_token_nll(model, ids, ids), trained, allow_unused=True)
     return any(gradient is None for gradient in gradients)

@@ -373,13 +373,13 @@ def train(
     streaming.check_flags(data_config, model_config.tokenizer, config.max_steps, config.num_workers)
     run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
     config.output_dir = str(run_dir)
-    if group.was_restarted():
+    if group.has_begun():
         config.resume, config.overwrite = True, False
     holds_run = group.first(lambda: check_run_dir(run_dir, config))
     if config.push_to_hub and not config.dry_run:
         group.first(lambda: report.check_login(config.push_to_hub))
     device = select_device()
-    precision = resolve_precision(config.precision, device)
+    precision = group.first(lambda: resolve_precision(config.precision, device))
     group.check(precision, config.oom)
     settings = vars(model_config) | vars(lora_config) | vars(data_config) | vars(distributed_config) | vars(config)
     changing = ("model_config", "model_overrides", "model_revision", "add_tokens", "init_from_checkpoint")
@@ -408,6 +408,10 @@ def train(
         "evaluation text": eval_stream.sha256,
         **{name: settings[name] for name in SAME_RUN},
     }
+    different = [name for mine, other in zip((settings, identity), group.share((settings, identity)), strict=True)
+                 for name in mine if mine[name] != other.get(name)]  # fmt: skip
+    fix = "give all nodes the same command and the same files"
+    require(not different, f"{', '.join(different)}: not what rank 0 has; {fix}")
     resumes = config.resume and holds_run and not config.overwrite and not config.dry_run
     resumed, state, progress = None, {}, Progress(config.batch_size)
     tensors: dict[str, dict[str, torch.Tensor]] = {}  # of the checkpoint, on rank 0
@@ -483,7 +487,7 @@ def train(
         check_same_run(run_dir, state.get("frozen", {}), frozen)
     if config.gradient_checkpointing:
         recompute_activations(model)
-    model = group.spread(model, device, precision)
+    model = group.spread(model, device, precision, data_config.block_size)
     limit = position_limit(model) or math.inf
     sampling = SamplingConfig(max_new_tokens=min(60, limit // 2))
     for prompt in config.sample_prompt:
@@ -493,7 +497,7 @@ def train(
     peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
     flops = flops_per_token(model, data_config.block_size) if peak_flops else None
     run_flops = 6 * num_parameters * blocks_per_update * data_config.block_size * max_steps / group.size
-    compiled = should_compile(config.compile, model, run_flops)
+    compiled = group.first(lambda: should_compile(config.compile, model, run_flops))
     if resumed and config.compile == "auto":  # a longer run, or another PATH, must not change what is computed
         compiled = state.get("compiled", compiled)
     if compiled:
@@ -548,6 +552,7 @@ output    {run_dir}""")
         return log
 
     log = begin() if group.rank == 0 else report.NoLog()
+    group.begin()
     if resumed:
         restore_state(tensors, model, optimizer, group)
         data.restore(state.get("data", {}), group.share(tensors.get("stream", {})))
@@ -558,6 +563,7 @@ output    {run_dir}""")
 
     def settle() -> None:
         """Looks whether the last updates were finite. A host waits for its device here alone."""
+        group.wait_for_device()
         values = torch.stack([value.double() for *_, update in updates for value in update]).tolist() if updates else []
         for (step, epoch, blocks, _), loss, grad_norm, num_tokens in zip(
             updates, values[::4], values[1::4], values[3::4], strict=True
@@ -892,7 +898,7 @@ def dry_run(model, optimizer, scaler, data, config, precision, device, group) ->
     model.train()
 
     def step(size: int) -> Update:
-        parts = list(split_batch(batch, size))
+        parts = list(split_batch(batch, size)) * min(2, config.grad_accum_steps)  # what is kept between them counts
         return train_step(model, optimizer, scaler, parts, 0.0, config.max_grad_norm, precision, group)
 
     made, _ = within_memory(step, config.batch_size, config.oom)

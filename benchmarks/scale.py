@@ -90,7 +90,7 @@ def work(o: dict[str, Any]) -> None:
         empty = resident(peak=False)
         with torch.device("meta" if group.rank else device):
             model = gpt2(*shape)
-        model = group.spread(model, device, o["precision"])
+        model = group.spread(model, device, o["precision"], o["length"])
         model.train()
         optimizer = train.make_optimizer(model, 0.01)
         scaler, sync = torch.amp.GradScaler("cpu", enabled=False), group.last_of_update

@@ -48,7 +48,6 @@ IGNORED_VARIABLES += (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-IGNORED_VARIABLES += ("TORCHELASTIC_RESTART_COUNT",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

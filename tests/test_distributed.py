@@ -132,7 +132,6 @@ def undisturbed(cwd):
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_who_is_left_says_who_is_lost_and_the_group_goes_on_to_the_bit(cwd, one, undisturbed, lost):
-    """Restarted as torchrun does it: without --resume, with a count."""
     ranks = start_ranks(2, *flags(f"lost-{lost}", "gpt2.json"), cwd=cwd)
     try:
         for line in ranks[0].lines():
@@ -145,8 +144,7 @@ def test_who_is_left_says_who_is_lost_and_the_group_goes_on_to_the_bit(cwd, one,
     (line,) = ranks[1 - lost].stderr.splitlines()[-1:]
     assert line.startswith("train.py: error: ") and f"rank {lost} " in line and "--resume" in line
     shutil.copytree(cwd / f"lost-{lost}", cwd / f"restarted-{lost}")
-    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
-    ranks = run_ranks(cwd, *flags(f"restarted-{lost}", "gpt2.json"), env=restarted)
+    ranks = run_ranks(cwd, *flags(f"restarted-{lost}", "gpt2.json"), "--resume")
     assert "resuming from" in ranks[0].stdout
     assert_same(cwd / f"restarted-{lost}", undisturbed, 0)
 
@@ -195,6 +193,7 @@ def group_of_one(monkeypatch, tmp_path):
     """Ranks on an engine of its own, in this process."""
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with distributed.socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
@@ -205,7 +204,7 @@ def group_of_one(monkeypatch, tmp_path):
 
 
 def test_gradients_travel_once_an_update_and_sums_in_one_collective(group_of_one, tokenizer, monkeypatch):
-    model = group_of_one.spread(tiny_gpt2(len(tokenizer)), torch.device("cpu"), "fp32")
+    model = group_of_one.spread(tiny_gpt2(len(tokenizer)), torch.device("cpu"), "fp32", 8)
     sent = Counter()
 
     def count(state, bucket):
@@ -228,7 +227,7 @@ def test_gradients_travel_once_an_update_and_sums_in_one_collective(group_of_one
 def test_a_model_that_leaves_weights_unused_is_trained(group_of_one, tokenizer):
     model = tiny_gpt2(len(tokenizer))
     model.transformer.idle = torch.nn.Linear(2, 2)
-    model = group_of_one.spread(model, torch.device("cpu"), "fp32")
+    model = group_of_one.spread(model, torch.device("cpu"), "fp32", 8)
     batch = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)}
     optimizer, scaler = make_optimizer(model, 0), torch.amp.GradScaler("cpu", enabled=False)
     losses = [train_step(model, optimizer, scaler, [batch], 1e-2, group=group_of_one).loss for _ in range(3)]

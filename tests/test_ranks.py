@@ -96,6 +96,16 @@ class Agents:
         self.started.append(processes.start(TORCHRUN, *args, cwd=cwd, env=env))
         return self.started[-1]
 
+    def node(self, cwd: Path, endpoint: str, restarts: int, *args: object) -> processes.Process:
+        options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", endpoint, "--rdzv_id=nodes")
+        return self.start(cwd, *options, f"--max-restarts={restarts}", ROOT / "train.py", *args)
+
+    @staticmethod
+    def endpoint() -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+
     def rank(self, number: int) -> int | None:
         """The process of a rank, once it is there."""
         for agent in self.started:
@@ -120,12 +130,8 @@ def _has_step(path: Path, step: int) -> bool:
 
 
 def two_nodes(agents: Agents, cwd: Path, restarts: int, *args: object) -> list[processes.Process]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
-    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", endpoint, "--rdzv_id=nodes")
-    options = (*options, f"--max-restarts={restarts}", ROOT / "train.py", *args)
-    return [agents.start(cwd, *options) for _ in range(2)]
+    endpoint = agents.endpoint()
+    return [agents.node(cwd, endpoint, restarts, *args) for _ in range(2)]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -147,6 +153,27 @@ def test_two_nodes_come_back_after_one_has_lost_its_rank(cwd, undisturbed):
         assert [node.wait(TIMEOUT) for node in nodes] == [0, 0], [node.stderr for node in nodes]
     assert "resuming from" in "".join(node.stdout for node in nodes)
     assert_same(cwd / "nodes-back", undisturbed["ddp"], 0)
+
+
+def test_nodes_that_were_told_different_things_do_not_train(cwd):
+    with Agents() as agents:
+        endpoint = agents.endpoint()
+        nodes = [agents.node(cwd, endpoint, 0, *flags("different", learning_rate=rate)) for rate in (1e-4, 2e-4)]
+        assert [node.wait(TIMEOUT) for node in nodes] == [1, 1], [node.stderr for node in nodes]
+    said = [line for node in nodes for line in node.stderr.splitlines() if line.startswith("train.py: error")]
+    assert len(said) == 1 and "rank 1: learning_rate: not what rank 0 has" in said[0]
+    assert not (cwd / "different").exists()
+
+
+def test_a_restart_takes_over_no_other_run(cwd, undisturbed):
+    """What was refused is refused again when torchrun tries once more."""
+    before = (undisturbed["ddp"] / "metrics.jsonl").read_bytes()
+    with Agents() as agents:
+        options = ("--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py")
+        agent = agents.start(cwd, *options, *flags("undisturbed-ddp", "gpt2.json", max_steps=30))
+        assert agent.wait(TIMEOUT) == 1
+    assert agent.stderr.count("train.py: error: --output_dir undisturbed-ddp: holds another run") == 2
+    assert (undisturbed["ddp"] / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(("strategy", "lost"), [("ddp", [0]), ("fsdp", [1]), ("ddp", [0, 1])])
@@ -262,6 +289,15 @@ def test_documents_are_kept_apart_on_all_ranks(cwd, strategy):
     run_one(cwd, *flags(f"{out}-one", batch_size=4, pack="documents"))
     run_ranks(cwd, *flags(out, strategy=strategy, pack="documents"))
     assert_same(cwd / out, cwd / f"{out}-one", 1e-6)
+
+
+@pytest.mark.parametrize(("strategy", "fix"), [("ddp", "train it in one process"), ("fsdp", "give ddp")])
+def test_what_a_strategy_cannot_do_is_refused_before_a_run_begins(cwd, strategy, fix):
+    kind, sizes = NAMES["Reformer"]  # whose layers run their own backward passes
+    (cwd / f"{kind}.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    ranks = run_ranks(cwd, *flags("refused", f"{kind}.json", strategy=strategy), codes=(2, 2))
+    assert re.search(rf"--strategy {strategy}: reformer fails with it \(.*\); {fix}$", ranks[0].stderr, re.MULTILINE)
+    assert not (cwd / "refused").exists() and "error" not in ranks[1].stderr
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
