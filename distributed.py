@@ -273,7 +273,7 @@ class Ranks(Group):
             print(f"train.py: error: the store of rank 0 does not answer; {fix}", file=sys.stderr, flush=True)
             os._exit(RankError.exit_code)
 
-        timer = threading.Timer(2 * GRACE, give_up)  # where its machine stands still, the store never answers
+        timer = threading.Timer(GRACE + 2, give_up)  # where its machine stands still, the store never answers
         timer.daemon = True
         timer.start()
         try:
@@ -465,6 +465,7 @@ def join(config: DistributedConfig) -> Group:
         try:
             return Ranks(config)
         except RuntimeError as error:
+            sys.stderr = sys.__stderr__  # the one that would have spoken may be the one that is lost
             fix = "look at what the others say; go on with --resume"
             raise RankError(f"the ranks have not come together ({_first_line(error)}); {fix}") from error
     if config.strategy != "ddp":
