@@ -289,6 +289,8 @@ class Ranks(Group):
                 time.sleep(0.05)
         except RuntimeError as error:
             return f"rank 0 (which held the store) is lost ({_first_line(error)}); {fix}"
+        finally:
+            timer.cancel()
         who = ", ".join(f"rank {r} (process {places[r][1]} on {places[r][0]})" for r in dead or silent)
         what = "has died" if dead else "does not answer"
         return f"{who} {what}; {fix}" if who else f"the connection to a rank was lost; {fix}"
@@ -467,7 +469,8 @@ def join(config: DistributedConfig) -> Group:
         except RuntimeError as error:
             sys.stderr = sys.__stderr__  # the one that would have spoken may be the one that is lost
             fix = "look at what the others say; go on with --resume"
-            raise RankError(f"the ranks have not come together ({_first_line(error)}); {fix}") from error
+            who = "rank 0, which holds the store, is lost" if isinstance(error, dist.DistError) else "a rank is lost"
+            raise RankError(f"the ranks have not come together: {who} ({_first_line(error)}); {fix}") from error
     if config.strategy != "ddp":
         warn(f"--strategy {config.strategy}: without torchrun there is nothing to spread; it is not used")
     return Group()
