@@ -247,8 +247,8 @@ class Ranks(Group):
                 self._store.add("told", 1)
                 os._exit(int(failed.split()[1]))
             self._abort()
-            since = time.monotonic()
-            while self.rank == 0 and self._store.add("told", 0) < self.size - 1 and time.monotonic() < since + 3:
+            until = time.monotonic() + (3 if isinstance(error, RankError) else GRACE)  # a lost rank is not waited for
+            while self.rank == 0 and self._store.add("told", 0) < self.size - 1 and time.monotonic() < until:
                 time.sleep(0.05)  # it may hold the store, in which the others find that it has said something
         raise error if self.rank == 0 or isinstance(error, RankError) else type(error)(f"rank {self.rank}: {error}")
 
