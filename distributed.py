@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,18 +42,19 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from config import Range, UserError, as_user_error, flag, out_of_memory, require, warn
-from model import DTYPES, FOUND, largest_blocks, next_token_nll
+from model import DTYPES, FOUND, layer_stacks, next_token_nll
 
 T = TypeVar("T")
 
-GRACE = 10  # seconds in which ranks that still run say so, once one of them is missed
+GRACE = 10  # seconds, of --rank_timeout, in which ranks that still run say so, once one of them is missed
+FIX = "go on with --resume; torchrun --max-restarts=3 does so by itself"
 
 
 @dataclass
 class DistributedConfig:
     strategy: Literal["ddp", "fsdp"] = flag("ddp", "under torchrun: the whole model on each device, or a shard of it")
     rank_timeout: Annotated[int, Range(least=1)] = flag(
-        600, "seconds that ranks wait for one another, a save of rank 0 included, until one counts as lost"
+        600, "seconds without a sign of life until a rank counts as lost"
     )
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -95,6 +97,10 @@ class Group:
     def begin(self) -> None:
         """Rank 0 has made the run's directory its own."""
 
+    def end_all(self, code: int) -> int:
+        """Has all ranks end with the exit code ``code``, or one that a rank gave before; returns it."""
+        return code
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leaves the group."""
 
@@ -121,14 +127,16 @@ class Group:
 
     def first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on rank 0, which alone does it."""
-        return self.share(work() if self.rank == 0 else None)
+        with self.first_ahead():
+            value = work() if self.rank == 0 else None
+        return self.share(value)
 
     def once_a_node(self) -> AbstractContextManager:
         """The first rank of each node goes ahead, the others find in the caches what it has prepared."""
         return nullcontext()
 
     def first_ahead(self) -> AbstractContextManager:
-        """Rank 0 goes ahead, however long it takes."""
+        """Rank 0 goes ahead, however long it takes: what it does may not need the others."""
         return nullcontext()
 
     # The model.
@@ -182,7 +190,10 @@ class Ranks(Group):
     def __init__(self, config: DistributedConfig):
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._fsdp, self._ddp = config.strategy == "fsdp", None
-        self._timeout = timedelta(seconds=config.rank_timeout)
+        self._learning: list[FSDPModule] = []  # the parts of the model that get gradients
+        self._rank_timeout = config.rank_timeout
+        self._grace = min(GRACE, config.rank_timeout / 2)
+        self._timeout = timedelta(seconds=config.rank_timeout - self._grace)  # of a collective
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cuda":
             count = torch.cuda.device_count()
@@ -190,8 +201,11 @@ class Ranks(Group):
             require(started <= count, f"torchrun --nproc_per_node={started}: there are {count} GPUs; start as many")
             torch.cuda.set_device(self.local_rank)
         # torchrun keeps the store, with all its keys, when it starts other processes.
-        self._kept_store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self._timeout))
+        limit = timedelta(seconds=config.rank_timeout)
+        self._kept_store, self.rank, self.size = next(dist.rendezvous("env://", timeout=limit))
         self._store = self._meet(self._kept_store)
+        self._left, self._turns = threading.Event(), 0
+        threading.Thread(target=self._beat, args=(self._store.clone(),), daemon=True).start()
         backend, times = ("nccl", 2) if self._device == "cuda" else ("gloo", 1)  # NCCL would end the process at once
         options = {"store": dist.PrefixStore("group", self._store), "rank": self.rank, "world_size": self.size}
         dist.init_process_group(backend, timeout=times * self._timeout, **options)
@@ -204,10 +218,10 @@ class Ranks(Group):
 
         Rank 0 gives the meeting a new name, the others answer to it, and rank 0 says who has answered.
         """
-        me, missing = [socket.gethostname(), os.getpid(), uuid.uuid4().hex], [0]
-        deadline = time.monotonic() + self._timeout.total_seconds()
+        me, missing = [socket.gethostname(), os.getpid(), self.local_rank, uuid.uuid4().hex], [0]
+        deadline = time.monotonic() + self._rank_timeout
         if self.rank == 0:
-            store.set("meeting", me[2])
+            store.set("meeting", me[-1])
         while time.monotonic() < deadline:
             meeting = dist.PrefixStore(store.get("meeting").decode(), store)
             meeting.set(f"rank {self.rank}", json.dumps(me))
@@ -216,41 +230,55 @@ class Ranks(Group):
                 if not missing:
                     meeting.set("all", json.dumps([json.loads(meeting.get(f"rank {r}")) for r in range(self.size)]))
             if meeting.check(["all"]) and me in (places := json.loads(meeting.get("all"))):
-                self._places = [(host, pid) for host, pid, _ in places]
+                self._places = [(host, pid) for host, pid, *_ in places]
+                self._leaders = [rank for rank, (_, _, local_rank, _) in enumerate(places) if local_rank == 0]
                 return meeting
             time.sleep(0.05)
         come = f"rank {', '.join(map(str, missing))} did not come"
-        raise RankError(f"--rank_timeout {self._timeout.total_seconds():.0f}: {come}; look at its node")
+        raise RankError(f"--rank_timeout {self._rank_timeout}: {come}; look at its node")
+
+    def _beat(self, store: dist.Store) -> None:
+        """Says that this process goes on, whatever it does."""
+        with suppress(RuntimeError):  # where the process that holds the store is gone
+            while not self._left.wait(1):
+                store.add(f"beats of rank {self.rank}", 1)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others when one has died
             sys.stderr = sys.__stderr__
-            known = as_user_error(error)
-            if _is_lost(error):
-                known = RankError(self._lost())
+            known = self._lost() if _is_lost(error) else as_user_error(error)
             if known is not None:
                 self._end_with(known)
             with suppress(RuntimeError):
                 self._store.compare_set("failed", "", f"{self.rank} 1")
             traceback.print_exception(error)
             os._exit(1)  # while all is there: see `config.run`
+        self._left.set()
 
     def _end_with(self, error: UserError) -> None:
         """The first rank that fails says why, rank 0 if it fails as well; the others end with the same exit code."""
         with suppress(RuntimeError):  # where rank 0 held the store and has died, every rank says so
-            if self.rank and not isinstance(error, RankError):
+            is_lost = isinstance(error, RankError)
+            if self.rank and not is_lost:
                 time.sleep(1)
-            known = f"{self.rank} {error.exit_code}"
-            failed = self._store.compare_set("failed", "", known).decode()
-            if failed != known:
-                self._store.add("told", 1)
-                os._exit(int(failed.split()[1]))
             self._abort()
-            until = time.monotonic() + (3 if isinstance(error, RankError) else GRACE)  # a lost rank is not waited for
-            while self.rank == 0 and self._store.add("told", 0) < self.size - 1 and time.monotonic() < until:
-                time.sleep(0.05)  # it may hold the store, in which the others find that it has said something
-        raise error if self.rank == 0 or isinstance(error, RankError) else type(error)(f"rank {self.rank}: {error}")
+            self.end_all(error.exit_code, 1 if is_lost else GRACE)  # a lost rank does not look at anything
+        raise error if self.rank == 0 or is_lost else type(error)(f"rank {self.rank}: {error}")
+
+    def end_all(self, code: int, patience: float = 3) -> int:
+        mine = f"{self.rank} {code}"
+        if self._store.compare_set("failed", "", mine).decode() != mine:
+            self._end_as_told()
+        until = time.monotonic() + patience
+        while self.rank == 0 and self._store.add("told", 0) < self.size - 1 and time.monotonic() < until:
+            time.sleep(0.05)  # it may hold the store, in which the others find that it has said something
+        return code
+
+    def _end_as_told(self) -> NoReturn:
+        code = int(self._store.get("failed").split()[1])
+        self._store.add("told", 1)  # after which the store may be gone
+        os._exit(code)
 
     def _abort(self) -> None:
         """Whoever waits for this rank in a collective has to notice that it does not come."""
@@ -265,35 +293,45 @@ class Ranks(Group):
         if self.rank == 0:
             self._kept_store.set("begun", "")
 
-    def _lost(self) -> str:
+    def _lost(self) -> RankError:
         """Which ranks are lost: those that have ended on this machine, or else all that do not say that they go on."""
-        fix = "go on with --resume; torchrun --max-restarts=3 does so by itself"
+        try:
+            with self._answering(self._grace + 2):
+                self._abort()
+                self._store.set(f"rank {self.rank} goes on", "")
+                deadline = time.monotonic() + self._grace
+                while True:
+                    silent = [r for r in range(self.size) if not self._store.check([f"rank {r} goes on"])]
+                    dead = [r for r in silent if self._has_died(r)]
+                    if dead or not silent or time.monotonic() > deadline or self._store.check(["failed"]):
+                        return self._missing(dead or silent, "has died" if dead else "does not answer")
+                    time.sleep(0.05)
+        except RuntimeError as error:
+            return RankError(f"rank 0 (which held the store) is lost ({_first_line(error)}); {FIX}")
+
+    def _missing(self, ranks: list[int], what: str) -> RankError:
+        who = ", ".join(f"rank {r} (process {self._places[r][1]} on {self._places[r][0]})" for r in ranks)
+        return RankError(f"{who} {what}; {FIX}" if who else f"the connection to a rank was lost; {FIX}")
+
+    def _has_died(self, rank: int) -> bool:
+        host, pid = self._places[rank]
+        return host == socket.gethostname() and _has_ended(pid)
+
+    @contextmanager
+    def _answering(self, seconds: float) -> Iterator[None]:
+        """Ends this process where the store does not answer: its machine stands still, and a call would never end."""
 
         def give_up() -> None:
-            print(f"train.py: error: the store of rank 0 does not answer; {fix}", file=sys.stderr, flush=True)
+            print(f"train.py: error: the store of rank 0 does not answer; {FIX}", file=sys.__stderr__, flush=True)
             os._exit(RankError.exit_code)
 
-        timer = threading.Timer(GRACE + 2, give_up)  # where its machine stands still, the store never answers
+        timer = threading.Timer(seconds, give_up)
         timer.daemon = True
         timer.start()
         try:
-            self._abort()
-            self._store.set(f"rank {self.rank} goes on", "")
-            deadline = time.monotonic() + GRACE
-            while True:
-                silent = [r for r in range(self.size) if not self._store.check([f"rank {r} goes on"])]
-                places = {r: self._places[r] for r in silent}
-                dead = [r for r, (host, pid) in places.items() if host == socket.gethostname() and _has_ended(pid)]
-                if dead or not silent or time.monotonic() > deadline or self._store.check(["failed"]):
-                    break
-                time.sleep(0.05)
-        except RuntimeError as error:
-            return f"rank 0 (which held the store) is lost ({_first_line(error)}); {fix}"
+            yield
         finally:
             timer.cancel()
-        who = ", ".join(f"rank {r} (process {places[r][1]} on {places[r][0]})" for r in dead or silent)
-        what = "has died" if dead else "does not answer"
-        return f"{who} {what}; {fix}" if who else f"the connection to a rank was lost; {fix}"
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
@@ -305,7 +343,7 @@ class Ranks(Group):
             done.record()
             while not done.query():
                 if time.monotonic() > deadline:
-                    raise RankError(self._lost())
+                    raise self._lost()
                 time.sleep(1e-3)
 
     def union(self, numbers: list[int]) -> list[int]:
@@ -327,30 +365,36 @@ class Ranks(Group):
 
     @contextmanager
     def once_a_node(self) -> Iterator[None]:
-        nodes = [f"node {node} is prepared" for node in range(int(os.environ.get("GROUP_WORLD_SIZE", 1)))]
-        mine = nodes[int(os.environ.get("GROUP_RANK", 0))]
-        if self.local_rank:
-            self._wait_for(mine)
-        yield
-        if not self.local_rank:
-            self._store.set(mine, "")
-        self._wait_for(*nodes)
+        with self._after(self.rank - self.local_rank):
+            yield
+        for leader in self._leaders:
+            with self._after(leader):
+                pass
+
+    def first_ahead(self) -> AbstractContextManager:
+        return self._after(0)
 
     @contextmanager
-    def first_ahead(self) -> Iterator[None]:
-        if self.rank:
-            self._wait_for("rank 0 was ahead")
+    def _after(self, leader: int) -> Iterator[None]:
+        """The others wait for ``leader``, as long as its process goes on."""
+        self._turns += 1
+        done = f"turn {self._turns} of rank {leader}"
+        beats, since = None, time.monotonic()
+        while self.rank != leader:
+            with self._answering(self._rank_timeout):
+                if self._store.check([done]):
+                    break
+                if self._store.check(["failed"]):
+                    self._end_as_told()
+                before, beats = beats, self._store.add(f"beats of rank {leader}", 0)
+            since = since if beats == before else time.monotonic()
+            died = self._has_died(leader)
+            if died or time.monotonic() - since > self._rank_timeout:
+                raise self._missing([leader], "has died" if died else "does not answer")
+            time.sleep(0.05)
         yield
-        if not self.rank:
-            self._store.set("rank 0 was ahead", "")
-
-    def _wait_for(self, *keys: str) -> None:
-        """What others do may take hours, so there is no timeout."""
-        while not self._store.check(list(keys)):
-            if self._store.check(["failed"]):
-                self._store.add("told", 1)
-                os._exit(int(self._store.get("failed").split()[1]))
-            time.sleep(0.1)
+        if self.rank == leader:
+            self._store.set(done, "")
 
     def __str__(self) -> str:
         return f"{self.size} ranks ({'fsdp' if self._fsdp else 'ddp'}), each on "
@@ -387,7 +431,7 @@ class Ranks(Group):
         marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
         mesh = init_device_mesh(device.type, (self.size,))
         policy = MixedPrecisionPolicy(DTYPES[precision] if precision != "fp32" else None, torch.float32)
-        for module in [*largest_blocks(model), model]:
+        for module in [*chain(*layer_stacks(model)), model]:
             _materialize(module, device)
             if not isinstance(module, FSDPModule):
                 fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -403,9 +447,12 @@ class Ranks(Group):
         """An update's passes, without the update."""
         model.train()
         try:
-            for is_last in (False, True):
+            for is_last in (True, False, True):
                 with self.last_of_update(model, is_last):
                     self.next_token_nll(model, input_ids=ids, labels=ids).backward()
+                # What never runs, such as layers that see images, has nothing that could be kept from travelling.
+                parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+                self._learning = [part for part in parts if any(p.grad is not None for p in part.parameters())]
         except (RuntimeError, AttributeError, TypeError) as error:
             if out_of_memory(error) or _is_lost(error):
                 raise
@@ -418,8 +465,8 @@ class Ranks(Group):
 
     @contextmanager
     def last_of_update(self, model: PreTrainedModel, is_last: bool) -> Iterator[None]:
-        if self._fsdp:
-            model.set_requires_gradient_sync(is_last)
+        for part in self._learning:
+            part.set_requires_gradient_sync(is_last, recurse=False)
         with self._ddp.no_sync() if self._ddp and not is_last else nullcontext():
             yield
 

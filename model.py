@@ -540,10 +540,20 @@ def plain_head(model: torch.nn.Module) -> torch.nn.Linear | None:
     return head if model.has_plain_head else None
 
 
-def largest_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers that a model is stacked from: the list of modules with most parameters, or else the model itself."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[model]))
+def layer_stacks(model: torch.nn.Module) -> list[list[torch.nn.Module]]:
+    """What a model is stacked from: its lists of modules, less those within others, with most weights first."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return [list(layers) for layers in sorted(outer, key=_num_weights, reverse=True)]
+
+
+def largest_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of the largest stack, or else the model itself."""
+    return next(iter(layer_stacks(model)), [model])
+
+
+def _num_weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:

@@ -292,6 +292,7 @@ class Signals:
     def __init__(self):
         self.received: list[int] = []
         self.can_wait = False  # before and after the loop there is no boundary to come, and nothing to save
+        self.group = Group()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -300,6 +301,7 @@ class Signals:
             if not self.can_wait:
                 with suppress(Exception):
                     sys.stdout.flush()
+                    self.group.end_all(128 + number)
                 os._exit(128 + number)  # an exception might be caught by whatever is under way
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         self.received.append(number)
@@ -356,6 +358,7 @@ def main() -> None:
     signals = Signals()
     *configs, config_file = parse([DataConfig, ModelConfig, LoraConfig, DistributedConfig, TrainConfig], __doc__)
     with join(configs[3]) as group:
+        signals.group = group
         train(*configs, config_file, signals, group)
 
 

@@ -58,14 +58,16 @@ def run_script(script: str, *args: object, cwd: Path, **options):
     return processes.run(script, *args, cwd=cwd, **options)
 
 
-def start_ranks(size: int, *args: object, cwd: Path, env: dict[str, str] | None = None) -> list[processes.Process]:
+def start_ranks(
+    size: int, *args: object, cwd: Path, env: dict[str, str] | None = None, script: str | Path = "train.py"
+) -> list[processes.Process]:
     """Starts ``train.py ARGS`` on so many ranks, as torchrun would, but without an agent that ends what is left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])} | (env or {})
     group |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return [processes.start("train.py", *args, cwd=cwd, env=group | rank) for rank in own]
+    return [processes.start(script, *args, cwd=cwd, env=group | rank) for rank in own]
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -73,16 +73,16 @@ class Phases:
 def main() -> None:
     path, script, *arguments = sys.argv[1:]
     import checkpoint
-    import config
     import data
     import generate
     import model
     import perplexity
     import report
+    import text
 
     phases = Phases(path + os.environ.get("RANK", ""))
     for owner, name, phase in (
-        (config, "parse", "preparation"),  # the first thing that `main` does after it has set its signals
+        (text, "load_documents", "preparation"),  # the first thing that ranks do after they have met
         (model, "load_model", "loading"),
         (model, "check_model", "loading"),
         (data, "training_batches", "training"),
