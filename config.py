@@ -146,10 +146,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
-    if (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    ):  # Gloo's threads may wait for Python, which at its end waits for them
-        os._exit(code)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        os._exit(code)  # Gloo's threads may wait for Python, which at its end waits for them
     sys.exit(code)
 
 

@@ -31,7 +31,7 @@ from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from config import Range, UserError, as_user_error, flag, out_of_memory, require, warn
-from model import DTYPES, FOUND, layer_stacks, next_token_nll
+from model import DTYPES, FOUND, autocast, layer_stacks, next_token_nll
 
 T = TypeVar("T")
 
@@ -97,9 +97,8 @@ class Group:
     def begin(self) -> None:
         """Rank 0 has made the run's directory its own."""
 
-    def end_all(self, code: int) -> int:
-        """Has all ranks end with the exit code ``code``, or one that a rank gave before; returns it."""
-        return code
+    def end_all(self, code: int) -> None:
+        """Has all ranks end with the exit code ``code``; the caller ends here where another rank gave one before."""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leaves the group."""
@@ -218,7 +217,7 @@ class Ranks(Group):
 
         Rank 0 gives the meeting a new name, the others answer to it, and rank 0 says who has answered.
         """
-        me, missing = [socket.gethostname(), os.getpid(), self.local_rank, uuid.uuid4().hex], [0]
+        me, missing = [socket.gethostname(), os.getpid(), _machine(), self.local_rank, uuid.uuid4().hex], [0]
         deadline = time.monotonic() + self._rank_timeout
         if self.rank == 0:
             store.set("meeting", me[-1])
@@ -230,18 +229,20 @@ class Ranks(Group):
                 if not missing:
                     meeting.set("all", json.dumps([json.loads(meeting.get(f"rank {r}")) for r in range(self.size)]))
             if meeting.check(["all"]) and me in (places := json.loads(meeting.get("all"))):
-                self._places = [(host, pid) for host, pid, *_ in places]
-                self._leaders = [rank for rank, (_, _, local_rank, _) in enumerate(places) if local_rank == 0]
+                self._places = [place[:3] for place in places]
+                self._leaders = [rank for rank, (*_, local_rank, _) in enumerate(places) if local_rank == 0]
                 return meeting
             time.sleep(0.05)
         come = f"rank {', '.join(map(str, missing))} did not come"
         raise RankError(f"--rank_timeout {self._rank_timeout}: {come}; look at its node")
 
     def _beat(self, store: dist.Store) -> None:
-        """Says that this process goes on, whatever it does."""
-        with suppress(RuntimeError):  # where the process that holds the store is gone
+        """Says that this process goes on, whatever it does, and ends it where another one has failed."""
+        with suppress(RuntimeError):  # where the machine that holds the store is gone
             while not self._left.wait(1):
                 store.add(f"beats of rank {self.rank}", 1)
+                if store.check(["failed"]) and not self._left.is_set():
+                    os._exit(int(store.get("failed").split()[1]))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception):
@@ -250,35 +251,26 @@ class Ranks(Group):
             known = self._lost() if _is_lost(error) else as_user_error(error)
             if known is not None:
                 self._end_with(known)
-            with suppress(RuntimeError):
-                self._store.compare_set("failed", "", f"{self.rank} 1")
             traceback.print_exception(error)
+            self.end_all(1)
             os._exit(1)  # while all is there: see `config.run`
         self._left.set()
 
     def _end_with(self, error: UserError) -> None:
         """The first rank that fails says why, rank 0 if it fails as well; the others end with the same exit code."""
-        with suppress(RuntimeError):  # where rank 0 held the store and has died, every rank says so
-            is_lost = isinstance(error, RankError)
-            if self.rank and not is_lost:
-                time.sleep(1)
-            self._abort()
-            self.end_all(error.exit_code, 1 if is_lost else GRACE)  # a lost rank does not look at anything
+        is_lost = isinstance(error, RankError)
+        if self.rank and not is_lost:
+            time.sleep(1)
+        self._abort()
+        self.end_all(error.exit_code)
         raise error if self.rank == 0 or is_lost else type(error)(f"rank {self.rank}: {error}")
 
-    def end_all(self, code: int, patience: float = 3) -> int:
-        mine = f"{self.rank} {code}"
-        if self._store.compare_set("failed", "", mine).decode() != mine:
-            self._end_as_told()
-        until = time.monotonic() + patience
-        while self.rank == 0 and self._store.add("told", 0) < self.size - 1 and time.monotonic() < until:
-            time.sleep(0.05)  # it may hold the store, in which the others find that it has said something
-        return code
-
-    def _end_as_told(self) -> NoReturn:
-        code = int(self._store.get("failed").split()[1])
-        self._store.add("told", 1)  # after which the store may be gone
-        os._exit(code)
+    def end_all(self, code: int) -> None:
+        self._left.set()
+        with suppress(RuntimeError):  # where the store is lost, every rank says so
+            failed = self._store.compare_set("failed", "", mine := f"{self.rank} {code}").decode()
+            if failed != mine:
+                os._exit(int(failed.split()[1]))
 
     def _abort(self) -> None:
         """Whoever waits for this rank in a collective has to notice that it does not come."""
@@ -298,31 +290,33 @@ class Ranks(Group):
         try:
             with self._answering(self._grace + 2):
                 self._abort()
-                self._store.set(f"rank {self.rank} goes on", "")
-                deadline = time.monotonic() + self._grace
-                while True:
-                    silent = [r for r in range(self.size) if not self._store.check([f"rank {r} goes on"])]
-                    dead = [r for r in silent if self._has_died(r)]
-                    if dead or not silent or time.monotonic() > deadline or self._store.check(["failed"]):
-                        return self._missing(dead or silent, "has died" if dead else "does not answer")
+                everyone = [f"rank {r} goes on" for r in range(self.size)]
+                self._store.set(everyone[self.rank], "")
+                here = [r for r in range(self.size) if self._places[r][2] == _machine()]
+                deadline, dead = time.monotonic() + self._grace, []
+                while not (dead or self._store.check(everyone) or time.monotonic() > deadline):
                     time.sleep(0.05)
+                    dead = [r for r in here if self._has_died(r) and not self._store.check([everyone[r]])]
+                silent = [r for r in range(self.size) if not self._store.check([everyone[r]])]
+                return self._missing(dead or silent, "has died" if dead else "does not answer")
         except RuntimeError as error:
-            return RankError(f"rank 0 (which held the store) is lost ({_first_line(error)}); {FIX}")
+            return RankError(f"the first node, which held the store, is lost ({_first_line(error)}); {FIX}")
 
     def _missing(self, ranks: list[int], what: str) -> RankError:
         who = ", ".join(f"rank {r} (process {self._places[r][1]} on {self._places[r][0]})" for r in ranks)
         return RankError(f"{who} {what}; {FIX}" if who else f"the connection to a rank was lost; {FIX}")
 
     def _has_died(self, rank: int) -> bool:
-        host, pid = self._places[rank]
-        return host == socket.gethostname() and _has_ended(pid)
+        _, pid, machine = self._places[rank]
+        return machine == _machine() and _has_ended(pid)
 
     @contextmanager
     def _answering(self, seconds: float) -> Iterator[None]:
         """Ends this process where the store does not answer: its machine stands still, and a call would never end."""
 
         def give_up() -> None:
-            print(f"train.py: error: the store of rank 0 does not answer; {FIX}", file=sys.__stderr__, flush=True)
+            said = f"train.py: error: the first node, which holds the store, does not answer; {FIX}"
+            print(said, file=sys.__stderr__, flush=True)
             os._exit(RankError.exit_code)
 
         timer = threading.Timer(seconds, give_up)
@@ -384,8 +378,6 @@ class Ranks(Group):
             with self._answering(self._rank_timeout):
                 if self._store.check([done]):
                     break
-                if self._store.check(["failed"]):
-                    self._end_as_told()
                 before, beats = beats, self._store.add(f"beats of rank {leader}", 0)
             since = since if beats == before else time.monotonic()
             died = self._has_died(leader)
@@ -409,7 +401,11 @@ class Ranks(Group):
         return torch.device("cpu") if self._fsdp else device
 
     def spread(self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int) -> PreTrainedModel:
+        model.train()  # so that the passes below are those of training
         ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
+        drops = [name for name, value in model.config.to_dict().items() if name.endswith("layerdrop") and value]
+        apart = f"--strategy: ranks would leave out different layers for {', '.join(drops)}"
+        require(not drops, f"{apart}; set it to 0 with --model_overrides, or train in one process")
         for name, value in self.share({name: vars(model).get(name) for name in FOUND}).items():
             if value is not None:
                 setattr(model, name, value)
@@ -420,38 +416,37 @@ class Ranks(Group):
                 NextTokenLoss(model),
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=self.share(self.rank == 0 and _leaves_unused(model, trained, ids)),
+                find_unused_parameters=self.share(self.rank == 0 and _leaves_unused(model, trained, ids, precision)),
             )
             # After its first backward pass it orders its buckets anew, and with them sums: a resumed run must not.
-            self._warm_up(model, ids, "--strategy ddp", "train it in one process")
+            self._warm_up(model, ids, precision, "--strategy ddp", "train it in one process")
             return model
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing changes in place
         self._plain = _without_weights(model)
         full = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
         mesh = init_device_mesh(device.type, (self.size,))
         policy = MixedPrecisionPolicy(DTYPES[precision] if precision != "fp32" else None, torch.float32)
         for module in [*chain(*layer_stacks(model)), model]:
             _materialize(module, device)
-            if not isinstance(module, FSDPModule):
+            if not isinstance(module, (FSDPModule, torch.nn.ModuleList, torch.nn.ModuleDict)):
                 fully_shard(module, mesh=mesh, mp_policy=policy)
         for name, parameter in model.named_parameters():
             self.copy_(parameter, full.pop(name))
-            vars(parameter).update(marks[name])  # such as Mamba's, of what is not to decay
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-        self._warm_up(model, ids, "--strategy fsdp", "give ddp")
+        self._warm_up(model, ids, precision, "--strategy fsdp", "give ddp")
         return model
 
-    def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, strategy: str, fix: str) -> None:
+    def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, precision: str, strategy: str, fix: str) -> None:
         """An update's passes, without the update."""
-        model.train()
+        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
         try:
             for is_last in (True, False, True):
                 with self.last_of_update(model, is_last):
-                    self.next_token_nll(model, input_ids=ids, labels=ids).backward()
+                    with autocast(ids.device, precision):
+                        nll = self.next_token_nll(model, input_ids=ids, labels=ids)
+                    nll.backward()
                 # What never runs, such as layers that see images, has nothing that could be kept from travelling.
-                parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
                 self._learning = [part for part in parts if any(p.grad is not None for p in part.parameters())]
         except (RuntimeError, AttributeError, TypeError) as error:
             if out_of_memory(error) or _is_lost(error):
@@ -516,7 +511,7 @@ def join(config: DistributedConfig) -> Group:
         except RuntimeError as error:
             sys.stderr = sys.__stderr__  # the one that would have spoken may be the one that is lost
             fix = "look at what the others say; go on with --resume"
-            who = "rank 0, which holds the store, is lost" if isinstance(error, dist.DistError) else "a rank is lost"
+            who = "the first node is lost" if isinstance(error, dist.DistError) else "a rank is lost"
             raise RankError(f"the ranks have not come together: {who} ({_first_line(error)}); {fix}") from error
     if config.strategy != "ddp":
         warn(f"--strategy {config.strategy}: without torchrun there is nothing to spread; it is not used")
@@ -544,6 +539,13 @@ def _is_lost(error: Exception) -> bool:
 def _first_line(error: Exception) -> str:
     """Of what C++ says, which adds where it came from."""
     return str(error).splitlines()[0][:200]
+
+
+def _machine() -> str:
+    """What processes have in common that know each other by their ids; hosts' names may be all alike."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return socket.gethostname()
 
 
 def _has_ended(pid: int) -> bool:
@@ -575,7 +577,11 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _leaves_unused(model: PreTrainedModel, trained: list[torch.nn.Parameter], ids: torch.Tensor) -> bool:
+def _leaves_unused(
+    model: PreTrainedModel, trained: list[torch.nn.Parameter], ids: torch.Tensor, precision: str
+) -> bool:
     """Whether a backward pass leaves weights without a gradient, for which DistributedDataParallel would wait."""
-    gradients = torch.autograd.grad(next_token_nll(model, ids, ids), trained, allow_unused=True)
+    with autocast(ids.device, precision):
+        nll = next_token_nll(model, ids, ids)
+    gradients = torch.autograd.grad(nll, trained, allow_unused=True)
     return any(gradient is None for gradient in gradients)

@@ -332,9 +332,7 @@ def weights_on_meta() -> Iterator[None]:
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
-            marks = vars(parameter)
             parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            vars(parameter).update(marks)
         register(module, name, parameter)
 
     torch.nn.Module.register_parameter = on_meta

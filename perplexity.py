@@ -87,8 +87,8 @@ def evaluate(
             # Token by token, so that the sum is taken in float64 in any order.
             nll_sum += next_token_nll(model, **inputs, reduction="none").double().sum()
             if not bar.disable:  # the sum comes to the host only where someone looks at it
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"loss {nll_sum.item() / num_tokens:.4f}, {num_tokens / elapsed:,.0f} tokens/s")
+                loss, speed = nll_sum.item() / max(1, num_tokens), num_tokens / bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
     return nll_sum.item(), num_tokens
 
 

@@ -143,12 +143,11 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) 
 
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings only; parameters that ask for it (Mamba's) are spared too."""
+    """AdamW that decays matrices and embeddings only."""
     decayed, spared = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
-            (decayed if decays else spared).append(parameter)
+            (decayed if parameter.ndim >= 2 else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
@@ -299,9 +298,9 @@ class Signals:
     def _receive(self, number: int, frame: Any) -> None:
         if number != signal.SIGUSR1:
             if not self.can_wait:
+                self.group.end_all(128 + number)
                 with suppress(Exception):
                     sys.stdout.flush()
-                    self.group.end_all(128 + number)
                 os._exit(128 + number)  # an exception might be caught by whatever is under way
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         self.received.append(number)
@@ -378,13 +377,14 @@ def train(
     config.output_dir = str(run_dir)
     if group.has_begun():
         config.resume, config.overwrite = True, False
+    settings = vars(model_config) | vars(lora_config) | vars(data_config) | vars(distributed_config) | vars(config)
+    check_same(settings, group)
     holds_run = group.first(lambda: check_run_dir(run_dir, config))
     if config.push_to_hub and not config.dry_run:
         group.first(lambda: report.check_login(config.push_to_hub))
     device = select_device()
     precision = group.first(lambda: resolve_precision(config.precision, device))
     group.check(precision, config.oom)
-    settings = vars(model_config) | vars(lora_config) | vars(data_config) | vars(distributed_config) | vars(config)
     changing = ("model_config", "model_overrides", "model_revision", "add_tokens", "init_from_checkpoint")
     others = [f"--{name}" for name in changing if settings[name]]
     is_adapter = bool(lora_config.lora_rank) and not lora_config.merge_lora
@@ -411,10 +411,7 @@ def train(
         "evaluation text": eval_stream.sha256,
         **{name: settings[name] for name in SAME_RUN},
     }
-    different = [name for mine, other in zip((settings, identity), group.share((settings, identity)), strict=True)
-                 for name in mine if mine[name] != other.get(name)]  # fmt: skip
-    fix = "give all nodes the same command and the same files"
-    require(not different, f"{', '.join(different)}: not what rank 0 has; {fix}")
+    check_same(identity, group)
     resumes = config.resume and holds_run and not config.overwrite and not config.dry_run
     resumed, state, progress = None, {}, Progress(config.batch_size)
     tensors: dict[str, dict[str, torch.Tensor]] = {}  # of the checkpoint, on rank 0
@@ -800,6 +797,13 @@ def save_every_of(run_dir: Path) -> int:
     """The --save_every of the run that is there: past this step it had a checkpoint."""
     path = run_dir / "config.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8"))["save_every"] if path.exists() else 0
+
+
+def check_same(mine: dict[str, Any], group: Group) -> None:
+    """Raises UserError where a rank has other settings than rank 0, or other files."""
+    different = [name for name, value in group.share(mine).items() if mine.get(name) != value]
+    fix = "give all nodes the same command and the same files"
+    require(not different, f"{', '.join(different)}: not what rank 0 has; {fix}")
 
 
 def check_same_run(run_dir: Path, before: dict, now: dict) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import tempfile
 from pathlib import Path
 
@@ -61,11 +60,8 @@ def run_script(script: str, *args: object, cwd: Path, **options):
 def start_ranks(
     size: int, *args: object, cwd: Path, env: dict[str, str] | None = None, script: str | Path = "train.py"
 ) -> list[processes.Process]:
-    """Starts ``train.py ARGS`` on so many ranks, as torchrun would, but without an agent that ends what is left."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])} | (env or {})
-    group |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    """Starts ``train.py ARGS`` on so many ranks, as torchrun would, but with no agent that ends what is left."""
+    group = processes.meeting_place() | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)} | (env or {})
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [processes.start(script, *args, cwd=cwd, env=group | rank) for rank in own]
 

@@ -31,7 +31,7 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train.py", "generate.py", "perplexity.py")
@@ -47,7 +47,9 @@ IGNORED_VARIABLES += (
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
 )
+_stores: list[Any] = []  # which live as long as the tests
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,6 +141,15 @@ def start(
     finally:
         os.close(reader)
     return Process(spawned, out, err)
+
+
+def meeting_place() -> dict[str, str]:
+    """The environment in which ranks find a store of this process, as they find that of torchrun's agent."""
+    from torch.distributed import TCPStore
+
+    _stores.append(TCPStore("127.0.0.1", 0, is_master=True))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_stores[-1].port)}
+    return address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def run(script: object, *args: object, timeout: float = 120, **options) -> subprocess.CompletedProcess[str]:

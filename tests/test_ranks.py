@@ -228,30 +228,27 @@ run(main)
 """
 
 
-@pytest.mark.parametrize("keeps_store", [True, False], ids=["torchrun", "rank-0"])
 @pytest.mark.parametrize(
-    ("number", "codes", "said"),
+    ("ended", "number", "codes", "said"),
     [
-        (signal.SIGSTOP, [-9, 6], r"\w+\.py: error: .*rank 0.* does not answer; .*"),
-        (signal.SIGKILL, [-9, 6], r"\w+\.py: error: rank 0 .* (has died|is lost .*); .*"),
-        (signal.SIGTERM, [143, 143], ""),
+        (0, signal.SIGSTOP, [-9, 6], r"waiting\.py: error: rank 0 .* does not answer; .*"),
+        (0, signal.SIGKILL, [-9, 6], r"waiting\.py: error: rank 0 .* has died; .*"),
+        (0, signal.SIGTERM, [143, 143], ""),
+        (1, signal.SIGTERM, [143, 143], ""),
     ],
 )
-def test_who_waits_for_a_rank_notices_its_end(tmp_path, keeps_store, number, codes, said):
+def test_ranks_notice_the_end_of_another_also_while_one_works_alone(tmp_path, ended, number, codes, said):
     (tmp_path / "waiting.py").write_text(WAITING)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)} if keeps_store else {}
-    env["PYTHONPATH"] = str(ROOT)
-    ranks = start_ranks(2, cwd=tmp_path, env=env, script=tmp_path / "waiting.py")
+    ranks = start_ranks(2, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, script=tmp_path / "waiting.py")
     try:
         assert next(ranks[1].lines()).startswith("no hang")
         time.sleep(1)
         since = time.monotonic()
-        ranks[0].send_signal(number)
-        code = ranks[1].wait(30)
+        ranks[ended].send_signal(number)
+        code = ranks[1 - ended].wait(30)
         assert time.monotonic() - since < 2 + 2
-        ranks[0].kill()
-        assert [ranks[0].wait(10), code] == codes
+        ranks[ended].kill()
+        assert [ranks[ended].wait(10), code] == codes
     finally:
         for rank in ranks:
             rank.kill()
@@ -365,3 +362,16 @@ def test_architecture(cwd, name, strategy):
     assert float(re.search(r"^loss: (\S+)", done.stdout, re.MULTILINE)[1]) == pytest.approx(losses[-1], abs=2e-5)
     _, said = AutoModelForCausalLM.from_pretrained(cwd / out / "model", output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_trains_under_autocast_alone_is_not_refused(cwd, strategy):
+    kind, sizes = NAMES["OpenAI GPT"]
+    (cwd / f"{kind}.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    run_ranks(cwd, *flags(f"{kind}-{strategy}", f"{kind}.json", strategy=strategy, precision="bf16"))
+
+
+def test_layers_that_are_left_out_at_random_are_refused(cwd):
+    (cwd / "opt.json").write_text(json.dumps({"model_type": "opt", "layerdrop": 0.1, **NAMES["OPT"][1]}))
+    ranks = run_ranks(cwd, *flags("drops", "opt.json"), codes=(2, 2))
+    assert "layerdrop" in ranks[0].stderr and not (cwd / "drops").exists()

@@ -21,7 +21,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -484,10 +483,7 @@ class Runs:
     def start_ranks(self, strategy: str, run_dir: Path, *flags: object) -> tuple[list[processes.Process], Phases]:
         """Two ranks without torchrun, which would end one when the other has died, and the phase that rank 0 is in."""
         notes = self.notes()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-            env["MASTER_PORT"] = str(free.getsockname()[1])
+        env = processes.meeting_place() | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         arguments = ("tests/phases.py", notes, "train.py", *self.rank_flags(strategy, run_dir, *flags))
         started = []
         for rank in "01":
