@@ -446,14 +446,15 @@ class Ranks(Group):
                     with autocast(ids.device, precision):
                         nll = self.next_token_nll(model, input_ids=ids, labels=ids)
                     nll.backward()
-                # What never runs, such as layers that see images, has nothing that could be kept from travelling.
-                self._learning = [part for part in parts if any(p.grad is not None for p in part.parameters())]
+                if is_last:
+                    # What never runs, such as layers that see images, has nothing that could be kept from travelling.
+                    self._learning = [part for part in parts if any(p.grad is not None for p in part.parameters())]
+                    model.zero_grad()
         except (RuntimeError, AttributeError, TypeError) as error:
             if out_of_memory(error) or _is_lost(error):
                 raise
             kind = model.config.model_type
             raise UserError(f"{strategy}: {kind} fails with it ({_first_line(error)[:100]}); {fix}") from error
-        model.zero_grad()
 
     def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
         return self._ddp(**batch) if self._ddp else next_token_nll(model, **batch)
