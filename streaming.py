@@ -369,6 +369,8 @@ class StreamedData:
         return {"shards": [shards[s][0] for s in range(len(shards))]}, {"stream": tensors}
 
     def restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if "at" in state:  # of a run from before there were shards
+            state, tensors = {"shards": [state]}, {f"0.{name}": tensor for name, tensor in tensors.items()}
         self._count = len(state["shards"])
         for s, shard in enumerate(state["shards"]):
             carry, buffer, lengths = (tensors[f"{s}.{name}"].numpy() for name in ("carry", "buffer", "lengths"))
