@@ -1,297 +1,32 @@
-"""Documents -> token ids -> one flat token stream -> `group_texts` blocks -> `DataLoader`.
-
-    stream = tokenize(documents, tokenizer)            # int32, memory-mapped, cached by `datasets`
-    blocks = group_texts(stream, block_size=128)       # every token in exactly one block
-    loader = make_loader(blocks, batch_size=8)         # {"input_ids", "labels"}: (batch, block_size) int64
-    blocks = group_texts(stream, 128, apart=True)      # "position_ids" as well, which begin again with each document
-
-Memory stays flat: documents are read in pieces, tokens live in a memory-mapped Arrow file, blocks are views of it.
-A token that is not scored, such as one of a question whose answer is learnt, is stored as its bitwise complement.
-"""
+"""Documents -> tokens -> one flat token stream -> `group_texts` blocks -> `DataLoader`."""
 
 import ctypes
-import hashlib
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError, require, warn
-from text import CHAT_TEMPLATE, DataConfig, Documents, TextConfig, parse_source
+from cli.errors import UserError, require, warn
+from corpus.chat import CHAT_TEMPLATE
+from corpus.documents import Documents
+from corpus.flags import DataConfig
+from corpus.position import Position
+from corpus.selection import blocks_within, mixture
+from corpus.shards import StreamedText
+from corpus.streaming import Streamed
+from corpus.tokenize import load_stream
+from corpus.tokens import TokenStream, unmarked
+from modeling.linear_cross_entropy import IGNORED_LABEL
 
 T = TypeVar("T")
-
-IGNORED_LABEL = -100  # what F.cross_entropy and every Hugging Face model skip
-
-# A document longer than a window is tokenized in windows that overlap, so that memory stays flat (see `_join`).
-WINDOW_CHARACTERS = 1 << 16
-OVERLAP_CHARACTERS = 1 << 10
-ROW_CHARACTERS = 1 << 20  # text tokenized at once: enough for the tokenizer's threads, little enough for memory
-PIECE_TOKENS = 1 << 20  # of a stream that are looked at together
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-# What is kept of each document: 128 bits of the SHA-256 of its ids, the number of its tokens, of those that are scored,
-# and the UTF-8 bytes of the text that is scored.
-DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("scored", "<i8"), ("bytes", "<i8")])
-
-
-RULES = 1  # to be counted up where the same text would give other tokens: those that are cached are then made anew
-
-
-class TokenStream:
-    """The tokens of some documents, one after another; a read-only, memory-mapped sequence of int32.
-
-    ``documents`` (of dtype DOCUMENT) are the table's, or those ``numbers`` of the table's, in that order.
-    ``num_scored`` tokens are scored, of text with ``num_bytes`` in UTF-8. ``sha256`` is of the tokens.
-    """
-
-    def __init__(self, table: datasets.Dataset, numbers: np.ndarray | None = None):
-        self._table, self._chosen = table, numbers
-        rows, documents, sums = (
-            [row for chunk in table.data.column(name).chunks for row in chunk] for name in TOKEN_ROW
-        )
-        self._rows = [np.frombuffer(row.as_buffer(), np.int32) for row in rows]  # no copies
-        self._row_starts = np.cumsum([0] + [len(row) for row in self._rows])
-        documents = np.concatenate([np.frombuffer(row.as_buffer(), DOCUMENT) for row in documents])
-        ends = np.cumsum(documents["tokens"])
-        self.numbers = np.arange(len(ends)) if numbers is None else numbers
-        self.documents, ends = documents[self.numbers], ends[self.numbers]
-        self.num_documents = len(self.documents)
-        self.num_scored, self.num_bytes = (int(self.documents[name].sum()) for name in ("scored", "bytes"))
-        starts = ends - self.documents["tokens"]
-        begins = np.flatnonzero(
-            np.append(True, starts[1:] != ends[:-1])[: len(starts)]
-        )  # of runs of the table's tokens
-        self._begins = starts[begins]
-        self._document_starts = np.append(0, np.cumsum(self.documents["tokens"]))
-        self._starts = self._document_starts[np.append(begins, len(starts))]
-        chosen = b"" if numbers is None else numbers.tobytes()
-        self.sha256 = hashlib.sha256("".join(row.as_py() for row in sums).encode() + chosen).hexdigest()
-
-    def __reduce__(self) -> tuple:
-        return TokenStream, (self._table, self._chosen)  # a worker process maps the same file; no tokens are copied
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        """Returns the tokens [start, stop) as a new int64 array, those that are not scored as ~id."""
-        start, stop, _ = place.indices(len(self))
-        parts = [np.empty(0, np.int32)]
-        while start < stop:
-            run = np.searchsorted(self._starts, start, side="right") - 1
-            begin = self._begins[run] + start - self._starts[run]
-            row = np.searchsorted(self._row_starts, begin, side="right") - 1
-            begin -= self._row_starts[row]
-            parts.append(self._rows[row][begin : begin + min(stop, self._starts[run + 1]) - start])
-            start += len(parts[-1])
-        return np.concatenate(parts, dtype=np.int64)
-
-    def positions(self, start: int, stop: int) -> np.ndarray:
-        """How far each of the tokens [start, stop) is from the start of its document, or else from ``start``."""
-        numbers = np.arange(start, min(stop, len(self)))
-        begins = self._document_starts[np.searchsorted(self._document_starts, numbers, side="right") - 1]
-        return numbers - np.maximum(begins, start)
-
-    def select(self, indices: np.ndarray) -> "TokenStream":
-        """The stream of these of the documents, in this order; one may be there repeatedly."""
-        return TokenStream(self._table, self.numbers[indices])
-
-
-# The ids are int32, one after the other; of a list of them `datasets` would make Python numbers. A document's record
-# stands in the row in which the document ends.
-TOKEN_ROW = datasets.Features(
-    {"input_ids": datasets.Value("binary"), "documents": datasets.Value("binary"), "sha256": datasets.Value("string")}
-)
-
-
-def unmarked(ids: np.ndarray) -> np.ndarray:
-    """The ids, scored or not."""
-    return np.where(ids < 0, ~ids, ids)
-
-
-def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """Tokenizes without special tokens; each document is followed by the end-of-text token. Cached by `datasets`.
-
-    Where there are conversations, a tokenizer without a chat template is given one.
-    """
-    end = end_of_text_id(tokenizer)
-    tokenizer([""])  # switches off the truncation and padding that its file may ask for
-    if lacks_template := documents.has_messages and not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    template = tokenizer.chat_template if documents.has_messages else None
-    key = (
-        f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{template}\n{TOKEN_ROW}{DOCUMENT}{RULES}"
-    )
-    try:
-        table = datasets.Dataset.from_generator(
-            token_rows,
-            features=TOKEN_ROW,
-            gen_kwargs={"documents": documents, "tokenizer": tokenizer, "end": end},
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            writer_batch_size=1,  # rows are large: buffering a thousand of them would hold the corpus in memory
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    if lacks_template:
-        warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
-    return TokenStream(table)
-
-
-def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a document: the tokenizer's end-of-sequence token, for BERT's family its separator."""
-    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token_id is not None:
-            return token_id
-    raise UserError(
-        f"--tokenizer {tokenizer.name_or_path}: it has neither an eos nor a sep token to end documents with; "
-        f"set eos_token in its tokenizer_config.json"
-    )
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides the ids: the whole fast tokenizer, or class, settings and vocabulary of a slow one."""
-    if tokenizer.is_fast:
-        description = tokenizer.backend_tokenizer.to_str()
-    else:
-        settings = sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items())
-        description = f"{type(tokenizer).__name__}{settings}{sorted(tokenizer.get_vocab().items())}"
-    return hashlib.sha256(description.encode()).hexdigest()
-
-
-@dataclass
-class _Window:
-    """A stretch of a document, from character ``start``; ``num_bytes`` are of its scored text, but once a document."""
-
-    text: str
-    start: int
-    last: bool
-    num_bytes: int
-    bounds: list[int]  # the characters of the document where what is not scored begins, ends, begins, ...
-    ids: np.ndarray | None = None  # ~id where a token is not scored
-    starts: np.ndarray | None = None  # the character of the document at which each token starts
-    owned: int = 0  # tokens before this index belong to the window before
-
-
-def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[_Window]:
-    for pieces in documents.marked(tokenizer):
-        text, start, num_bytes, bounds = "", 0, 0, []
-        for piece, scored in pieces:
-            num_bytes += len(piece.encode()) if scored else 0
-            if scored == len(bounds) % 2:
-                bounds.append(start + len(text))
-            for offset in range(0, len(piece), size):
-                text += piece[offset : offset + size]
-                while len(text) > size:
-                    yield _Window(text[:size], start, False, num_bytes, bounds)
-                    step, num_bytes = size - OVERLAP_CHARACTERS, 0
-                    text, start = text[step:], start + step
-        yield _Window(text, start, True, num_bytes, bounds)
-
-
-def token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
-    # A slow (pure Python) tokenizer cannot say where its tokens start: its documents stay whole.
-    windows = _windows(documents, tokenizer, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
-    before: _Window | None = None  # a window whose document goes on
-    digest, num_tokens, num_scored, num_bytes = hashlib.sha256(), 0, 0, 0  # of a document
-    for batch in _batches(windows):
-        _encode(batch, tokenizer)
-        ids, records = [], []
-        for window in batch:
-            parts: list[np.ndarray] = []  # what is final of the document
-            num_bytes += window.num_bytes
-            if before is not None:
-                window = _join(before, window, parts, tokenizer)
-            before = None if window.last else window
-            if window.last:
-                last = [~end if len(window.bounds) % 2 else end] if documents.ended else []
-                parts += [window.ids[window.owned :], np.array(last, np.int32)]
-            for part in parts:
-                digest.update(unmarked(part) if window.bounds else part)
-                num_tokens, num_scored = num_tokens + len(part), num_scored + np.count_nonzero(part >= 0)
-            if window.last:
-                records.append((digest.digest()[:16], num_tokens, num_scored, num_bytes))
-                digest, num_tokens, num_scored, num_bytes = hashlib.sha256(), 0, 0, 0
-            ids += parts
-        data, ended = np.concatenate([np.empty(0, np.int32), *ids]).tobytes(), np.array(records, DOCUMENT).tobytes()
-        yield {"input_ids": data, "documents": ended, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
-    batch, characters = [], 0
-    for window in windows:
-        batch.append(window)
-        characters += len(window.text)
-        if characters >= ROW_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
-    marked = any(window.bounds for window in windows)
-    in_parts = marked or any(window.start or not window.last for window in windows)
-    texts = [window.text for window in windows]
-    if not tokenizer.is_fast:
-        slow = f"--loss_on completion: {type(tokenizer).__name__} is a slow tokenizer, which cannot say where tokens"
-        require(not marked, f"{slow} start; give --loss_on all, or a fast one with --tokenizer")
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)  # no warning about long texts
-        for window, ids in zip(windows, encoded["input_ids"], strict=True):
-            window.ids = np.asarray(ids, np.int32)
-        return
-    # Called directly, as transformers would make lists of all that it knows about a token.
-    backend = tokenizer.backend_tokenizer
-    encode = backend.encode_batch if in_parts else backend.encode_batch_fast  # which knows no offsets
-    for window, encoding in zip(windows, encode(texts, add_special_tokens=False), strict=True):
-        window.ids = np.asarray(encoding.ids, np.int32)
-        if in_parts:
-            window.starts, ends = window.start + np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-            # The last character decides: many tokens begin with the space that stands before what is scored.
-            side = np.searchsorted(window.bounds, np.maximum(ends - 1, window.starts), side="right")
-            window.ids = np.where(side % 2 == 0, window.ids, ~window.ids)
-
-
-def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Window:
-    """Appends the tokens that are final to ``parts`` and returns the window that holds the rest.
-
-    How a tokenizer splits a word can depend on what stands around it, but not from far away: where eight tokens to
-    either side agree in both windows, the whole text has the same tokens, and there the windows are joined.
-    """
-    middle = (right.start + left.start + len(left.text)) // 2
-    i, j = np.searchsorted(left.starts, middle), np.searchsorted(right.starts, middle)
-    near_left, near_right = slice(max(0, i - 8), i + 8), slice(max(0, j - 8), j + 8)
-    if np.array_equal(left.ids[near_left], right.ids[near_right]) and np.array_equal(
-        left.starts[near_left], right.starts[near_right]
-    ):
-        parts.append(left.ids[left.owned : i])
-        right.owned = j
-        return right
-    whole = _Window(left.text[: right.start - left.start] + right.text, left.start, right.last, 0, right.bounds)
-    _encode([whole], tokenizer)
-    whole.owned = np.searchsorted(whole.starts, left.starts[left.owned]) if left.owned else 0
-    return whole
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks and batches
 
 
 class Blocks(Dataset):
@@ -339,22 +74,6 @@ def group_texts(stream: TokenStream, block_size: int, stride: int | None = None,
     return Blocks(stream, block_size, stride or block_size, apart)
 
 
-def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenStream:
-    """The tokens of the documents. Says how many are long and how much is scored, where that matters."""
-    stream, drops = tokenize(documents, tokenizer), config.long_documents == "drop"
-    is_long = stream.documents["tokens"] > config.block_size
-    if drops:
-        every = f"--long_documents drop: all {len(is_long):,} documents of the {name} text are longer than --block_size"
-        require(not is_long.all(), f"{every} {config.block_size}; raise it, or split them")
-        stream = stream.select(np.flatnonzero(~is_long))
-    if drops or stream.num_scored < len(stream):
-        print(
-            f"{name:<10}{is_long.sum():,} of {len(is_long):,} documents are longer than {config.block_size} tokens: "
-            f"{'dropped' if drops else 'split'}; {stream.num_scored:,} of {len(stream):,} tokens are scored"
-        )
-    return stream
-
-
 def load_blocks(
     config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple["TrainingData", Blocks]:
@@ -374,12 +93,12 @@ def load_blocks(
         train, held_out = train.select(np.flatnonzero(~is_twice)), held_out.select(np.flatnonzero(~is_known))
     if config.mix:
         sizes = [len(source) for source in training.sources]
-        train = train.select(_mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
+        train = train.select(mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
     rule = f"the training text has {len(train)} tokens, and {config.block_size} or more are needed"
     require(len(train) >= config.block_size, f"{rule}; give more text or a smaller --block_size")
     apart = config.pack == "documents"
     blocks, eval_blocks = (group_texts(stream, config.block_size, apart=apart) for stream in (train, held_out))
-    is_within = blocks_within(eval_blocks, train)
+    is_within = blocks_within(held_out, config.block_size, train)
     if config.deduplicate:
         eval_blocks = Blocks(held_out, config.block_size, config.block_size, apart, np.flatnonzero(~is_within))
     twice, known, within = (int(found.sum()) for found in (is_twice, is_known, is_within))
@@ -392,60 +111,10 @@ def load_blocks(
     return TrainingData(blocks, seed), eval_blocks
 
 
-def _mixture(mix: list[str], sources: np.ndarray, seed: int) -> np.ndarray:
-    """The documents, whose ``sources`` are given, in a random order in which their numbers are as ``mix`` weights them.
-
-    Of the source that its weight favours least each is there once; others are gone through again, each time whole.
-    """
-    names, weights = zip(*map(parse_source, mix), strict=True)
-    sizes, shares = np.bincount(sources, minlength=len(mix)), np.array(weights) / sum(weights)
-    require(sizes.all(), f"--mix {names[sizes.argmin()]}: none of its documents is left; leave it out")
-    total = (sizes / shares).max()
-    many = f"--mix {' '.join(mix)}: to see all, {total:.0e} documents would be drawn"
-    require(total < 1e9, f"{many}; give the largest source more weight")
-    random, drawn = np.random.default_rng(seed), []
-    for i, (name, size, count) in enumerate(zip(names, sizes, np.rint(total * shares).astype(int), strict=True)):
-        passes = [random.permutation(np.flatnonzero(sources == i)) for _ in range(math.ceil(count / size))]
-        drawn.append(np.concatenate(passes)[:count])
-        print(f"mix       {name}: {size:,} documents, each {count / size:.2f} times an epoch")
-    return random.permutation(np.concatenate(drawn))
-
-
 def need_text(blocks: Blocks) -> None:
     """Raises UserError where there is no token to predict: the first one of a block has nothing to predict it."""
     predicts = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
     require(predicts, "no token of the evaluation text is left to predict; give more text")
-
-
-def blocks_within(blocks: Blocks, stream: TokenStream) -> np.ndarray:
-    """Which of the blocks stand in ``stream`` at any place, scored or not; only whole blocks are sought."""
-    size, found = blocks.block_size, np.zeros(len(blocks), bool)
-    sought: dict[int, list[int]] = {}  # the blocks of each hash
-    for i in range(len(blocks.stream) // size):
-        sought.setdefault(int(_window_hashes(blocks[i]["input_ids"].numpy(), size)[0]), []).append(i)
-    hashes = np.array(list(sought), np.uint64)
-    for start in range(0, len(stream) - size + 1, PIECE_TOKENS):
-        piece = unmarked(stream[start : start + PIECE_TOKENS + size - 1])
-        windows = _window_hashes(piece, size)
-        for place in np.flatnonzero(np.isin(windows, hashes)):
-            for i in sought[int(windows[place])]:
-                found[i] = found[i] or np.array_equal(blocks[i]["input_ids"], piece[place : place + size])
-    return found
-
-
-def _window_hashes(ids: np.ndarray, size: int) -> np.ndarray:
-    """Hash i is of the ``size`` ids from i on; (len(ids) - size + 1,) uint64.
-
-    It is the polynomial with the ids as coefficients, modulo 2^64: a difference of two prefix sums, divided by a power
-    of the base.
-    """
-    base = 0x9E3779B97F4A7C15
-    powers = np.cumprod(np.full(len(ids), base, np.uint64))
-    inverses = np.cumprod(np.full(len(ids) - size + 1, pow(base, -1, 1 << 64), np.uint64))
-    ids = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
-    ids ^= ids >> np.uint64(32)  # else the ids' own patterns would be the polynomial's
-    sums = np.append(np.uint64(0), np.cumsum(ids * powers))
-    return (sums[size:] - sums[:-size]) * inverses
 
 
 def collate(
@@ -515,14 +184,6 @@ def make_loader(
         num_workers=num_workers,
         worker_init_fn=_init_worker,
     )
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the training data: ``blocks`` of epoch ``epoch`` have been seen."""
-
-    epoch: int = 0
-    blocks: int = 0
 
 
 def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
@@ -626,3 +287,53 @@ def _guarded(batches: Iterator[T], num_workers: int, timeout: int) -> Iterator[T
         if batch is None:
             return
         yield batch
+
+
+class StreamedData(StreamedText):
+    """What the loop trains on, as `TrainingData`, of text that is read as it is needed."""
+
+    def updates_per_epoch(self, blocks_per_update: int) -> None:
+        return None
+
+    def epochs(self, position: Position) -> int:
+        return position.epoch
+
+    def first(self, count: int) -> dict[str, torch.Tensor]:
+        return collate([self._item(block) for block in self.first_blocks(count)])
+
+    def batches(
+        self,
+        batch_size: int,
+        blocks_per_update: int,
+        position: Position,
+        rank: int = 0,
+        ranks: int = 1,
+        same_shape: bool = False,
+        *workers: int,
+    ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
+        shape = {"rows": batch_size, "length": self._config.block_size} if same_shape else {}
+        apart = self._config.pack == "documents"
+        for blocks, most, after, numbers in self.draw(blocks_per_update, position, rank, ranks):
+            items = list(map(self._item, blocks))
+            count = max(len(items), most if ranks > 1 else 0)  # all ranks make as many batches, some without blocks
+            parts = [items[i : i + batch_size] for i in range(0, count, batch_size)]
+            yield [collate(part, apart=apart, **shape) for part in parts], after, numbers
+
+    def _item(self, block: np.ndarray) -> dict[str, torch.Tensor]:
+        ids, positions = block.astype(np.int64)
+        # A document that began in the block before has its positions from the start of this one.
+        positions = np.minimum(positions, np.arange(len(ids))) if self._config.pack == "documents" else None
+        return block_item(ids, positions)
+
+
+def load_streamed_blocks(
+    config: DataConfig, training: Streamed, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[StreamedData, Blocks]:
+    """What to train on, of which nothing but its start is read yet, and the blocks to evaluate on."""
+    stream = load_stream(config, evaluation, tokenizer, "held out")
+    eval_blocks = group_texts(stream, config.block_size, apart=config.pack == "documents")
+    need_text(eval_blocks)
+    if training.has_messages and not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
+    return StreamedData(config, training, tokenizer, seed), eval_blocks

@@ -22,23 +22,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from checkpoint import write_directory
-from config import Count, Range, Seed, UserError, flag, parse, require, run
-from lora import save_merged
-from model import (
-    DTYPES,
-    Precision,
-    check_model,
-    evaluating,
-    keep_freed_memory,
-    load_pretrained,
-    load_tokenizer_by_name,
-    position_limit,
-    resolve_precision,
-    select_device,
-)
-from report import finished_step
-from text import render
+from cli.errors import UserError, require, run
+from cli.flags import Count, Range, Seed, flag, parse
+from corpus.chat import render
+from modeling.adapters import save_merged
+from modeling.architectures import position_limit
+from modeling.checks import check_model
+from modeling.loading import load_pretrained, load_tokenizer_by_name
+from modeling.loss import evaluating
+from modeling.precision import DTYPES, Precision, keep_freed_memory, resolve_precision, select_device
+from training.checkpoint import write_directory
+from training.log import finished_step
 
 
 @dataclass

@@ -22,22 +22,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Count, flag, parse, run
-from data import group_texts, load_stream, make_loader, need_text
-from model import (
-    Precision,
-    autocast,
-    check_model,
-    count_predicted,
-    evaluating,
-    keep_freed_memory,
-    load_pretrained,
-    load_tokenizer_by_name,
-    next_token_nll,
-    resolve_precision,
-    select_device,
-)
-from text import TextConfig, read_documents
+from cli.errors import run
+from cli.flags import Count, flag, parse
+from corpus.flags import TextConfig
+from corpus.sources import read_documents
+from corpus.tokenize import load_stream
+from data import group_texts, make_loader, need_text
+from modeling.checks import check_model
+from modeling.loading import load_pretrained, load_tokenizer_by_name
+from modeling.loss import count_predicted, evaluating, next_token_nll
+from modeling.precision import Precision, autocast, keep_freed_memory, resolve_precision, select_device
 
 
 @dataclass

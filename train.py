@@ -34,34 +34,29 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import checkpoint
-import report
-import streaming
-from config import Count, Range, SaveError, Seed, UserError, flag, out_of_memory, parse, require, run, warn
-from data import IGNORED_LABEL, Position, in_batches, load_blocks, make_loader, split_batch, tokenizer_fingerprint
-from distributed import DistributedConfig, Group, join, quiet_unless_first
+from cli.errors import SaveError, UserError, out_of_memory, require, run, warn
+from cli.flags import Count, Range, Seed, flag, parse
+from corpus.flags import DataConfig
+from corpus.position import Position
+from corpus.sources import load_documents
+from corpus.streaming import check_flags
+from corpus.streaming import load_documents as stream_documents
+from corpus.tokenize import tokenizer_fingerprint
+from data import in_batches, load_blocks, load_streamed_blocks, make_loader, split_batch
+from distributed.world import DistributedConfig, Group, join, quiet_unless_first
 from generate import SamplingConfig, generate
-from lora import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
-from model import (
-    SHORT_BLOCK,
-    ModelConfig,
-    Precision,
-    autocast,
-    check_model,
-    flops_per_token,
-    keep_freed_memory,
-    largest_blocks,
-    load_config,
-    load_model,
-    load_tokenizer,
-    plain_head,
-    position_limit,
-    recompute_activations,
-    resolve_precision,
-    select_device,
-)
+from model import ModelConfig, load_config, load_model, load_tokenizer
+from modeling.adapters import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
+from modeling.architectures import flops_per_token, largest_blocks, position_limit, recompute_activations
+from modeling.checks import check_model
+from modeling.linear_cross_entropy import IGNORED_LABEL
+from modeling.loss import SHORT_BLOCK, plain_head
+from modeling.precision import Precision, autocast, keep_freed_memory, resolve_precision, select_device
 from perplexity import evaluate, perplexity
-from text import DataConfig, load_documents
+from training import checkpoint
+from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished
+from training.model_card import check_login, model_card, push, versions
+from training.monitor import peak_flops, peak_memory_gib
 
 T = TypeVar("T")
 
@@ -372,7 +367,7 @@ def train(
     group: Group,
 ) -> None:
     """The run. All ranks of ``group`` go through the same lines; rank 0 alone writes and prints."""
-    streaming.check_flags(data_config, model_config.tokenizer, config.max_steps, config.num_workers)
+    check_flags(data_config, model_config.tokenizer, config.max_steps, config.num_workers)
     run_dir = Path(config.output_dir or f"runs/{config_file.stem if config_file else 'train'}")
     config.output_dir = str(run_dir)
     if group.has_begun():
@@ -381,7 +376,7 @@ def train(
     check_same(settings, group)
     holds_run = group.first(lambda: check_run_dir(run_dir, config))
     if config.push_to_hub and not config.dry_run:
-        group.first(lambda: report.check_login(config.push_to_hub))
+        group.first(lambda: check_login(config.push_to_hub))
     device = select_device()
     precision = group.first(lambda: resolve_precision(config.precision, device))
     group.check(precision, config.oom)
@@ -392,7 +387,7 @@ def train(
     require(not (is_adapter and others), f"{alone} {', '.join(others)}; add --merge_lora or leave it out")
 
     # Text -> tokens -> blocks.
-    on_disk, streamed = (load_documents, load_blocks), (streaming.load_documents, streaming.load_blocks)
+    on_disk, streamed = (load_documents, load_blocks), (stream_documents, load_streamed_blocks)
     to_documents, to_blocks = streamed if data_config.streaming else on_disk
     with group.once_a_node():
         train_documents, eval_documents = to_documents(data_config, config.seed)
@@ -447,7 +442,7 @@ def train(
     warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
     if resumes:
-        done = group.first(lambda: report.finished_step(run_dir))
+        done = group.first(lambda: finished_step(run_dir))
         if resumed:
             done = progress.step if progress.evaluated >= max_steps else 0
         if done >= max_steps:
@@ -456,12 +451,12 @@ def train(
                 f"To train longer give a larger --max_steps; to start anew, --overwrite."
             )
             if group.rank == 0:
-                report.mark_finished(run_dir)
+                mark_finished(run_dir)
                 finish(run_dir, config)
             return
         if resumed:
             note_changes(state["settings"], settings)
-        elif done or group.first(lambda: report.last_step(run_dir) > save_every_of(run_dir)):
+        elif done or group.first(lambda: last_step(run_dir) > save_every_of(run_dir)):
             fix = "use its model as it is, or --overwrite the run"
             raise checkpoint.NoCheckpointError(f"{run_dir}: no checkpoint is left there to go on from; {fix}")
         else:
@@ -494,8 +489,8 @@ def train(
         fits = len(tokenizer(prompt)["input_ids"]) + sampling.max_new_tokens <= limit
         require(fits, f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions; shorten it")
     num_parameters = model.num_parameters()
-    peak_flops = report.peak_flops(device_name(device)) if precision != "fp32" else None
-    flops = flops_per_token(model, data_config.block_size) if peak_flops else None
+    peak_rate = peak_flops(device_name(device)) if precision != "fp32" else None
+    flops = flops_per_token(model, data_config.block_size) if peak_rate else None
     run_flops = 6 * num_parameters * blocks_per_update * data_config.block_size * max_steps / group.size
     compiled = group.first(lambda: should_compile(config.compile, model, run_flops))
     if resumed and config.compile == "auto":  # a longer run, or another PATH, must not change what is computed
@@ -538,7 +533,7 @@ output    {run_dir}""")
         return dry_run(model, optimizer, scaler, data, config, precision, device, group)
 
     # The run's directory. Until here nothing was written.
-    def begin() -> report.RunLog:
+    def begin() -> RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resumes:
             lock_directory(run_dir)
@@ -547,11 +542,11 @@ output    {run_dir}""")
         if not resumed:
             remove_run(run_dir)
         goes_on = config.on_save_error == "continue"
-        log = report.RunLog(run_dir, progress.step, progress.evaluated == progress.step, max_steps, goes_on)
+        log = RunLog(run_dir, progress.step, progress.evaluated == progress.step, max_steps, goes_on)
         write_config(run_dir / "config.yaml", settings)
         return log
 
-    log = begin() if group.rank == 0 else report.NoLog()
+    log = begin() if group.rank == 0 else NoLog()
     group.begin()
     if resumed:
         restore_state(tensors, model, optimizer, group)
@@ -724,8 +719,8 @@ output    {run_dir}""")
                     tokens_per_second=speed,
                     tokens_seen=progress.tokens_seen,
                     epoch=data.epochs(position),
-                    memory_gib=report.peak_memory_gib(device),
-                    **({"mfu": speed / data.scored * flops / peak_flops / group.size} if flops else {}),
+                    memory_gib=peak_memory_gib(device),
+                    **({"mfu": speed / data.scored * flops / peak_rate / group.size} if flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:
@@ -736,16 +731,16 @@ output    {run_dir}""")
 
     first, kept = {}, {"loss": progress.kept_loss, "perplexity": perplexity(progress.kept_loss)}
     if group.rank == 0:
-        first, *_ = evaluations = report.evaluations(run_dir)
+        first, *_ = evaluated = evaluations(run_dir)
         log.hyperparameters(settings, kept)
-        card = report.model_card(settings, facts, evaluations)
+        card = model_card(settings, facts, evaluated)
         checkpoint.write_file(run_dir / "model" / "README.md", str(card))
     save_checkpoint()
     ended_by = set(group.union(signals.received)) - {signal.SIGUSR1}
     signals.can_wait = False
     if group.rank == 0:
         log.close()
-        report.mark_finished(run_dir)
+        mark_finished(run_dir)
         before, after = first["perplexity"], kept["perplexity"]
         print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {progress.kept_step})")
         if kept["loss"] >= first["loss"]:
@@ -845,7 +840,7 @@ def write_config(path: Path, settings: dict[str, Any]) -> None:
     """The resolved settings as YAML that --config reads."""
     once = ("resume", "overwrite", "dry_run", "push_to_hub")
     kept = {key: value for key, value in settings.items() if key not in once and value not in (None, [])}
-    made_with = ", ".join(f"{name} {version}" for name, version in report.versions().items())
+    made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     checkpoint.write_file(path, f"# made with {made_with}\n{text}")
 
@@ -911,7 +906,7 @@ def dry_run(model, optimizer, scaler, data, config, precision, device, group) ->
     made, _ = within_memory(step, config.batch_size, config.oom)
     print(
         f"{'dry run':<10}loss {made.loss.item():.4f}, {time.perf_counter() - started:.1f} s for a first update, "
-        f"{report.peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"
+        f"{peak_memory_gib(device):.2f} GiB of memory at the peak; nothing was written"
     )
 
 
@@ -923,7 +918,7 @@ def save_model(
     def write(directory: Path) -> None:
         save_merged(model, directory) if merge else model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        report.model_card(settings, facts, report.evaluations(run_dir)).save(directory / "README.md")
+        model_card(settings, facts, evaluations(run_dir)).save(directory / "README.md")
 
     num_bytes = 4 * model.num_parameters(only_trainable=not merge)
     checkpoint.write_directory(run_dir / "model", write, num_bytes)
@@ -932,7 +927,7 @@ def save_model(
 def finish(run_dir: Path, config: TrainConfig) -> None:
     """Uploads where asked to, and says where everything is."""
     if config.push_to_hub:
-        print(f"uploaded  {report.push(run_dir / 'model', config.push_to_hub)}")
+        print(f"uploaded  {push(run_dir / 'model', config.push_to_hub)}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     print(f"model     {run_dir}/model")

@@ -42,25 +42,23 @@ from transformers import (
     pipeline,
 )
 
-import checkpoint
 import train
 from benchmarks import guide
-from data import Blocks, Position, group_texts, in_batches, make_loader, split_batch, tokenize, training_batches
-from distributed import Group
+from corpus.flags import TextConfig
+from corpus.position import Position
+from corpus.sources import read_documents
+from corpus.tokenize import tokenize
+from data import Blocks, group_texts, in_batches, make_loader, split_batch, training_batches
+from distributed.world import Group
 from generate import SamplingConfig, generate
-from model import (
-    DTYPES,
-    autocast,
-    flops_per_token,
-    keep_freed_memory,
-    load_pretrained,
-    next_token_nll,
-    resolve_precision,
-    select_device,
-)
+from modeling.architectures import flops_per_token
+from modeling.loading import load_pretrained
+from modeling.loss import next_token_nll
+from modeling.precision import DTYPES, autocast, keep_freed_memory, resolve_precision, select_device
 from perplexity import evaluate
-from report import RunLog, peak_flops, peak_memory_gib
-from text import TextConfig, read_documents
+from training import checkpoint
+from training.log import RunLog
+from training.monitor import peak_flops, peak_memory_gib
 
 BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6
 PROMPTS = ["The with statement is used to", "A list comprehension", "To open a file for reading,", "In Python, a class"]

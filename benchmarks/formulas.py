@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from model import flops_per_token, largest_blocks
-from report import peak_flops
+from modeling.architectures import flops_per_token, largest_blocks
+from training.monitor import peak_flops
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- python -m benchmarks.scale --table --write -->", "<!-- end of the table -->"

@@ -33,10 +33,12 @@ def fine_tune_with_trainer(settings: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from data import group_texts, make_loader, tokenize
-    from model import resolve_precision
+    from corpus.flags import DataConfig
+    from corpus.sources import load_documents
+    from corpus.tokenize import tokenize
+    from data import group_texts, make_loader
+    from modeling.precision import resolve_precision
     from perplexity import evaluate
-    from text import DataConfig, load_documents
     from train import device_name
 
     config = DataConfig(train_files=[settings.text], text_column=settings.text_column)

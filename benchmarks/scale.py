@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.bench import ROOT, Contender, heading, short, shown
 from benchmarks.formulas import DOCUMENT, gpt2, shape_of, state_bytes, table, with_table
-from distributed import DistributedConfig, Group, join
-from model import keep_freed_memory
+from distributed.world import DistributedConfig, Group, join
+from modeling.precision import keep_freed_memory
 
 RESULTS = ROOT / "benchmarks" / "SCALE.md"
 

@@ -22,8 +22,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
+from corpus.documents import TextFiles  # noqa: E402
+from corpus.flags import TextConfig  # noqa: E402
+from corpus.records import Rows, read_rows  # noqa: E402
 from model import ModelConfig, load_tokenizer  # noqa: E402
-from text import Rows, TextConfig, TextFiles, read_rows  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["the", "a", "model", "token", "text", "of", "loss", "learns", "writes", "reads", "and", "in", "but", "never"]

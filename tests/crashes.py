@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load, mend, newest, prune, save, verify, write_directory
+from training.checkpoint import load, mend, newest, prune, save, verify, write_directory
 
 OLD, NEW = (torch.full((3,), value) for value in (1.0, 2.0))
 

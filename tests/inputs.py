@@ -27,8 +27,8 @@ from conftest import make_text, tiny_gpt2
 from safetensors.torch import save_file
 from transformers import RobertaConfig, RobertaForCausalLM
 
+from corpus.documents import TextFiles
 from model import ModelConfig, load_tokenizer
-from text import TextFiles
 
 NOBODY = 65534
 FIRED = "canary-fired"  # the file that a canary makes in the working directory, where something runs it

@@ -72,27 +72,27 @@ class Phases:
 
 def main() -> None:
     path, script, *arguments = sys.argv[1:]
-    import checkpoint
     import data
     import generate
     import model
     import perplexity
-    import report
-    import text
+    from corpus import sources
+    from modeling import checks
+    from training import checkpoint, log
 
     phases = Phases(path + os.environ.get("RANK", ""))
     for owner, name, phase in (
-        (text, "load_documents", "preparation"),  # the first thing that ranks do after they have met
+        (sources, "load_documents", "preparation"),  # the first thing that ranks do after they have met
         (model, "load_model", "loading"),
-        (model, "check_model", "loading"),
+        (checks, "check_model", "loading"),
         (data, "training_batches", "training"),
         (perplexity, "evaluate", "evaluation"),
         (generate, "generate", "sampling"),
         (checkpoint, "save", "saving"),
         (checkpoint, "prune", "saving"),
         (checkpoint, "write_directory", "saving"),
-        (report.RunLog, "sync", "saving"),
-        (report, "mark_finished", "end"),
+        (log.RunLog, "sync", "saving"),
+        (log, "mark_finished", "end"),
     ):
         setattr(owner, name, phases.within(phase, getattr(owner, name)))
     script = str(Path(__file__).resolve().parent.parent / script)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from architectures import GUIDE, TODAY
 
-from lora import LoraConfig, add_lora, save_merged
-from model import DROPPED, ModelConfig, load_config, load_model, load_pretrained
+from model import ModelConfig, load_config, load_model
+from modeling.adapters import LoraConfig, add_lora, save_merged
+from modeling.architectures import DROPPED
+from modeling.loading import load_pretrained
 
 NAMES = {name: given for name, given in {**GUIDE, **TODAY}.items() if given[0] not in (*DROPPED, "cpmant")}
 

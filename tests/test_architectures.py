@@ -15,18 +15,12 @@ from architectures import GUIDE, TODAY
 from conftest import ROOT, read_jsonl, write_jsonl
 
 import train
-from config import UserError
+from cli.errors import UserError
 from generate import SamplingConfig, generate
-from model import (
-    check_isolated,
-    check_model,
-    count_predicted,
-    load_pretrained,
-    load_tokenizer_by_name,
-    next_token_nll,
-    plain_head,
-    recompute_activations,
-)
+from modeling.architectures import recompute_activations
+from modeling.checks import check_isolated, check_model
+from modeling.loading import load_pretrained, load_tokenizer_by_name
+from modeling.loss import count_predicted, next_token_nll, plain_head
 
 NAMES = {**GUIDE, **TODAY}
 TABLE = ROOT / "docs" / "architectures.md"

@@ -9,9 +9,11 @@ from conftest import write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import bench, contenders, guide
-from data import group_texts, tokenize
-from model import next_token_nll
-from text import TextConfig, read_documents
+from corpus.flags import TextConfig
+from corpus.sources import read_documents
+from corpus.tokenize import tokenize
+from data import group_texts
+from modeling.loss import next_token_nll
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 

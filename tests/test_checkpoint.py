@@ -8,9 +8,9 @@ import pytest
 import torch
 from crashes import crash_in_save
 
-import checkpoint
-from checkpoint import NoCheckpointError, load, newest, prune, save, verify, write_directory
-from config import SaveError
+from cli.errors import SaveError
+from training import checkpoint
+from training.checkpoint import NoCheckpointError, load, newest, prune, save, verify, write_directory
 
 TENSORS = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)},

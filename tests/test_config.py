@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-import config
-from config import Count, Range, UserError, flag, parse
+from cli import errors
+from cli.errors import UserError
+from cli.flags import Count, Range, flag, parse
 
 
 @dataclass
@@ -84,5 +85,5 @@ def test_help_names_each_flag_and_default_once(capsys):
 
 
 def test_what_the_compiler_raises_is_one_line():
-    error = config.as_user_error(torch._dynamo.exc.Unsupported("no\nway"))
+    error = errors.as_user_error(torch._dynamo.exc.Unsupported("no\nway"))
     assert error.exit_code == 2 and str(error).startswith("torch.compile failed (no way")

@@ -13,10 +13,18 @@ from conftest import ROOT, make_text, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-import data
-from config import UserError
-from data import Position, blocks_within, collate, group_texts, load_blocks, make_loader, tokenize, training_batches
-from text import DataConfig, TextConfig, TextFiles, load_documents, read_rows
+from cli.errors import UserError
+from corpus import selection
+from corpus import tokenize as tokenize_module
+from corpus.documents import TextFiles
+from corpus.flags import DataConfig, TextConfig
+from corpus.position import Position
+from corpus.records import read_rows
+from corpus.selection import blocks_within, window_hashes
+from corpus.sources import load_documents
+from corpus.tokenize import load_stream, token_rows, tokenize, tokenizer_fingerprint
+from corpus.tokens import DOCUMENT, TokenStream, unmarked
+from data import collate, group_texts, load_blocks, make_loader, training_batches
 
 
 def texts(documents):
@@ -63,9 +71,9 @@ def test_no_token_is_lost(rows, tokenizer, block_size):
 
 def test_the_stream_may_span_many_rows(rows, tokenizer, monkeypatch):
     whole = tokenize(rows, tokenizer)[:]
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 500)
-    table = datasets.Dataset.from_list(list(data.token_rows(rows, tokenizer, tokenizer.eos_token_id)))
-    stream = data.TokenStream(table)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 500)
+    table = datasets.Dataset.from_list(list(token_rows(rows, tokenizer, tokenizer.eos_token_id)))
+    stream = TokenStream(table)
     assert len(table) > 20
     assert np.array_equal(stream[:], whole)
     for start, stop in ((0, 1), (3, 500), (17, 4000), (len(whole) - 3, len(whole)), (5, 5), (0, 10**9)):
@@ -115,26 +123,26 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_pa
     text = make_text(3000) + "\n" * 70 + "x" * 300 + " " * 90 + make_text(500, seed=5) + "\r\n"
     path = tmp_path / "long.txt"
     path.write_bytes(text.encode())
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", window)
-    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", window // 2)
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", window)
+    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", window // 2)
     documents = TextFiles(((str(path), 0, None),))
     assert texts(documents) == [text]
-    rows = list(data.token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    rows = list(token_rows(documents, tokenizer, tokenizer.eos_token_id))
     ids = np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist()
     assert ids == expected_ids(documents, tokenizer)
-    records = np.frombuffer(b"".join(row["documents"] for row in rows), data.DOCUMENT)
+    records = np.frombuffer(b"".join(row["documents"] for row in rows), DOCUMENT)
     assert records[["tokens", "scored", "bytes"]].tolist() == [(len(ids), len(ids), len(text.encode()))]
 
 
 def test_a_long_row_is_windowed_too(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
-    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 100)
     documents = plain(["short one", make_text(2000), "", make_text(900)])
-    rows = list(data.token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    rows = list(token_rows(documents, tokenizer, tokenizer.eos_token_id))
     assert np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist() == expected_ids(
         documents, tokenizer
     )
-    assert sum(len(row["documents"]) for row in rows) == 4 * data.DOCUMENT.itemsize
+    assert sum(len(row["documents"]) for row in rows) == 4 * DOCUMENT.itemsize
 
 
 def test_truncation_that_the_tokenizer_file_asks_for_is_not_done(rows, tokenizer, tmp_path):
@@ -144,7 +152,7 @@ def test_truncation_that_the_tokenizer_file_asks_for_is_not_done(rows, tokenizer
     cut.backend_tokenizer.enable_padding(length=9)
     first = tokenize(rows, cut)
     assert first[:].tolist() == expected_ids(rows, tokenizer)
-    assert data.tokenizer_fingerprint(cut) == data.tokenizer_fingerprint(tokenizer)  # a resumed run is the same
+    assert tokenizer_fingerprint(cut) == tokenizer_fingerprint(tokenizer)  # a resumed run is the same
 
 
 def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, tokenizer, monkeypatch):
@@ -152,7 +160,7 @@ def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, to
     config = DataConfig(train_files=[str(path)], text_column="answers.text", eval_files=[str(path)])
     first = tokenize(load_documents(config, 0)[0], tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "token_rows", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr(tokenize_module, "token_rows", lambda *_: pytest.fail("tokenized again"))
         assert tokenize(load_documents(config, 0)[0], tokenizer).sha256 == first.sha256
     write_jsonl(path, 5, seed=1)
     os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**9))
@@ -225,8 +233,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
     program = """
 import resource, sys
 from transformers import AutoTokenizer
-from data import group_texts, make_loader, tokenize
-from text import TextFiles
+from corpus.tokenize import tokenize
+from data import group_texts, make_loader
+from corpus.documents import TextFiles
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] + "/tokenizer")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 tokenize(TextFiles(((sys.argv[2], 0, None),)), tokenizer)
@@ -260,7 +269,7 @@ def test_prompts_are_read_and_completions_are_learnt(tokenizer):
     assert all_ids(group_texts(stream, 7)) == expected_ids(documents, tokenizer)
     assert stream.num_bytes == sum(len(answer.encode()) for _, answer in PAIRS)
     both = tokenize(pairs(PAIRS, loss_on="all"), tokenizer)
-    assert both.num_scored == len(both) == len(stream) and np.array_equal(both[:], data.unmarked(stream[:]))
+    assert both.num_scored == len(both) == len(stream) and np.array_equal(both[:], unmarked(stream[:]))
     windows = group_texts(stream, 7, 3)
     labels = torch.cat([windows[i]["labels"][0 if i == 0 else 4 :] for i in range(len(windows))])
     assert tokenizer.decode(labels[labels >= 0]) == LEARNT  # sliding windows know the same marks
@@ -269,9 +278,9 @@ def test_prompts_are_read_and_completions_are_learnt(tokenizer):
 def test_marks_in_a_long_document_do_not_depend_on_the_windows(tokenizer, monkeypatch):
     documents = pairs([(make_text(700, i), " " + make_text(600, i + 1)) for i in range(3)])
     whole = tokenize(documents, tokenizer)[:]
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
-    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
-    rows = list(data.token_rows(documents, tokenizer, tokenizer.eos_token_id))
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 100)
+    rows = list(token_rows(documents, tokenizer, tokenizer.eos_token_id))
     assert np.array_equal(np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32), whole)
     assert 0.3 < (whole < 0).mean() < 0.7
 
@@ -291,10 +300,10 @@ def test_a_slow_tokenizer_cannot_tell_a_completion():
 
 
 def test_a_stream_of_chosen_documents(rows, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 200)
-    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 90)
-    stream = data.TokenStream(datasets.Dataset.from_list(list(data.token_rows(rows, tokenizer, 0))))
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 300)
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 200)
+    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 90)
+    stream = TokenStream(datasets.Dataset.from_list(list(token_rows(rows, tokenizer, 0))))
     ids = [tokenizer(text)["input_ids"] + [0] for text in texts(rows)]
     draw, sums = np.random.default_rng(0), set()
     for share in (0, 0.1, 0.5, 0.9, 1):
@@ -318,10 +327,10 @@ def test_a_stream_of_chosen_documents(rows, tokenizer, monkeypatch):
 @pytest.mark.parametrize("collide", [False, True])
 @pytest.mark.parametrize("block_size", [3, 16, 10**6])
 def test_blocks_that_stand_elsewhere_are_found_at_any_place(block_size, collide, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_TOKENS", 100)
+    monkeypatch.setattr(selection, "PIECE_TOKENS", 100)
     if collide:
-        hashes = data._window_hashes
-        monkeypatch.setattr(data, "_window_hashes", lambda *given: 0 * hashes(*given))
+        hashes = window_hashes
+        monkeypatch.setattr(selection, "window_hashes", lambda *given: 0 * hashes(*given))
     own, shared = make_text(80, 1), make_text(60, 2)
     train = tokenize(plain([make_text(90, 3) + shared + make_text(33, 4), "the the the the the the"]), tokenizer)
     for text in (own + shared + own, shared[20:90], own[:30], "the the the the the", ""):
@@ -329,7 +338,7 @@ def test_blocks_that_stand_elsewhere_are_found_at_any_place(block_size, collide,
         flat = "," + ",".join(map(str, train[:])) + ","
         ids = [blocks[i]["input_ids"].tolist() for i in range(len(blocks))]
         held = [f",{','.join(map(str, block))}," in flat and len(block) == block_size for block in ids]
-        assert blocks_within(blocks, train).tolist() == held
+        assert blocks_within(blocks.stream, block_size, train).tolist() == held
         assert len(text) < 100 or block_size > 16 or (any(held) and not all(held))
 
 
@@ -433,7 +442,7 @@ def test_long_documents_are_split_or_dropped_and_counted(tmp_path, tokenizer, ca
         told = "training  " in (out := capsys.readouterr().out)
         assert told == (way == "drop")
     assert "4 of 12 documents are longer than 16 tokens: dropped" in out
-    stream = data.load_stream(TextConfig(block_size=16), pairs([("the " * 20, "a"), ("a", "b")]), tokenizer, "text")
+    stream = load_stream(TextConfig(block_size=16), pairs([("the " * 20, "a"), ("a", "b")]), tokenizer, "text")
     assert stream.num_documents == 2
     out = capsys.readouterr().out
     assert f"text      1 of 2 documents are longer than 16 tokens: split; 4 of {len(stream)} tokens are scored" in out

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from conftest import make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
 from safetensors.torch import load_file
 
-import distributed
-from data import Position, collate, group_texts, in_batches, tokenize, training_batches
+from corpus.position import Position
+from corpus.tokenize import tokenize
+from data import collate, group_texts, in_batches, training_batches
+from distributed import world
 from train import make_optimizer, train_step
 
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
@@ -194,10 +196,10 @@ def group_of_one(monkeypatch, tmp_path):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with distributed.socket.socket() as free:
+    with world.socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    group = distributed.Ranks(distributed.DistributedConfig())
+    group = world.Ranks(world.DistributedConfig())
     yield group
     time.sleep(0.2)  # Gloo's threads must have let go of what they did last
     dist.destroy_process_group()
@@ -216,7 +218,7 @@ def test_gradients_travel_once_an_update_and_sums_in_one_collective(group_of_one
         return values
 
     group_of_one._ddp.register_comm_hook(None, count)
-    monkeypatch.setattr(distributed.Ranks, "sum", sum_)
+    monkeypatch.setattr(world.Ranks, "sum", sum_)
     batch = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)}
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     made = train_step(model, make_optimizer(model, 0), scaler, [batch] * 4, 1e-3, group=group_of_one)

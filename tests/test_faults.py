@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from checkpoint import verify
-from config import SaveError
+from cli.errors import SaveError
+from training.checkpoint import verify
 
 STEPS = 12
 
@@ -186,7 +186,7 @@ def test_a_run_can_go_on_without_saving_until_there_is_room(directory, undisturb
 
 
 def test_a_log_that_cannot_be_written_follows_when_there_is_room(tmp_path, capfd):
-    from report import RunLog, read_metrics
+    from training.log import RunLog, read_metrics
 
     log = RunLog(tmp_path, 0, False, 9, goes_on=True)
     log.train(1, 9, 0, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens_per_second=1.0)

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import generate as generate_module
-from config import UserError
+from cli.errors import UserError
+from corpus.chat import CHAT_TEMPLATE
 from generate import Printer, SamplingConfig, end_with_turns, generate
-from model import load_pretrained
-from text import CHAT_TEMPLATE
+from modeling.loading import load_pretrained
 
 PROMPTS = ["the model", "a", "token text of loss learns writes", "def return (self) :", "x = 1 \n"]
 GREEDY = SamplingConfig(max_new_tokens=12, greedy=True)

@@ -16,10 +16,10 @@ import pytest
 from hub_server import HubError, HubServer
 from inputs import CASES, CODE, FIRED, Canary, canary, check, good_model, model, rows
 
-import config
 import generate
 import perplexity
 import train
+from cli import errors, hub
 
 MAIN = {"train.py": train.main, "perplexity.py": perplexity.main, "generate.py": generate.main}
 TOKEN = "hf_canaryTHATNOBODYMAYREPEAT"
@@ -34,7 +34,7 @@ def run(monkeypatch, capfd):
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [script, *argv])
             capfd.readouterr()
-            config.run(MAIN[script])
+            errors.run(MAIN[script])
         return exit.value.code, *capfd.readouterr()
 
     good_model()
@@ -53,7 +53,7 @@ def online(monkeypatch):
             (datasets.config, "HF_HUB_OFFLINE", False),
         ):
             monkeypatch.setattr(settings, name, value)
-        config.find_hub.cache_clear()
+        hub.find_hub.cache_clear()
 
     return online
 

@@ -9,9 +9,9 @@ from conftest import read_jsonl, run_script, tiny_gpt2
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from config import UserError
-from lora import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
-from model import load_pretrained
+from cli.errors import UserError
+from modeling.adapters import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
+from modeling.loading import load_pretrained
 
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "intermediate_size": 64}

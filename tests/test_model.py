@@ -9,28 +9,16 @@ from conftest import ROOT, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import UserError
-from model import (
-    ModelConfig,
-    attention_kernel,
-    autocast,
-    check_causal,
-    check_isolated,
-    check_model,
-    count_predicted,
-    flops_per_token,
-    linear_cross_entropy,
-    load_config,
-    load_model,
-    load_pretrained,
-    load_tokenizer,
-    next_token_nll,
-    plain_head,
-    position_limit,
-    resolve_precision,
-)
-from report import peak_flops
-from text import TextFiles
+from cli.errors import UserError
+from corpus.documents import TextFiles
+from model import ModelConfig, load_config, load_model, load_tokenizer
+from modeling.architectures import flops_per_token, position_limit
+from modeling.checks import check_causal, check_isolated, check_model
+from modeling.linear_cross_entropy import linear_cross_entropy
+from modeling.loading import load_pretrained
+from modeling.loss import attention_kernel, count_predicted, next_token_nll, plain_head
+from modeling.precision import autocast, resolve_precision
+from training.monitor import peak_flops
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300}
 
@@ -227,7 +215,7 @@ def test_logits_never_exist_as_a_whole():
 def test_freed_memory_is_not_given_back_to_the_system():
     code = """
 import resource, torch
-from model import keep_freed_memory
+from modeling.precision import keep_freed_memory
 keep_freed_memory()
 for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import run_script, tiny_gpt2
 
-from data import group_texts, make_loader, tokenize
-from model import load_pretrained
+from corpus.tokenize import tokenize
+from data import group_texts, make_loader
+from modeling.loading import load_pretrained
 from perplexity import evaluate, perplexity
 
 

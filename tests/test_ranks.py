@@ -213,8 +213,8 @@ def test_a_rank_that_hangs_is_named(cwd, undisturbed, strategy):
 
 WAITING = """
 import time
-from config import run
-from distributed import DistributedConfig, join
+from cli.errors import run
+from distributed.world import DistributedConfig, join
 from train import Signals
 
 def main():

@@ -15,12 +15,12 @@ import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
 
-from distributed import DistributedConfig
+from corpus.flags import DataConfig
+from distributed.world import DistributedConfig
 from generate import GenerateConfig
-from lora import LoraConfig
 from model import ModelConfig
+from modeling.adapters import LoraConfig
 from perplexity import PerplexityConfig
-from text import DataConfig
 from train import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +58,8 @@ def test_the_file_tree_names_every_file():
 def project(tmp_path_factory, tokenizer):
     """A copy of the project whose quickstart is prepared with a tiny model, and the environment to run in."""
     root = tmp_path_factory.mktemp("project")
-    shutil.copytree(ROOT / "configs", root / "configs")
+    for name in ("configs", "cli", "corpus", "modeling", "distributed", "training"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "quickstart", root / "quickstart", ignore=shutil.ignore_patterns("smollm2", "*.jsonl"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "Makefile"]:
         shutil.copy2(path, root)

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, pipeline
 
 import train
-from config import UserError
+from cli.errors import UserError
 
 STEPS = 24
 

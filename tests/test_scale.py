@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from benchmarks import formulas, scale
-from model import autocast, next_token_nll, recompute_activations
+from modeling.architectures import recompute_activations
+from modeling.loss import next_token_nll
+from modeling.precision import autocast
 
 TINY = {"layers": 3, "width": 64, "vocabulary": 1000, "length": 64, "batch": 2}
 

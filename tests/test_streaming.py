@@ -20,14 +20,17 @@ from hub_server import HubServer
 from test_run import flags as run_flags
 from test_run import start_until, weights_sha256
 
-import checkpoint
 import data
-import streaming
-import text
 import train
-from config import UserError
-from data import Position, collate
-from text import DataConfig
+from cli.errors import UserError
+from corpus import sources, streaming
+from corpus import tokenize as tokenize_module
+from corpus.flags import DataConfig
+from corpus.position import Position
+from corpus.tokenize import tokenize
+from data import collate
+from modeling.linear_cross_entropy import IGNORED_LABEL
+from training import checkpoint
 
 
 def talk(question, answer):
@@ -50,12 +53,12 @@ def corpus(tmp_path):
 
 def stored(config, tokenizer):
     """The blocks of the text as a whole, in its order."""
-    blocks = data.load_blocks(config, *text.load_documents(config, 0), tokenizer, 0)[0].blocks
+    blocks = data.load_blocks(config, *sources.load_documents(config, 0), tokenizer, 0)[0].blocks
     return [blocks[i] for i in range(len(blocks))]
 
 
 def streamed(config, tokenizer, seed=0):
-    return streaming.load_blocks(config, *streaming.load_documents(config, seed), tokenizer, seed)[0]
+    return data.load_streamed_blocks(config, *streaming.load_documents(config, seed), tokenizer, seed)[0]
 
 
 def epoch(training, position=None):
@@ -70,7 +73,7 @@ def epoch(training, position=None):
 def saved(*trainings):
     """What a checkpoint holds of the ranks."""
     states = [training.state(rank, len(trainings)) for rank, training in enumerate(trainings)]
-    return streaming.StreamedData.joined(states)
+    return data.StreamedData.joined(states)
 
 
 def same(some, others):
@@ -97,8 +100,8 @@ def test_the_blocks_are_those_of_the_whole_text(settings, characters, corpus, to
     """In the same order without a buffer; in another one, each once, with a buffer."""
     tokenizer = copy.deepcopy(tokenizer)  # which is given a chat template
     expected = stored(DataConfig(**corpus, **settings), tokenizer)
-    monkeypatch.setattr(data, "ROW_CHARACTERS", characters)
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 2500)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", characters)
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 2500)
     training = streamed(DataConfig(**corpus, **settings, streaming=True, shuffle_buffer=1), tokenizer)
     updates = epoch(training)
     assert same([batch for batches, *_ in updates for batch in batches], list(map(collate, grouped(expected, 4))))
@@ -126,9 +129,9 @@ def test_the_seed_decides_the_order(corpus, tokenizer):
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_the_place_moves_on_behind_long_documents(pack, corpus, tokenizer, tmp_path, monkeypatch):
     """Where no piece of tokens ends with a document; else ever more of the text would be read again."""
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 500)
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 500)
-    monkeypatch.setattr(data, "OVERLAP_CHARACTERS", 100)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 500)
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 100)
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(make_text(250, i))
     corpus |= {"train_files": [f"{tmp_path}/*.txt"], "eval_files": [f"{tmp_path}/0.txt"]}
@@ -153,8 +156,8 @@ def test_the_place_moves_on_behind_long_documents(pack, corpus, tokenizer, tmp_p
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_it_goes_on_exactly_from_any_update(kind, pack, corpus, tokenizer, tmp_path, monkeypatch):
     """Also behind the end of an epoch, and where a piece of tokens ends within a document."""
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 700)
-    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 2500)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 700)
+    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 2500)
     settings = {"filter": ["n!=3"], "max_documents": 14}
     table = datasets.Dataset.from_json(sorted(map(str, tmp_path.glob("[0-9].jsonl"))), cache_dir=str(tmp_path))
     if kind == "parquet":
@@ -198,7 +201,7 @@ def test_it_goes_on_exactly_from_any_update(kind, pack, corpus, tokenizer, tmp_p
 @pytest.fixture(params=["jsonl", "parquet", "txt"])
 def files(request, corpus, tmp_path, monkeypatch):
     """Four files: two or four ranks read whole ones, three (but of .txt files) every third record."""
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 150)  # so that shards are read by turns
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 150)  # so that shards are read by turns
     for i in range(4):
         part = datasets.Dataset.from_list([{"text": make_text(5 + 9 * (j % 4), 8 * i + j)} for j in range(8 + i)])
         if request.param == "parquet":
@@ -224,7 +227,7 @@ def on_ranks(config, tokenizer, ranks, at=None):
 def tokens(update):
     """Of each block that a rank, or that all of them got, without what it was filled up with."""
     rows = (row for batch in update[0] for row in zip(batch["input_ids"], batch["labels"], strict=True))
-    found = [ids[labels != data.IGNORED_LABEL].tolist() for ids, labels in rows]
+    found = [ids[labels != IGNORED_LABEL].tolist() for ids, labels in rows]
     return [block for block in found if block]
 
 
@@ -236,7 +239,7 @@ def documents_of(blocks, tokenizer):
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_the_shards_are_the_text(shards, limit, files, tokenizer):
     """Each document is in one of them, and once in its epoch."""
-    whole = text.read_documents(files, "--train_files", files.train_files)
+    whole = sources.read_documents(files, "--train_files", files.train_files)
     config, found, orders = dataclasses.replace(files, max_documents=limit), [], set()
     for rank in range(shards):
         blocks, numbers = [], []
@@ -248,7 +251,7 @@ def test_the_shards_are_the_text(shards, limit, files, tokenizer):
         orders.add(tuple(number // shards for number in numbers[:6]))
         found += documents_of([blocks[i] for i in sorted(range(len(blocks)), key=numbers.__getitem__)], tokenizer)
     assert len(orders) == shards
-    expected = documents_of(data.tokenize(whole, tokenizer)[:][None].tolist(), tokenizer)
+    expected = documents_of(tokenize(whole, tokenizer)[:][None].tolist(), tokenizer)
     count = min(limit or len(expected), len(expected))
     assert len(found) == count and (sorted(found) == expected if not limit else set(found) <= set(expected))
 
@@ -289,7 +292,7 @@ def test_a_rank_needs_no_files_but_its_own(files, tokenizer, tmp_path):
 
 
 def test_shards_that_cannot_be_read_are_named(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 100)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 100)
     rows = [{"text": make_text(30, i)} for i in range(9)]
     rows[7] = {"text": None}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -393,7 +396,7 @@ def test_what_is_lost_on_the_way_is_named_and_gone_on_with(
 ):
     if remote:
         pytest.importorskip("aiohttp")
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 300)
     monkeypatch.setattr(datasets.config, "STREAMING_OPEN_MAX_RETRIES", 1)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
     for i in range(3):
@@ -421,7 +424,7 @@ def test_a_run_saves_before_a_record_ends_it(model_dir, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 300)
+    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 300)
     rows = [json.dumps({"text": make_text(9, i)}) + "\n" for i in range(300)]
     arguments = ["--model", str(model_dir), "--train_files", "rows.jsonl", "--eval_files", "rows.jsonl", "--streaming"]
     arguments += ["--block_size", "32", "--batch_size", "2", "--max_steps", "40", "--shuffle_buffer", "5", "--resume"]

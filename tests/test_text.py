@@ -8,9 +8,12 @@ import pytest
 from conftest import make_text
 from test_data import scored_text, texts
 
-from config import UserError
-from data import tokenize
-from text import CHAT_TEMPLATE, DataConfig, TextConfig, load_documents, read_rows, render
+from cli.errors import UserError
+from corpus.chat import CHAT_TEMPLATE, render
+from corpus.flags import DataConfig, TextConfig
+from corpus.records import read_rows
+from corpus.sources import load_documents
+from corpus.tokenize import tokenize
 
 
 def test_every_format_gives_the_same_documents(tmp_path):

@@ -10,11 +10,13 @@ from datasets import Dataset
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
-from config import UserError
-from data import Position, collate, group_texts, in_batches, make_loader, split_batch, tokenize, training_batches
-from distributed import Group
+from cli.errors import UserError
+from corpus.position import Position
+from corpus.tokenize import tokenize
+from data import collate, group_texts, in_batches, make_loader, split_batch, training_batches
+from distributed.world import Group
 from generate import SamplingConfig, generate
-from model import plain_head
+from modeling.loss import plain_head
 from perplexity import evaluate
 from train import (
     compile_blocks,

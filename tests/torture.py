@@ -50,7 +50,7 @@ from phases import PHASES, Phases  # noqa: E402
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-import checkpoint  # noqa: E402
+from training import checkpoint  # noqa: E402
 
 TIMEOUT = 120  # seconds a process
 MEASURED = ("tokens_per_second", "memory_gib")  # differ from run to run

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import SaveError, UserError, one_line, warn
+from cli.errors import SaveError, UserError, one_line, warn
 
 MANIFEST = "manifest.json"
 WRITING, REPLACED = ".being-written", ".being-replaced"  # ends of names that stand for a moment only

@@ -41,8 +41,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from config import Range, UserError, as_user_error, flag, out_of_memory, require, warn
-from model import DTYPES, FOUND, autocast, layer_stacks, next_token_nll
+from cli.errors import UserError, as_user_error, out_of_memory, require, warn
+from cli.flags import Range, flag
+from modeling.architectures import layer_stacks
+from modeling.checks import FOUND
+from modeling.loss import next_token_nll
+from modeling.precision import DTYPES, autocast
 
 T = TypeVar("T")
 

@@ -1,10 +1,4 @@
-"""What is trained: all weights, all but the frozen ones, or adapters of low rank (LoRA, Hu et al. 2021; through peft).
-
-freeze(model, ["transformer.wte*"])
-add_lora(model, LoraConfig(lora_rank=8))       # from here on only adapters are trained
-model.save_pretrained(directory)               # the adapter, as peft saves it
-save_merged(model, directory)                  # a plain model with the same logits
-"""
+"""What is trained: all weights, all but the frozen ones, or LoRA adapters (Hu et al. 2021, through peft)."""
 
 import copy
 import hashlib
@@ -18,8 +12,9 @@ from typing import Annotated
 import torch
 from transformers import PreTrainedModel
 
-from config import Count, Range, UserError, flag, one_line, require
-from model import import_peft
+from cli.errors import UserError, one_line, require
+from cli.flags import Count, Range, flag
+from modeling.loading import import_peft
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear head's logits, of which only those of a chunk of tokens exist at once."""
+"""The cross-entropy of a linear head, with the logits of one chunk of tokens in memory at a time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from data import IGNORED_LABEL
+IGNORED_LABEL = -100  # what F.cross_entropy and every Hugging Face model skip
 
 
 class LinearCrossEntropy(torch.autograd.Function):

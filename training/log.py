@@ -1,32 +1,19 @@
-"""What a run tells: metrics.jsonl, TensorBoard and the terminal; the model card and the upload to the Hub."""
+"""The log of a run: metrics.jsonl, TensorBoard and the terminal."""
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from checkpoint import write_file
-from config import SaveError, UserError, drop_output, one_line, warn
-
-# Dense bfloat16 FLOP/s, from the datasheets, by the words in a device's name; the first that fits.
-PEAK_FLOPS = {
-    "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
-}  # fmt: skip
+from cli.errors import SaveError, drop_output, one_line, warn
+from training.checkpoint import write_file
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
 
@@ -162,13 +149,6 @@ def _add_scalars(board: SummaryWriter, step: int, split: str, **values: Any) -> 
             board.add_scalar(f"{split}/{key}", value, step)
 
 
-def peak_flops(device_name: str) -> float | None:
-    """The dense bfloat16 FLOP/s of a device, by PyTorch's name for it, or None where it is not known."""
-    words = set(device_name.replace("-", " ").split())
-    fitting = (peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split()) and "MIG" not in words)
-    return next(fitting, None)  # of a part of a GPU (MIG) it is not known
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line that was being written when the run died is left out."""
     path, records = run_dir / "metrics.jsonl", []
@@ -208,116 +188,7 @@ def last_step(run_dir: Path) -> int:
     return max((record["step"] for record in read_metrics(run_dir)), default=0)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far: allocated on a GPU, resident of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharing
-
-
-NAME = "PATH_OR_ID"  # in the card, until the model is uploaded somewhere
-
-
-def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
-    """The README.md of a trained model: data, hyperparameters, metrics, how to use it."""
-    base = settings["model"]
-    source = settings["dataset"] or ", ".join(settings["train_files"] or settings["mix"])
-    hub_base = base if base and not Path(base).exists() else None
-    hub_data = settings["dataset"] if settings["dataset"] and not Path(settings["dataset"]).exists() else None
-    metadata = ModelCardData(
-        library_name="peft" if settings["lora_rank"] and not settings["merge_lora"] else "transformers",
-        pipeline_tag="text-generation",
-        base_model=hub_base,
-        datasets=[hub_data] if hub_data else None,
-        tags=["causal-lm", facts["model_type"]],
-    )
-    rows = "\n".join(f"| {e['step']} | {e['loss']:.4f} | {e['perplexity']:.2f} |" for e in evaluations)
-    given = {key: value for key, value in settings.items() if value not in (None, [])}
-    hyperparameters = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in given.items())
-    origin = f"fine-tuned from `{base}`" if base else f"a `{facts['model_type']}` trained from scratch"
-    return ModelCard(f"""---
-{metadata.to_yaml()}
----
-
-# {Path(settings["output_dir"]).name}
-
-A causal language model, {origin}, on `{source}`.
-
-## Use
-
-```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="{NAME}")
-print(generator("Once upon a time")[0]["generated_text"])
-```
-
-## Data
-
-Trained on: {facts["training_text"]} tokens. Held out: {facts["eval_documents"]:,} documents,
-{facts["eval_tokens"]:,} tokens.
-
-## Metrics
-
-Mean negative log-likelihood in nats a predicted token on the held-out text, and its exponential.
-
-| step | loss | perplexity |
-| ---: | ---: | ---: |
-{rows}
-
-## Hyperparameters
-
-AdamW, linear warmup and linear decay, {facts["max_steps"]} steps, precision {facts["precision"]}.
-
-| flag | value |
-| --- | --- |
-{hyperparameters}
-
-Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.
-""")
-
-
-def check_login(repo_id: str) -> None:
-    """Raises UserError where ``push`` could not work, before hours are spent on training."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repo_id}: not a repo id ({one_line(error)}); give user/name") from error
-    try:
-        HfApi().whoami()
-    except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
-        raise UserError(
-            f"--push_to_hub {repo_id}: not logged in to the Hub ({one_line(error)}); "
-            f"run `hf auth login` or set HF_TOKEN, or leave the flag out and upload later"
-        ) from error
-
-
-def push(model_dir: Path, repo_id: str) -> str:
-    """Uploads model, tokenizer and card; returns the address. The token is the environment's or the saved login's."""
-    card = model_dir / "README.md"
-    write_file(card, card.read_text(encoding="utf-8").replace(NAME, repo_id))
-    try:
-        api = HfApi()
-        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=model_dir, commit_message="Upload model, tokenizer and card")
-        return f"{api.endpoint}/{repo_id}"
-    except Exception as error:
-        raise UserError(
-            f"--push_to_hub {repo_id}: the upload failed ({one_line(error)}); the model is safe in {model_dir}, "
-            f"upload it with `hf upload {repo_id} {model_dir}`"
-        ) from error

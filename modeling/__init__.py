@@ -1,0 +1,1 @@
+"""How any causal architecture of transformers trains here."""
