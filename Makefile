@@ -41,7 +41,7 @@ test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -m ''
 
 torture: .venv/installed-dev
-	$(BIN)/python tests/torture.py $(ARGS)
+	$(BIN)/python tests/torture/torture.py $(ARGS)
 
 bench: .venv/installed-dev quickstart/smollm2 quickstart/text.jsonl
 	$(BIN)/python -m benchmarks.bench $(ARGS)

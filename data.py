@@ -23,7 +23,7 @@ from corpus.selection import blocks_within, mixture
 from corpus.shards import StreamedText
 from corpus.streaming import Streamed
 from corpus.tokenize import load_stream
-from corpus.tokens import TokenStream, unmarked
+from corpus.tokens import TokenStream, token_ids
 from modeling.linear_cross_entropy import IGNORED_LABEL
 
 T = TypeVar("T")
@@ -35,13 +35,23 @@ class Blocks(Dataset):
     With stride = block_size these are consecutive blocks. With a smaller stride they overlap, and only tokens that no
     block before holds carry labels: each token but the first is predicted once, with at least block_size - stride
     tokens before it (the evaluation of the guide "Perplexity of fixed-length models" of transformers). The items are
-    all blocks, or those that ``kept`` names. Where documents are ``apart``, their first tokens carry no labels.
+    all blocks, or those that ``kept`` names. With ``isolate_documents`` a document's first token has no label.
     """
 
     def __init__(
-        self, stream: TokenStream, block_size: int, stride: int, apart: bool = False, kept: Sequence[int] | None = None
+        self,
+        stream: TokenStream,
+        block_size: int,
+        stride: int,
+        isolate_documents: bool = False,
+        kept: Sequence[int] | None = None,
     ):
-        self.stream, self.block_size, self.stride, self.apart = stream, block_size, stride, apart
+        self.stream, self.block_size, self.stride, self.isolate_documents = (
+            stream,
+            block_size,
+            stride,
+            isolate_documents,
+        )
         beyond_first = max(0, len(self.stream) - self.block_size)
         count = min(1, len(self.stream)) + math.ceil(beyond_first / self.stride)
         self.kept = range(count) if kept is None else kept
@@ -53,7 +63,9 @@ class Blocks(Dataset):
         """Returns input_ids and labels, and position_ids where documents are apart, all (block_size,) int64."""
         start = int(self.kept[item]) * self.stride
         ids = self.stream[start : start + self.block_size]
-        item = block_item(ids, self.stream.positions(start, start + self.block_size) if self.apart else None)
+        item = block_item(
+            ids, self.stream.positions(start, start + self.block_size) if self.isolate_documents else None
+        )
         if start > 0:
             item["labels"][: self.block_size - self.stride] = IGNORED_LABEL
         return item
@@ -62,16 +74,18 @@ class Blocks(Dataset):
 def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> dict[str, torch.Tensor]:
     """A block of ``ids``, ~id where not scored, and their ``positions`` where documents are apart, all (length,)."""
     labels = np.where(ids < 0, IGNORED_LABEL, ids)
-    item = {"input_ids": unmarked(ids), "labels": labels}
+    item = {"input_ids": token_ids(ids), "labels": labels}
     if positions is not None:
         item["position_ids"] = positions
         labels[positions == 0] = IGNORED_LABEL
     return {key: torch.from_numpy(value) for key, value in item.items()}
 
 
-def group_texts(stream: TokenStream, block_size: int, stride: int | None = None, apart: bool = False) -> Blocks:
+def group_texts(
+    stream: TokenStream, block_size: int, stride: int | None = None, isolate_documents: bool = False
+) -> Blocks:
     """Groups all tokens into blocks: none is dropped, and the remainder is the last, short block."""
-    return Blocks(stream, block_size, stride or block_size, apart)
+    return Blocks(stream, block_size, stride or block_size, isolate_documents)
 
 
 def load_blocks(
@@ -96,11 +110,15 @@ def load_blocks(
         train = train.select(mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
     rule = f"the training text has {len(train)} tokens, and {config.block_size} or more are needed"
     require(len(train) >= config.block_size, f"{rule}; give more text or a smaller --block_size")
-    apart = config.pack == "documents"
-    blocks, eval_blocks = (group_texts(stream, config.block_size, apart=apart) for stream in (train, held_out))
+    isolate_documents = config.pack == "documents"
+    blocks, eval_blocks = (
+        group_texts(stream, config.block_size, isolate_documents=isolate_documents) for stream in (train, held_out)
+    )
     is_within = blocks_within(held_out, config.block_size, train)
     if config.deduplicate:
-        eval_blocks = Blocks(held_out, config.block_size, config.block_size, apart, np.flatnonzero(~is_within))
+        eval_blocks = Blocks(
+            held_out, config.block_size, config.block_size, isolate_documents, np.flatnonzero(~is_within)
+        )
     twice, known, within = (int(found.sum()) for found in (is_twice, is_known, is_within))
     if twice or known or within:
         print(
@@ -118,14 +136,14 @@ def need_text(blocks: Blocks) -> None:
 
 
 def collate(
-    items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0, apart: bool = False
+    items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0, isolate_documents: bool = False
 ) -> dict[str, torch.Tensor]:
     """Stacks blocks to (batch, longest), at least (rows, length); the rest is token 0 with the ignored label, alone.
 
     No mask is needed: what follows a token cannot change its logits (`model.check_causal` has seen to that), and
     filled places are never scored. Where there are no blocks at all, everything is filled.
     """
-    items = items or [block_item(np.array([~0, ~0]), np.arange(2) if apart else None)]
+    items = items or [block_item(np.array([~0, ~0]), np.arange(2) if isolate_documents else None)]
     batch = {}
     for key in items[0]:
         value = IGNORED_LABEL if key == "labels" else 0
@@ -178,7 +196,7 @@ def make_loader(
     return DataLoader(
         blocks,
         batch_sampler=in_batches(range(len(blocks)), batch_size) if batches is None else batches,
-        collate_fn=partial(collate, **shape, apart=blocks.apart),
+        collate_fn=partial(collate, **shape, isolate_documents=blocks.isolate_documents),
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         num_workers=num_workers,
@@ -230,13 +248,13 @@ class TrainingData:
         self.blocks, self._seed = blocks, seed
         stream = blocks.stream
         self.identity = stream.sha256
-        self.scored = stream.num_scored / len(stream)  # the part of all tokens that counts as tokens seen
+        self.loss_fraction = stream.num_loss_tokens / len(stream)  # the part of all tokens that counts as tokens seen
 
     def __str__(self) -> str:
         stream, size = self.blocks.stream, self.blocks.block_size
         return f"{stream.num_documents:,} documents, {len(stream):,} tokens, {len(self.blocks):,} blocks of {size}"
 
-    def updates_per_epoch(self, blocks_per_update: int) -> int | None:
+    def steps_per_epoch(self, blocks_per_update: int) -> int | None:
         """None where it is not known."""
         return math.ceil(len(self.blocks) / blocks_per_update)
 
@@ -292,7 +310,7 @@ def _guarded(batches: Iterator[T], num_workers: int, timeout: int) -> Iterator[T
 class StreamedData(StreamedText):
     """What the loop trains on, as `TrainingData`, of text that is read as it is needed."""
 
-    def updates_per_epoch(self, blocks_per_update: int) -> None:
+    def steps_per_epoch(self, blocks_per_update: int) -> None:
         return None
 
     def epochs(self, position: Position) -> int:
@@ -312,12 +330,12 @@ class StreamedData(StreamedText):
         *workers: int,
     ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
         shape = {"rows": batch_size, "length": self._config.block_size} if same_shape else {}
-        apart = self._config.pack == "documents"
+        isolate_documents = self._config.pack == "documents"
         for blocks, most, after, numbers in self.draw(blocks_per_update, position, rank, ranks):
             items = list(map(self._item, blocks))
             count = max(len(items), most if ranks > 1 else 0)  # all ranks make as many batches, some without blocks
             parts = [items[i : i + batch_size] for i in range(0, count, batch_size)]
-            yield [collate(part, apart=apart, **shape) for part in parts], after, numbers
+            yield [collate(part, isolate_documents=isolate_documents, **shape) for part in parts], after, numbers
 
     def _item(self, block: np.ndarray) -> dict[str, torch.Tensor]:
         ids, positions = block.astype(np.int64)
@@ -331,7 +349,7 @@ def load_streamed_blocks(
 ) -> tuple[StreamedData, Blocks]:
     """What to train on, of which nothing but its start is read yet, and the blocks to evaluate on."""
     stream = load_stream(config, evaluation, tokenizer, "held out")
-    eval_blocks = group_texts(stream, config.block_size, apart=config.pack == "documents")
+    eval_blocks = group_texts(stream, config.block_size, isolate_documents=config.pack == "documents")
     need_text(eval_blocks)
     if training.has_messages and not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE

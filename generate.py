@@ -196,7 +196,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 def end_with_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Texts of ``model`` end with the token that ends an answer in the chat template as well as with end-of-text."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ends = [text.rpartition("!")[2].strip() for text, scored in render(turns, tokenizer) or [] if scored]
+    ends = [text.rpartition("!")[2].strip() for text, has_loss in render(turns, tokenizer) or [] if has_loss]
     ids = tokenizer.convert_tokens_to_ids(
         [token for token in (tokenizer.eos_token or tokenizer.sep_token, *ends) if token]
     )

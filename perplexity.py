@@ -101,11 +101,11 @@ def main() -> None:
         documents = read_documents(config, "--files", config.files)
         tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
         stream = load_stream(config, documents, tokenizer, "text")
-    apart = config.pack == "documents"
-    blocks = group_texts(stream, config.block_size, config.stride, apart)
+    isolate_documents = config.pack == "documents"
+    blocks = group_texts(stream, config.block_size, config.stride, isolate_documents)
     need_text(blocks)
     model = load_pretrained(config.model, revision=config.model_revision).to(device)
-    check_model(model, tokenizer, config.block_size, apart)
+    check_model(model, tokenizer, config.block_size, isolate_documents)
 
     nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")

@@ -47,10 +47,10 @@ from distributed.world import DistributedConfig, Group, join, quiet_unless_first
 from generate import SamplingConfig, generate
 from model import ModelConfig, load_config, load_model, load_tokenizer
 from modeling.adapters import LoraConfig, add_lora, freeze, frozen_sha256, save_merged
-from modeling.architectures import flops_per_token, largest_blocks, position_limit, recompute_activations
+from modeling.architectures import flops_per_token, position_limit, recompute_activations, transformer_layers
 from modeling.checks import check_model
 from modeling.linear_cross_entropy import IGNORED_LABEL
-from modeling.loss import SHORT_BLOCK, plain_head
+from modeling.loss import SHORT_BLOCK, linear_head
 from modeling.precision import Precision, autocast, keep_freed_memory, resolve_precision, select_device
 from perplexity import evaluate, perplexity
 from training import checkpoint
@@ -248,7 +248,7 @@ def restore_state(
         optimizer.state[parameters[name]][moment] = state
 
 
-def seed_update(seed: int, step: int, rank: int) -> None:
+def seed_step(seed: int, step: int, rank: int) -> None:
     """Random numbers, such as dropout's, depend on these alone: there is no state of them to be kept."""
     transformers.set_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
@@ -416,7 +416,7 @@ def train(
         def find_checkpoint() -> tuple[Path | None, dict[str, Any]]:
             lock_directory(run_dir)
             for directory in (run_dir, run_dir / "checkpoints", run_dir / "model"):
-                checkpoint.mend(directory)
+                checkpoint.remove_partial_writes(directory)
             if path := checkpoint.newest(run_dir / "checkpoints"):
                 found, loaded = checkpoint.load(path)
                 tensors.update(loaded)
@@ -437,8 +437,8 @@ def train(
         if progress.kept_step is not None and not group.first((run_dir / "model").is_dir):
             warn(f"{run_dir}/model is gone, with the weights of step {progress.kept_step}; keeping later ones")
             progress.kept_step, progress.evaluated = None, -1
-    updates_per_epoch = data.updates_per_epoch(blocks_per_update)
-    max_steps = config.max_steps or math.ceil(updates_per_epoch * config.num_epochs)
+    steps_per_epoch = data.steps_per_epoch(blocks_per_update)
+    max_steps = config.max_steps or math.ceil(steps_per_epoch * config.num_epochs)
     warmup_steps = config.warmup_steps or math.ceil(max_steps * (config.warmup_ratio or 0))
     require(warmup_steps < max_steps, f"--warmup_steps {warmup_steps}: the run has only {max_steps} steps; lower it")
     if resumes:
@@ -496,7 +496,7 @@ def train(
     if resumed and config.compile == "auto":  # a longer run, or another PATH, must not change what is computed
         compiled = state.get("compiled", compiled)
     if compiled:
-        compile_blocks(model, data_config.block_size)
+        compile_layers(model, data_config.block_size)
     # One compiled code fits all batches; Reformer's positions are those of a whole block.
     same_shape = compiled or getattr(model.config, "axial_pos_embds", False)
     optimizer = make_optimizer(model, config.weight_decay)
@@ -524,7 +524,7 @@ model     {identity["model"]}: {facts["model_type"]}, {num_parameters / 1e6:.1f}
 training  {data}
 held out  {eval_stream.num_documents:,} documents, {len(eval_stream):,} tokens, {len(eval_blocks):,} blocks
 steps     {max_steps:,} of {shape} blocks\
-{f" ({max_steps / updates_per_epoch:.2f} epochs)" if updates_per_epoch else ""}, \
+{f" ({max_steps / steps_per_epoch:.2f} epochs)" if steps_per_epoch else ""}, \
 learning rate {config.learning_rate:g}, {warmup_steps} to warm up
 device    {group}{device_name(device)}, {precision}{", compiled" if compiled else ""}
 output    {run_dir}""")
@@ -679,7 +679,7 @@ output    {run_dir}""")
     )
 
     def update(micro_batches: list[dict[str, torch.Tensor]], learning_rate: float, size: int) -> Update:
-        seed_update(config.seed, progress.step, group.rank)
+        seed_step(config.seed, progress.step, group.rank)
         parts = [part for batch in micro_batches for part in split_batch(batch, size)]
         return train_step(model, optimizer, scaler, parts, learning_rate, config.max_grad_norm, precision, group)
 
@@ -720,7 +720,7 @@ output    {run_dir}""")
                     tokens_seen=progress.tokens_seen,
                     epoch=data.epochs(position),
                     memory_gib=peak_memory_gib(device),
-                    **({"mfu": speed / data.scored * flops / peak_rate / group.size} if flops else {}),
+                    **({"mfu": speed / data.loss_fraction * flops / peak_rate / group.size} if flops else {}),
                 )
         evaluate_where_due()
         if progress.step < max_steps:
@@ -859,7 +859,7 @@ def should_compile(choice: str, model: PreTrainedModel, flops: float) -> bool:
     return choice == "on" or (choice == "auto" and can and flops > seconds * rate and model._can_compile_fullgraph)
 
 
-def compile_blocks(model: PreTrainedModel, block_size: int) -> None:
+def compile_layers(model: PreTrainedModel, block_size: int) -> None:
     """Compiles the layers of ``model`` in place. Those that are alike share one compiled code, which stays on the disk.
 
     To compile the whole model takes longer by the number of its layers, and makes it no faster.
@@ -867,8 +867,8 @@ def compile_blocks(model: PreTrainedModel, block_size: int) -> None:
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # which does not outlive a reboot
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    plain_head(model)  # which runs the model on a shape of its own
-    blocks = largest_blocks(model)
+    linear_head(model)  # which runs the model on a shape of its own
+    blocks = transformer_layers(model)
     torch._dynamo.config.recompile_limit = 8 + 2 * len(blocks)  # where each layer is different; else it would give up
     # On a CPU compiled code makes dropout's random numbers slower than PyTorch does, and twice, so as not to keep them;
     # in long blocks, attention's are too many to keep.

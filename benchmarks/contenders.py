@@ -132,7 +132,7 @@ def ours(turns: Turns, o: Options) -> None:
     model.train()
     compiled = o.get("compile", False)
     if compiled:
-        train.compile_blocks(model, o["block_size"])
+        train.compile_layers(model, o["block_size"])
     optimizer = train.make_optimizer(model, 0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     directory = Path(o["work"]) / f"ours-{os.getpid()}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from modeling.architectures import flops_per_token, largest_blocks
+from modeling.architectures import flops_per_token, transformer_layers
 from training.monitor import peak_flops
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
@@ -49,7 +49,7 @@ class Shape:
 def shape_of(model: PreTrainedModel) -> Shape:
     """A GPT-2's or a Llama's, which may be on device meta."""
     c, gated = model.config, model.config.model_type == "llama"
-    blocks = largest_blocks(model)
+    blocks = transformer_layers(model)
     kv_width = c.hidden_size // c.num_attention_heads * (c.num_key_value_heads if gated else c.num_attention_heads)
     return Shape(
         parameters=model.num_parameters(),

@@ -41,7 +41,7 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The innermost cause of an error as one line: libraries, but not the Hub's, wrap what matters."""
     while (cause := error.__cause__) is not None and not any(isinstance(e, HfHubHTTPError) for e in (error, cause)):
         error = cause
@@ -112,10 +112,10 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if out_of_memory(error):
-        return UserError(f"out of memory ({one_line(error)}); lower --batch_size or --block_size")
+        return UserError(f"out of memory ({root_cause(error)}); lower --batch_size or --block_size")
     # The compiler takes a second to import, and raises nothing before.
     if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return UserError(f"torch.compile failed ({one_line(error)}); go on with --compile off --resume")
+        return UserError(f"torch.compile failed ({root_cause(error)}); go on with --compile off --resume")
     if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG, ENOTDIR):
         return UserError(f"{error.filename}: {error.strerror}; give another path or the right to write there")
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EROFS, EIO):

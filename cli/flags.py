@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from cli.errors import UserError, one_line, require
+from cli.errors import UserError, require, root_cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _yaml_flags(path: Path, names: list[str]) -> list[str]:
         raise UserError(f"--config {path}: {error.strerror}; give an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)  # the whole message would quote the line, be it a secret
-        fault = f"line {mark.line + 1}, {error.problem}" if mark else one_line(error)
+        fault = f"line {mark.line + 1}, {error.problem}" if mark else root_cause(error)
         raise UserError(f"--config {path}: not valid YAML ({fault}); mend the file") from error
     if not isinstance(typed, dict):
         raise UserError(f"--config {path}: must be a mapping of flags, such as `batch_size: 8`")

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import UserError, one_line, require
+from cli.errors import UserError, require, root_cause
 
 PIECE_CHARACTERS = 1 << 16  # of a file that are read at once
 Piece = tuple[str, bool]  # of a document's text, and whether it is scored
@@ -23,10 +23,10 @@ class Documents(ABC):
     has_messages = False  # whether a chat template is needed
 
     def __iter__(self) -> Iterator[Iterator[str]]:
-        return ((piece for piece, _ in pieces) for pieces in self.marked())
+        return ((piece for piece, _ in pieces) for pieces in self.with_loss_mask())
 
     @abstractmethod
-    def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
+    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
         """The documents with what of them is scored. Without a tokenizer a conversation is its bare contents."""
 
 
@@ -45,7 +45,7 @@ class TextFiles(Documents):
         stats = [(path, start, end, Path(path).stat()) for path, start, end in self.files]
         return str([(*file, stat.st_size, stat.st_mtime_ns) for *file, stat in stats]) + str(self.ended)
 
-    def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
+    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
         return (((piece, True) for piece in self._read(*file)) for file in self.files)
 
     @staticmethod
@@ -70,7 +70,7 @@ class TextFiles(Documents):
         except UserError:
             raise
         except Exception as error:  # which ones, depends on the library that reads a URL
-            raise UserError(f"{path}: cannot be read ({one_line(error)}); give a readable file") from error
+            raise UserError(f"{path}: cannot be read ({root_cause(error)}); give a readable file") from error
 
     def select(self, indices: Sequence[int]) -> "TextFiles":
         return dataclasses.replace(self, files=tuple(self.files[i] for i in indices))
@@ -99,8 +99,8 @@ class Chain(Documents):
     def fingerprint(self) -> str:
         return str([source.fingerprint for source in self.sources])
 
-    def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
-        return chain.from_iterable(source.marked(tokenizer) for source in self.sources)
+    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
+        return chain.from_iterable(source.with_loss_mask(tokenizer) for source in self.sources)
 
 
 def cut_place(text: str, target: int) -> int:

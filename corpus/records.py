@@ -10,7 +10,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import UserError, one_line, require
+from cli.errors import UserError, require, root_cause
 from corpus.chat import render
 from corpus.documents import Documents, Piece, cut_place
 from corpus.flags import TextConfig
@@ -42,7 +42,7 @@ class Rows(Documents):
     def columns(self) -> list[str]:
         return sorted({column.split(".")[0] for part in self.parts for _, column in part if column})
 
-    def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
+    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
         batches = self.table.select_columns(self.columns).iter(batch_size=100)
         records = (
             dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
@@ -62,7 +62,7 @@ class Rows(Documents):
         else:
             texts = [self._fill(where, part, record) for part in self.parts]
             pieces = [*((text, False) for text in texts[:-1]), (texts[-1], True)]
-        return ((text, scored or self.loss_on == "all") for text, scored in pieces)
+        return ((text, has_loss or self.loss_on == "all") for text, has_loss in pieces)
 
     def _fill(self, where: str, template: Template, record: dict[str, Any]) -> str:
         filled = []
@@ -92,7 +92,7 @@ class Rows(Documents):
         try:
             pieces = render(messages, tokenizer, self.loss_on)
         except TemplateError as error:
-            raise UserError(f"{where} is refused by the chat template ({one_line(error)}); mend it") from error
+            raise UserError(f"{where} is refused by the chat template ({root_cause(error)}); mend it") from error
         changed = f"{where}: the tokenizer's chat template changes what is said, so the answers are not found"
         require(pieces is not None, f"{changed}; give --loss_on all")
         return pieces

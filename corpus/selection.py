@@ -6,7 +6,7 @@ import numpy as np
 
 from cli.errors import require
 from corpus.templates import parse_source
-from corpus.tokens import TokenStream, unmarked
+from corpus.tokens import TokenStream, token_ids
 
 PIECE_TOKENS = 1 << 20  # of a stream that are looked at together
 
@@ -36,13 +36,13 @@ def blocks_within(held_out: TokenStream, size: int, stream: TokenStream) -> np.n
     The last, short block is not searched for.
     """
     found = np.zeros(math.ceil(len(held_out) / size), bool)
-    blocks = [unmarked(held_out[i * size : (i + 1) * size]) for i in range(len(held_out) // size)]
+    blocks = [token_ids(held_out[i * size : (i + 1) * size]) for i in range(len(held_out) // size)]
     sought: dict[int, list[int]] = {}  # the blocks of each hash
     for i, block in enumerate(blocks):
         sought.setdefault(int(window_hashes(block, size)[0]), []).append(i)
     hashes = np.array(list(sought), np.uint64)
     for start in range(0, len(stream) - size + 1, PIECE_TOKENS):
-        piece = unmarked(stream[start : start + PIECE_TOKENS + size - 1])
+        piece = token_ids(stream[start : start + PIECE_TOKENS + size - 1])
         windows = window_hashes(piece, size)
         for place in np.flatnonzero(np.isin(windows, hashes)):
             for i in sought[int(windows[place])]:

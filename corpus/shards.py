@@ -31,7 +31,7 @@ class Shard:
         self._config, self._documents, self._tokenizer = config, documents, tokenizer
         self._random = np.random.default_rng(seed)
         self.buffer: list[tuple[int, Block]] = []  # empty where an epoch begins
-        self.sha256, self.scored = "", 0.0  # of the first tokens
+        self.sha256, self.loss_fraction = "", 0.0  # of the first tokens
         self._begin_epoch()
 
     def draw(self, count: int) -> list[tuple[int, Block]]:
@@ -97,7 +97,7 @@ class Shard:
             ids = np.frombuffer(row["input_ids"], np.int32)
             lengths = np.frombuffer(row["documents"], DOCUMENT)["tokens"]
             if len(ids) and not self.sha256:
-                self.sha256, self.scored = row["sha256"], float(np.mean(ids >= 0))
+                self.sha256, self.loss_fraction = row["sha256"], float(np.mean(ids >= 0))
             ends = np.cumsum(lengths) - begun
             starts = np.append(-begun, ends)  # of the documents; the last one goes on
             positions = np.arange(len(ids)) - np.repeat(starts, np.diff(ends, prepend=0, append=len(ids)))
@@ -129,7 +129,7 @@ class StreamedText:
         self._count, self._given = 0, {}  # of the shards, 0 until the first update; and what is known of each here
         whole = self._shard(0, 1)
         next(whole.blocks())  # what is wrong with the text is said before a run has begun
-        self._sha256, self.scored = whole.sha256, whole.scored
+        self._sha256, self.loss_fraction = whole.sha256, whole.loss_fraction
 
     def __str__(self) -> str:
         size, buffer = self._config.block_size, self._config.shuffle_buffer

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from cli.errors import UserError, one_line, require, warn
+from cli.errors import UserError, require, root_cause, warn
 from cli.hub import find_hub
 from corpus.documents import Chain, Documents, read_texts
 from corpus.flags import DataConfig, TextConfig
@@ -105,7 +105,7 @@ def load_table(
         fix = "check id, split, revision, login and network, or give local files with --train_files"
         if "scripts are no longer supported" in str(error):
             fix = "look for a copy in Parquet on the Hub (for ELI5: dany0407/eli5_category), or use --train_files"
-        raise UserError(f"{flag_name} {name}: cannot be loaded ({one_line(error)}); {fix}") from error
+        raise UserError(f"{flag_name} {name}: cannot be loaded ({root_cause(error)}); {fix}") from error
 
 
 def read_files(name: str, patterns: list[str], config: TextConfig) -> Documents:
@@ -153,7 +153,7 @@ def _read_table(name: str, paths: list[str], kind: str) -> datasets.Dataset:
     except (OSError, EOFError, ValueError, zlib.error, DatasetGenerationError) as error:
         for path in paths if len(paths) > 1 else []:  # which one it is, the library does not say
             _read_table(name, [path], kind)
-        reason = (kind == "json" and len(paths) == 1 and _json_fault(paths[0])) or one_line(error)
+        reason = (kind == "json" and len(paths) == 1 and _json_fault(paths[0])) or root_cause(error)
         shown = " ".join(paths)[:200]
         raise UserError(f"{name} {shown}: not readable as {kind} ({reason}); mend the file") from error
 

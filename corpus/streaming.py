@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import UserError, one_line, require
+from cli.errors import UserError, require, root_cause
 from cli.hub import find_hub
 from corpus.documents import Documents, Piece, read_texts
 from corpus.flags import DataConfig
@@ -48,10 +48,10 @@ class StreamedFiles(Documents):
         part._files = self._files.select(range(number, len(self._files), count))
         return part
 
-    def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
+    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
         for i in range(self.place["documents"], len(self._files)):
             self.before, self.place = self.place, {"documents": i + 1}
-            yield from self._files.select([i]).marked(tokenizer)
+            yield from self._files.select([i]).with_loss_mask(tokenizer)
 
 
 class StreamedRows(Documents):
@@ -81,7 +81,7 @@ class StreamedRows(Documents):
         part.start = part.place = self.start | {"table": part._table.state_dict()}
         return part
 
-    def marked(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
+    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
         documents, number = self.place["documents"], self.place["records"]
         self._table.load_state_dict(self.place["table"])
         records = iter(self._table)
@@ -110,7 +110,7 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # which ones, depends on the format and on the library that reads a URL
         fix = "mend it, or go on with --resume when it is there again"
-        raise UserError(f"{what} cannot be read ({one_line(error)}); {fix}") from error
+        raise UserError(f"{what} cannot be read ({root_cause(error)}); {fix}") from error
 
 
 def load_documents(config: DataConfig, seed: int) -> tuple[Streamed, Documents]:
@@ -146,7 +146,7 @@ def _stream_dataset(config: DataConfig) -> StreamedRows:
         try:
             commit = HfApi().dataset_info(config.dataset, revision=config.dataset_revision).sha
         except Exception as error:  # which ones, depends on the HTTP library of the Hub's client
-            known = f"--dataset {config.dataset}: cannot be loaded ({one_line(error)})"
+            known = f"--dataset {config.dataset}: cannot be loaded ({root_cause(error)})"
             raise UserError(f"{known}; check name, revision and network") from error
         config = dataclasses.replace(config, dataset_revision=commit)
     table = load_table("--dataset", config.dataset, config, config.dataset_split, streaming=True)

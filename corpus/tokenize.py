@@ -15,7 +15,7 @@ from cli.errors import UserError, require, warn
 from corpus.chat import CHAT_TEMPLATE
 from corpus.documents import Documents
 from corpus.flags import TextConfig
-from corpus.tokens import DOCUMENT, RULES, TOKEN_ROW, TokenStream, unmarked
+from corpus.tokens import DOCUMENT, RULES, TOKEN_ROW, TokenStream, token_ids
 
 # A document longer than a window is tokenized in windows that overlap, so that memory stays flat (see `_join`).
 WINDOW_CHARACTERS = 1 << 16
@@ -89,11 +89,11 @@ class _Window:
 
 
 def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[_Window]:
-    for pieces in documents.marked(tokenizer):
+    for pieces in documents.with_loss_mask(tokenizer):
         text, start, num_bytes, bounds = "", 0, 0, []
-        for piece, scored in pieces:
-            num_bytes += len(piece.encode()) if scored else 0
-            if scored == len(bounds) % 2:
+        for piece, has_loss in pieces:
+            num_bytes += len(piece.encode()) if has_loss else 0
+            if has_loss == len(bounds) % 2:
                 bounds.append(start + len(text))
             for offset in range(0, len(piece), size):
                 text += piece[offset : offset + size]
@@ -108,7 +108,7 @@ def token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: in
     # A slow (pure Python) tokenizer cannot say where its tokens start: its documents stay whole.
     windows = _windows(documents, tokenizer, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
     before: _Window | None = None  # a window whose document goes on
-    digest, num_tokens, num_scored, num_bytes = hashlib.sha256(), 0, 0, 0  # of a document
+    digest, num_tokens, num_loss_tokens, num_bytes = hashlib.sha256(), 0, 0, 0  # of a document
     for batch in _batches(windows):
         _encode(batch, tokenizer)
         ids, records = [], []
@@ -122,11 +122,11 @@ def token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: in
                 last = [~end if len(window.bounds) % 2 else end] if documents.ended else []
                 parts += [window.ids[window.owned :], np.array(last, np.int32)]
             for part in parts:
-                digest.update(unmarked(part) if window.bounds else part)
-                num_tokens, num_scored = num_tokens + len(part), num_scored + np.count_nonzero(part >= 0)
+                digest.update(token_ids(part) if window.bounds else part)
+                num_tokens, num_loss_tokens = num_tokens + len(part), num_loss_tokens + np.count_nonzero(part >= 0)
             if window.last:
-                records.append((digest.digest()[:16], num_tokens, num_scored, num_bytes))
-                digest, num_tokens, num_scored, num_bytes = hashlib.sha256(), 0, 0, 0
+                records.append((digest.digest()[:16], num_tokens, num_loss_tokens, num_bytes))
+                digest, num_tokens, num_loss_tokens, num_bytes = hashlib.sha256(), 0, 0, 0
             ids += parts
         data, ended = np.concatenate([np.empty(0, np.int32), *ids]).tobytes(), np.array(records, DOCUMENT).tobytes()
         yield {"input_ids": data, "documents": ended, "sha256": hashlib.sha256(data).hexdigest()}
@@ -145,12 +145,12 @@ def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
 
 
 def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
-    marked = any(window.bounds for window in windows)
-    in_parts = marked or any(window.start or not window.last for window in windows)
+    with_loss_mask = any(window.bounds for window in windows)
+    in_parts = with_loss_mask or any(window.start or not window.last for window in windows)
     texts = [window.text for window in windows]
     if not tokenizer.is_fast:
         slow = f"--loss_on completion: {type(tokenizer).__name__} is a slow tokenizer, which cannot say where tokens"
-        require(not marked, f"{slow} start; give --loss_on all, or a fast one with --tokenizer")
+        require(not with_loss_mask, f"{slow} start; give --loss_on all, or a fast one with --tokenizer")
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)  # no warning about long texts
         for window, ids in zip(windows, encoded["input_ids"], strict=True):
             window.ids = np.asarray(ids, np.int32)
@@ -196,9 +196,9 @@ def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedT
         every = f"--long_documents drop: all {len(is_long):,} documents of the {name} text are longer than --block_size"
         require(not is_long.all(), f"{every} {config.block_size}; raise it, or split them")
         stream = stream.select(np.flatnonzero(~is_long))
-    if drops or stream.num_scored < len(stream):
+    if drops or stream.num_loss_tokens < len(stream):
         print(
             f"{name:<10}{is_long.sum():,} of {len(is_long):,} documents are longer than {config.block_size} tokens: "
-            f"{'dropped' if drops else 'split'}; {stream.num_scored:,} of {len(stream):,} tokens are scored"
+            f"{'dropped' if drops else 'split'}; {stream.num_loss_tokens:,} of {len(stream):,} tokens are scored"
         )
     return stream

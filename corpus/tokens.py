@@ -10,7 +10,7 @@ import numpy as np
 
 # What is kept of each document: 128 bits of the SHA-256 of its ids, the number of its tokens, of those that are scored,
 # and the UTF-8 bytes of the text that is scored.
-DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("scored", "<i8"), ("bytes", "<i8")])
+DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
 RULES = 1  # to be counted up where the same text would give other tokens: those that are cached are then made anew
 
 
@@ -18,7 +18,7 @@ class TokenStream:
     """The tokens of some documents, one after another; a read-only, memory-mapped sequence of int32.
 
     ``documents`` (of dtype DOCUMENT) are the table's, or those ``numbers`` of the table's, in that order.
-    ``num_scored`` tokens are scored, of text with ``num_bytes`` in UTF-8. ``sha256`` is of the tokens.
+    ``num_loss_tokens`` tokens are scored, of text with ``num_bytes`` in UTF-8. ``sha256`` is of the tokens.
     """
 
     def __init__(self, table: datasets.Dataset, numbers: np.ndarray | None = None):
@@ -33,7 +33,7 @@ class TokenStream:
         self.numbers = np.arange(len(ends)) if numbers is None else numbers
         self.documents, ends = documents[self.numbers], ends[self.numbers]
         self.num_documents = len(self.documents)
-        self.num_scored, self.num_bytes = (int(self.documents[name].sum()) for name in ("scored", "bytes"))
+        self.num_loss_tokens, self.num_bytes = (int(self.documents[name].sum()) for name in ("loss_tokens", "bytes"))
         starts = ends - self.documents["tokens"]
         begins = np.flatnonzero(
             np.append(True, starts[1:] != ends[:-1])[: len(starts)]
@@ -81,6 +81,6 @@ TOKEN_ROW = datasets.Features(
 )
 
 
-def unmarked(ids: np.ndarray) -> np.ndarray:
+def token_ids(ids: np.ndarray) -> np.ndarray:
     """The ids, scored or not."""
     return np.where(ids < 0, ~ids, ids)

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from transformers import PreTrainedModel
 
-from cli.errors import UserError, one_line, require
+from cli.errors import UserError, require, root_cause
 from cli.flags import Count, Range, flag
 from modeling.loading import import_peft
 
@@ -68,7 +68,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
             model.add_adapter(adapter)
     except ValueError as error:
         fix = "name them as model.named_modules() does, or leave it out"
-        raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {one_line(error)}; {fix}") from error
+        raise UserError(f"--lora_targets {' '.join(config.lora_targets)}: {root_cause(error)}; {fix}") from error
     embeddings = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.tie_word_embeddings and any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in embeddings):
         tied = "embedding and head are one matrix, which an adapter of one of them would change for both"

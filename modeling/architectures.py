@@ -87,7 +87,7 @@ def layer_stacks(model: torch.nn.Module) -> list[list[torch.nn.Module]]:
     return [list(layers) for layers in sorted(outer, key=num_weights, reverse=True)]
 
 
-def largest_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+def transformer_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers of the largest stack, or else the model itself."""
     return next(iter(layer_stacks(model)), [model])
 

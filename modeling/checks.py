@@ -3,23 +3,23 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cli.errors import UserError, one_line, out_of_memory, require
+from cli.errors import UserError, out_of_memory, require, root_cause
 from modeling.architectures import position_limit
 from modeling.loss import evaluating, isolated, next_token_nll
 from modeling.precision import autocast
 
-FOUND = ("has_plain_head", "isolated_by", "generation_config")  # attributes that loading and checking a model leave
+FOUND = ("has_linear_head", "isolated_by", "generation_config")  # attributes that loading and checking a model leave
 
 
 def check_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    apart: bool = False,
+    isolate_documents: bool = False,
     precision: str = "fp32",
 ) -> None:
     """Raises UserError unless the model can hold the blocks and the vocabulary, works in the precision, is causal, and
-    keeps documents ``apart`` where it has to."""
+    keeps documents ``isolate_documents`` where it has to."""
     limit, rows = position_limit(model), model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     fits, largest_fits = limit is None or block_size <= limit, largest < rows
@@ -35,10 +35,10 @@ def check_model(
             raise
         fix = "give --precision fp32"
         raise UserError(
-            f"--precision {precision}: {model.config.model_type} fails ({one_line(error)}); {fix}"
+            f"--precision {precision}: {model.config.model_type} fails ({root_cause(error)}); {fix}"
         ) from error
     check_causal(model, block_size)
-    if apart:
+    if isolate_documents:
         check_isolated(model, block_size)
 
 

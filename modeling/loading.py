@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cli.errors import UserError, one_line, require, warn
+from cli.errors import UserError, require, root_cause, warn
 from cli.hub import find_hub
 from modeling.architectures import DROPPED, generate_as_trained, make_causal
 
@@ -36,12 +36,12 @@ def loading(source: str, what: str, fix: str) -> Iterator[None]:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise UserError(f"{source}: no such path, and no Hub id ({one_line(error)}); check it") from error
+            raise UserError(f"{source}: no such path, and no Hub id ({root_cause(error)}); check it") from error
         find_hub()
     try:
         yield
     except Exception as error:  # over a broken file they raise anything, the plain Exception included
-        reason = one_line(error)
+        reason = root_cause(error)
         kind = re.search(r"model type `([\w-]+)`", reason)
         if kind and kind[1] in DROPPED:
             reason = f"transformers has dropped {kind[1]}; 4.57.6 was its last release with it"

@@ -29,7 +29,7 @@ def next_token_nll(
     forget the shift. Where logits are nothing but hidden states times the head's weights, they are made in chunks.
     In training, a mixture of experts whose config turns output_router_logits on adds its router's loss.
     """
-    head = plain_head(model) if reduction == "sum" or not torch.is_grad_enabled() else None
+    head = linear_head(model) if reduction == "sum" or not torch.is_grad_enabled() else None
     device = input_ids.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.half:
         head = None  # its gradients would be made before the GradScaler can keep them within the range of float16
@@ -112,7 +112,7 @@ def in_place_of(head: torch.nn.Linear, forward: Callable[[torch.Tensor], torch.T
         del head.forward
 
 
-def plain_head(model: torch.nn.Module) -> torch.nn.Linear | None:
+def linear_head(model: torch.nn.Module) -> torch.nn.Linear | None:
     """The output embedding, where it is linear and what it puts out are the logits: no soft cap, no scale after it.
 
     Looked at once a model: in place of what the head puts out come known values, which have to come through.
@@ -120,9 +120,9 @@ def plain_head(model: torch.nn.Module) -> torch.nn.Linear | None:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) is not torch.nn.Linear or "forward" in vars(head) or head._forward_hooks:
         return None
-    if "has_plain_head" not in vars(model):
+    if "has_linear_head" not in vars(model):
         ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
         known = torch.linspace(-1e3, 1e3, ids.numel() * head.out_features, device=ids.device).view(1, 2, -1)
         with torch.no_grad(), evaluating(model), in_place_of(head, lambda _: known.clone()):
-            model.has_plain_head = torch.equal(model(input_ids=ids, use_cache=False).logits, known)
-    return head if model.has_plain_head else None
+            model.has_linear_head = torch.equal(model(input_ids=ids, use_cache=False).logits, known)
+    return head if model.has_linear_head else None

@@ -23,7 +23,7 @@ from corpus.records import read_rows
 from corpus.selection import blocks_within, window_hashes
 from corpus.sources import load_documents
 from corpus.tokenize import load_stream, token_rows, tokenize, tokenizer_fingerprint
-from corpus.tokens import DOCUMENT, TokenStream, unmarked
+from corpus.tokens import DOCUMENT, TokenStream, token_ids
 from data import collate, group_texts, load_blocks, make_loader, training_batches
 
 
@@ -43,7 +43,7 @@ def pairs(records, **settings):
 def scored_text(stream, tokenizer):
     """What is learnt, the ends of documents included, as text."""
     labels = group_texts(stream, 10**6)[0]["labels"]
-    assert stream.num_scored == int((labels >= 0).sum())
+    assert stream.num_loss_tokens == int((labels >= 0).sum())
     return tokenizer.decode(labels[labels >= 0])
 
 
@@ -131,7 +131,7 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_pa
     ids = np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist()
     assert ids == expected_ids(documents, tokenizer)
     records = np.frombuffer(b"".join(row["documents"] for row in rows), DOCUMENT)
-    assert records[["tokens", "scored", "bytes"]].tolist() == [(len(ids), len(ids), len(text.encode()))]
+    assert records[["tokens", "loss_tokens", "bytes"]].tolist() == [(len(ids), len(ids), len(text.encode()))]
 
 
 def test_a_long_row_is_windowed_too(tokenizer, monkeypatch):
@@ -183,8 +183,8 @@ def test_sliding_windows_score_each_token_once(rows, tokenizer):
         if stride > block_size:
             continue
         windows = group_texts(stream, block_size, stride)
-        scored = torch.cat([w["labels"][w["labels"] != -100] for w in (windows[i] for i in range(len(windows)))])
-        assert scored.tolist() == stream[:].tolist()
+        has_loss = torch.cat([w["labels"][w["labels"] != -100] for w in (windows[i] for i in range(len(windows)))])
+        assert has_loss.tolist() == stream[:].tolist()
         if stride < block_size:  # every scored token but the first has enough before it
             starts = [int((windows[i]["labels"] != -100).nonzero()[0]) for i in range(1, len(windows))]
             assert all(start == block_size - stride for start in starts)
@@ -269,7 +269,7 @@ def test_prompts_are_read_and_completions_are_learnt(tokenizer):
     assert all_ids(group_texts(stream, 7)) == expected_ids(documents, tokenizer)
     assert stream.num_bytes == sum(len(answer.encode()) for _, answer in PAIRS)
     both = tokenize(pairs(PAIRS, loss_on="all"), tokenizer)
-    assert both.num_scored == len(both) == len(stream) and np.array_equal(both[:], unmarked(stream[:]))
+    assert both.num_loss_tokens == len(both) == len(stream) and np.array_equal(both[:], token_ids(stream[:]))
     windows = group_texts(stream, 7, 3)
     labels = torch.cat([windows[i]["labels"][0 if i == 0 else 4 :] for i in range(len(windows))])
     assert tokenizer.decode(labels[labels >= 0]) == LEARNT  # sliding windows know the same marks
@@ -310,7 +310,7 @@ def test_a_stream_of_chosen_documents(rows, tokenizer, monkeypatch):
         dropped = draw.random(60) < share
         kept = stream.select(np.flatnonzero(~dropped))
         expected = [token for document, gone in zip(ids, dropped, strict=True) for token in document if not gone]
-        assert kept[:].tolist() == expected and len(kept) == kept.num_scored == len(expected)
+        assert kept[:].tolist() == expected and len(kept) == kept.num_loss_tokens == len(expected)
         assert [kept[i : i + 7].tolist() for i in range(0, len(kept), 5)] == [
             expected[i : i + 7] for i in range(0, len(expected), 5)
         ]

@@ -16,14 +16,14 @@ from corpus.tokenize import tokenize
 from data import collate, group_texts, in_batches, make_loader, split_batch, training_batches
 from distributed.world import Group
 from generate import SamplingConfig, generate
-from modeling.loss import plain_head
+from modeling.loss import linear_head
 from perplexity import evaluate
 from train import (
-    compile_blocks,
+    compile_layers,
     learning_rate_at,
     make_optimizer,
     restore_state,
-    seed_update,
+    seed_step,
     should_compile,
     train_step,
     training_state,
@@ -253,7 +253,7 @@ def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
     batch, weights, sizes = collate([blocks[i] for i in range(5)]), [], []
     for most in (3, 5):
         model = tiny_gpt2(len(tokenizer))
-        plain_head(model)  # looks at the model with a pass of its own
+        linear_head(model)  # looks at the model with a pass of its own
 
         def fail(module, inputs, most=most, **kwargs):
             sizes.append(len(kwargs["input_ids"]) if kwargs else len(inputs[0]))
@@ -294,7 +294,7 @@ def test_compiled_code_is_kept_where_it_outlives_a_reboot(tokenizer, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for given, used in ((default_cache_dir(), tmp_path / "torch" / "inductor"), (tmp_path / "mine",) * 2):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(given))  # importing torch sets it, to its default
-        compile_blocks(tiny_gpt2(len(tokenizer)), 16)
+        compile_layers(tiny_gpt2(len(tokenizer)), 16)
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(used)
 
 
@@ -307,7 +307,7 @@ def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tok
     for compiled in (False, True):
         model.load_state_dict(tiny_gpt2(len(tokenizer)).state_dict())
         if compiled:
-            compile_blocks(model, 16)
+            compile_layers(model, 16)
         optimizer = make_optimizer(model, 0)
         batches = training_batches(blocks, 5, 5, 0, Position(), same_shape=compiled)
         for _ in range(2 * math.ceil(len(blocks) / 5)):
@@ -333,7 +333,7 @@ def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision):
     def go_on(model, optimizer, position, steps):
         batches = training_batches(blocks, 4, 8, 3, position)
         for step in range(steps):
-            seed_update(3, step, 0)
+            seed_step(3, step, 0)
             update, position, _ = next(batches)
             train_step(model, optimizer, no_scaler(), update, 1e-3, precision=precision)
         return position

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli.errors import SaveError, UserError, one_line, warn
+from cli.errors import SaveError, UserError, root_cause, warn
 
 MANIFEST = "manifest.json"
 WRITING, REPLACED = ".being-written", ".being-replaced"  # ends of names that stand for a moment only
@@ -121,7 +121,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     path = Path(os.path.realpath(path))  # it may be a link to a larger disk
     temporary = path.with_name(f".{path.name}{WRITING}")
     with _saving(path, num_bytes):
-        mend(path.parent)
+        remove_partial_writes(path.parent)
         temporary.mkdir(parents=True)
         write(temporary)
         umask = os.umask(0)
@@ -131,7 +131,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
                 file.chmod(0o666 & ~umask)
             _sync(file)
         _sync(temporary)
-        _put_in_place(temporary, path)
+        swap_into_place(temporary, path)
         _sync(path.parent)
 
 
@@ -152,17 +152,17 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
     except Exception as error:  # the tokenizers library raises just that
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
-        mend(path.parent)
+        remove_partial_writes(path.parent)
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
-            f"{path}: cannot be saved ({one_line(error)}); it needs {num_bytes:,} bytes and "
+            f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
             f"{shutil.disk_usage(home).free:,} are free; make room and go on with --resume"
         ) from error
     finally:
-        mend(path.parent)  # what was in the place of `path` before goes as well
+        remove_partial_writes(path.parent)  # what was in the place of `path` before goes as well
 
 
-def mend(directory: Path) -> None:
+def remove_partial_writes(directory: Path) -> None:
     """Clears away what a process that was killed while saving has left in ``directory``."""
     for old in directory.glob(f".*{REPLACED}"):
         path = old.with_name(old.name[1:].removesuffix(REPLACED))
@@ -171,7 +171,7 @@ def mend(directory: Path) -> None:
         remove(leftover)
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def swap_into_place(temporary: Path, path: Path) -> None:
     """Renames ``temporary`` to ``path``; what stood there before is then ``temporary``. One step, so never neither."""
     if not path.exists():
         temporary.rename(path)
@@ -183,7 +183,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         here = -100  # AT_FDCWD
         failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
     if failed and ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        # A file system that cannot exchange names, such as NFS: two steps, and `mend` after a crash between them.
+        # NFS cannot exchange names: two steps. `remove_partial_writes` repairs a crash between them.
         old = path.with_name(f".{path.name}{REPLACED}")
         path.rename(old)
         temporary.rename(path)

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from cli.errors import SaveError, drop_output, one_line, warn
+from cli.errors import SaveError, drop_output, root_cause, warn
 from training.checkpoint import write_file
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
@@ -128,7 +128,7 @@ class RunLog:
             yield
         except OSError as error:
             self._board = None  # its writing thread may have ended; the next record opens another file
-            problem = f"{self._run_dir}: the log cannot be written ({one_line(error)}); make room"
+            problem = f"{self._run_dir}: the log cannot be written ({root_cause(error)}); make room"
             if not self.goes_on:
                 raise SaveError(f"{problem} and go on with --resume") from error
             warn(problem)

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from cli.errors import UserError, one_line
+from cli.errors import UserError, root_cause
 from training.checkpoint import write_file
 
 
@@ -86,12 +86,12 @@ def check_login(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repo_id}: not a repo id ({one_line(error)}); give user/name") from error
+        raise UserError(f"--push_to_hub {repo_id}: not a repo id ({root_cause(error)}); give user/name") from error
     try:
         HfApi().whoami()
     except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
         raise UserError(
-            f"--push_to_hub {repo_id}: not logged in to the Hub ({one_line(error)}); "
+            f"--push_to_hub {repo_id}: not logged in to the Hub ({root_cause(error)}); "
             f"run `hf auth login` or set HF_TOKEN, or leave the flag out and upload later"
         ) from error
 
@@ -107,6 +107,6 @@ def push(model_dir: Path, repo_id: str) -> str:
         return f"{api.endpoint}/{repo_id}"
     except Exception as error:
         raise UserError(
-            f"--push_to_hub {repo_id}: the upload failed ({one_line(error)}); the model is safe in {model_dir}, "
+            f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}); the model is safe in {model_dir}, "
             f"upload it with `hf upload {repo_id} {model_dir}`"
         ) from error

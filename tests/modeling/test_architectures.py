@@ -20,7 +20,7 @@ from generate import SamplingConfig, generate
 from modeling.architectures import recompute_activations
 from modeling.checks import check_isolated, check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
-from modeling.loss import count_predicted, next_token_nll, plain_head
+from modeling.loss import count_predicted, linear_head, next_token_nll
 
 NAMES = {**GUIDE, **TODAY}
 TABLE = ROOT / "docs" / "architectures.md"
@@ -110,7 +110,7 @@ def test_architecture(name, trained, capsys):
     expected = tokenizer.decode(text, skip_special_tokens=True)[len(tokenizer.decode(prompt)) :]
     assert generate(loaded, tokenizer, ["the model"], SamplingConfig(max_new_tokens=4, greedy=True)) == [expected]
 
-    once, fused = gradients(model, ids), plain_head(model) is not None
+    once, fused = gradients(model, ids), linear_head(model) is not None
     try:
         recompute_activations(model)
         for first, second in zip(once, gradients(model, ids), strict=True):
@@ -120,9 +120,9 @@ def test_architecture(name, trained, capsys):
         recomputes = "no"
     try:
         check_isolated(model, 32)
-        apart = " and ".join(model.isolated_by)
+        isolate_documents = " and ".join(model.isolated_by)
     except UserError:
-        apart = "no"
+        isolate_documents = "no"
     try:
         check_model(model, tokenizer, 32, precision="bf16")
         bf16 = "yes"
@@ -131,7 +131,7 @@ def test_architecture(name, trained, capsys):
         bf16 = "no"
     causal = re.search(r"is made causal with (.*)", capsys.readouterr().err)
     ROWS[name] = (
-        f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} | {apart} | {bf16} |"
+        f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} | {isolate_documents} | {bf16} |"
     )
 
 

@@ -34,14 +34,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # One thread a run and two runs at once; and what `phases.py`, in another directory than the scripts, imports from.
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 import processes  # noqa: E402
 from conftest import make_text, read_jsonl  # noqa: E402  sets the environment of a test and starts a server
 
-processes.prepare(root=ROOT / "tests")
+processes.prepare(root=ROOT / "tests/torture")
 
 import torch  # noqa: E402
 from crashes import crash_in_save  # noqa: E402
@@ -137,7 +137,7 @@ class Runs:
     def start(self, run_dir: Path, *flags: object, noted: bool = True) -> tuple[processes.Process, Phases]:
         """A process, and a view of the phase it is in, if it is to be noted."""
         notes = self.notes()
-        launcher = ("tests/phases.py", notes, "train.py") if noted else ("train.py",)
+        launcher = ("tests/torture/phases.py", notes, "train.py") if noted else ("train.py",)
         arguments = (*launcher, "--config", "small.yaml", "--output_dir", run_dir, *flags)
         process = processes.start(*arguments, cwd=self.directory, fresh=run_dir.name == "alone")
         self.started.append(process)
@@ -484,7 +484,7 @@ class Runs:
         """Two ranks without torchrun, which would end one when the other has died, and the phase that rank 0 is in."""
         notes = self.notes()
         env = processes.meeting_place() | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        arguments = ("tests/phases.py", notes, "train.py", *self.rank_flags(strategy, run_dir, *flags))
+        arguments = ("tests/torture/phases.py", notes, "train.py", *self.rank_flags(strategy, run_dir, *flags))
         started = []
         for rank in "01":
             rank_env = {**env, "RANK": rank, "LOCAL_RANK": rank}
@@ -537,7 +537,7 @@ class Runs:
     def kill_under_agent(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
         draw, notes, run_dir = self.draw("agent", number), self.notes(), self.directory / f"agent-{number}"
         phases = Phases(notes + "0")
-        script = ("--nproc_per_node=2", "--max-restarts=1", ROOT / "tests/phases.py", notes, "train.py")
+        script = ("--nproc_per_node=2", "--max-restarts=1", ROOT / "tests/torture/phases.py", notes, "train.py")
         flags, torchrun = self.rank_flags(strategy, run_dir), Path(sys.executable).with_name("torchrun")
         agent = processes.start(torchrun, "--standalone", *script, *flags, cwd=self.directory)
         self.started.append(agent)
@@ -686,7 +686,7 @@ class Runs:
 
         def one(case: Case) -> None:
             def run(script: str, argv: list[str], cwd: Path) -> tuple[int, str, str]:
-                command, started = ["tests/nobody.py", script] if case.as_nobody else [script], time.monotonic()
+                command, started = ["tests/torture/nobody.py", script] if case.as_nobody else [script], time.monotonic()
                 done = processes.run(*command, *argv, cwd=cwd, env=case.env, timeout=TIMEOUT)
                 message = " ".join(done.stderr.partition("error: ")[2].split())[:100].replace("|", r"\|")
                 message = "".join(letter if letter.isprintable() else "?" for letter in message)

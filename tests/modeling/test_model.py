@@ -16,7 +16,7 @@ from modeling.architectures import flops_per_token, position_limit
 from modeling.checks import check_causal, check_isolated, check_model
 from modeling.linear_cross_entropy import linear_cross_entropy
 from modeling.loading import load_pretrained
-from modeling.loss import attention_kernel, count_predicted, next_token_nll, plain_head
+from modeling.loss import attention_kernel, count_predicted, linear_head, next_token_nll
 from modeling.precision import autocast, resolve_precision
 from training.monitor import peak_flops
 
@@ -80,7 +80,7 @@ def test_gradients_without_the_logits_are_those_of_cross_entropy(model_type, set
     expected = plain_nll(model, ids, labels)
     wanted = gradients(model, expected)
     nll = next_token_nll(model, ids, labels)
-    assert (plain_head(model) is not None) is is_plain
+    assert (linear_head(model) is not None) is is_plain
     assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
     found = gradients(model, nll)
     assert found.keys() == wanted.keys()
@@ -155,7 +155,7 @@ def test_in_float16_the_head_is_left_to_the_loss_scale(dtype):
     model, ids = tiny_gpt2(300), torch.randint(300, (1, 8))
     found = []
     model.lm_head.register_forward_pre_hook(lambda head, inputs: found.append("forward" in vars(head)))
-    plain_head(model)
+    linear_head(model)
     found.clear()
     with torch.autocast("cpu", dtype=dtype):
         next_token_nll(model, ids, ids)
@@ -164,9 +164,9 @@ def test_in_float16_the_head_is_left_to_the_loss_scale(dtype):
 
 def test_a_head_with_hooks_is_not_plain():
     model = tiny_gpt2(300)
-    assert plain_head(model) is model.lm_head
+    assert linear_head(model) is model.lm_head
     model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.tanh())
-    assert plain_head(model) is None
+    assert linear_head(model) is None
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -179,7 +179,7 @@ def test_a_step_reads_nothing_back_from_the_device(model_type):
             return operation(*arguments, **(options or {}))
 
     model, ids = from_scratch(model_type), torch.randint(300, (2, 9))
-    plain_head(model)
+    linear_head(model)
     with Reads() as reads:
         next_token_nll(model, ids, ids).backward()
     assert reads.number == 0
@@ -203,7 +203,7 @@ def test_logits_never_exist_as_a_whole():
             return result
 
     model, ids = tiny_gpt2(20_000, n_positions=256), torch.randint(300, (16, 256))
-    plain_head(model)
+    linear_head(model)
     with Sizes() as sizes, autocast(torch.device("cpu"), "bf16"):
         loss = next_token_nll(model, ids, ids)
         loss.backward()

@@ -184,10 +184,10 @@ def test_blocks_fall_to_one_rank_each_whatever_their_number(rows, tokenizer):
 
 
 def test_what_has_no_blocks_scores_nothing(tokenizer):
-    for apart in (False, True):
-        nothing = collate([], 2, 8, apart)
+    for isolate_documents in (False, True):
+        nothing = collate([], 2, 8, isolate_documents)
         assert nothing["input_ids"].shape == (2, 8) and (nothing["labels"] == -100).all()
-        assert ("position_ids" in nothing) == apart
+        assert ("position_ids" in nothing) == isolate_documents
 
 
 @pytest.fixture

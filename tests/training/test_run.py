@@ -325,7 +325,7 @@ def test_a_resumed_run_stays_compiled_or_not(finished, tmp_path, monkeypatch, ca
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
-    monkeypatch.setattr(train, "compile_blocks", lambda *_: None)
+    monkeypatch.setattr(train, "compile_layers", lambda *_: None)
     for decision in (True, False):
         for max_steps in (2, 3):
             monkeypatch.setattr(train, "should_compile", lambda *_, first=max_steps == 2: first == decision)  # noqa: B023

@@ -204,7 +204,7 @@ def test_a_tokenizer_without_a_template_gets_ours(speaker, tmp_path, capsys):
     assert again.chat_template == CHAT_TEMPLATE
     assert tokenize(chats(), again).sha256 == stream.sha256 and "template" not in capsys.readouterr().err
     both = tokenize(chats(CHATS, loss_on="all"), again)
-    assert both.num_scored == len(both) > len(stream)
+    assert both.num_loss_tokens == len(both) > len(stream)
 
 
 def test_turns_end_as_the_template_ends_them(speaker):
@@ -237,7 +237,7 @@ def test_an_answer_is_found_where_the_template_puts_it(speaker):
     with pytest.raises(UserError, match=r"--text_column chat\.messages: record 1: .* changes what is said"):
         tokenize(chats(), speaker)
     both = tokenize(chats(loss_on="all"), speaker)
-    assert both.num_scored == len(both) and "OF LOSS" in speaker.decode(both[:])
+    assert both.num_loss_tokens == len(both) and "OF LOSS" in speaker.decode(both[:])
 
 
 @pytest.mark.parametrize(
@@ -279,4 +279,4 @@ def test_an_answer_that_no_token_ends_is_ended_by_its_document(tokenizer):
     )
     turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "last")]
     pieces = render([{"role": role, "content": content} for role, content in turns], twin)
-    assert [text for text, scored in pieces if scored] == ["first", "last\n\n"] and pieces[-1][1]
+    assert [text for text, has_loss in pieces if has_loss] == ["first", "last\n\n"] and pieces[-1][1]

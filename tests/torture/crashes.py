@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import load, mend, newest, prune, save, verify, write_directory
+from training.checkpoint import load, newest, prune, remove_partial_writes, save, verify, write_directory
 
 OLD, NEW = (torch.full((3,), value) for value in (1.0, 2.0))
 
@@ -49,7 +49,7 @@ def crash_in_save(directory: Path, lines: int) -> str:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, 9), code
     for path in (directory, checkpoints):
-        mend(path)
+        remove_partial_writes(path)
     found = newest(checkpoints)
     state, tensors = load(found)
     assert found.name == f"step-{state['step']:06}" and state["step"] in (2, 3)

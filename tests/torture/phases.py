@@ -1,6 +1,6 @@
 """Runs a script as ``python SCRIPT ARGS`` does, and shows from outside in which phase it is.
 
-    python tests/phases.py FILE train.py --config small.yaml
+    python tests/torture/phases.py FILE train.py --config small.yaml
 
 The script is the real one. Around the functions of its modules that make up a phase a note is taken in FILE, which is
 mapped into memory, so that whoever kills the process knows afterwards in which phase it died. Of several ranks each has
@@ -95,7 +95,7 @@ def main() -> None:
         (log, "mark_finished", "end"),
     ):
         setattr(owner, name, phases.within(phase, getattr(owner, name)))
-    script = str(Path(__file__).resolve().parent.parent / script)
+    script = str(Path(__file__).resolve().parent.parent.parent / script)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
