@@ -10,7 +10,7 @@ BIN    := .venv/bin
 # A recipe that names a file of the quickstart gets it made first.
 PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
 
-.PHONY: all help install train tensorboard test test-all torture bench lint clean
+.PHONY: all help install train tensorboard test test-all torture bench docs lint clean
 .DELETE_ON_ERROR:
 
 all: install help
@@ -21,6 +21,7 @@ help:
 	@echo 'make train ARGS="--max_steps 50"       any flag of train.py, see $(BIN)/python train.py --help'
 	@echo 'make tensorboard                       the curves of all runs, on http://localhost:6006'
 	@echo 'make test, make lint                   the tests and the linter'
+	@echo 'make docs                              docs/flags.md, from the dataclasses of the scripts'
 	@echo 'make test-all                          the slow tests as well: adapters on every architecture'
 	@echo 'make torture                           kills, lost ranks, damage, full disks, signals: the long tests, as a table'
 	@echo 'make bench                             speed and memory beside the peers, 3 minutes; ARGS=--full takes 30'
@@ -45,6 +46,9 @@ torture: .venv/installed-dev
 
 bench: .venv/installed-dev quickstart/smollm2 quickstart/text.jsonl
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+docs: .venv/installed-dev
+	$(BIN)/python docs/flags.py > docs/flags.md.new && mv docs/flags.md.new docs/flags.md
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

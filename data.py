@@ -1,78 +1,86 @@
-"""Documents -> tokens -> one flat token stream -> `group_texts` blocks -> `DataLoader`."""
+"""Documents -> tokens -> one flat token stream -> `group_texts` blocks -> `DataLoader`.
 
-import ctypes
+    blocks = group_texts(stream, block_size=128)       # every token is in exactly one block
+    loader = make_loader(blocks, batch_size=8)         # {"input_ids", "labels"}: (batch, block_size) int64
+    for micro_batches, position, numbers in train_data.batches(...): ...        # one item per step, without end
+
+Memory stays flat: tokens live in a memory-mapped Arrow file, and blocks are views of it. The package corpus/ turns
+text into the token stream. Here is the order in which blocks are trained on.
+"""
+
 import math
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import UserError, require, warn
+from cli.errors import require, warn
+from corpus import sources, streaming
 from corpus.chat import CHAT_TEMPLATE
 from corpus.documents import Documents
 from corpus.flags import DataConfig
 from corpus.position import Position
-from corpus.selection import blocks_within, mixture
+from corpus.selection import select_text
 from corpus.shards import StreamedText
-from corpus.streaming import Streamed
 from corpus.tokenize import load_stream
 from corpus.tokens import TokenStream, token_ids
 from modeling.linear_cross_entropy import IGNORED_LABEL
 
-T = TypeVar("T")
+Batch = dict[str, torch.Tensor]  # "input_ids", "labels" and, with isolated documents, "position_ids"
 
 
 class Blocks(Dataset):
-    """Block i is tokens [i * stride, i * stride + block_size) of a stream; only the last one may be shorter.
+    """Block i is tokens [i * stride, i * stride + block_size) of a stream. Only the last one may be shorter.
 
-    With stride = block_size these are consecutive blocks. With a smaller stride they overlap, and only tokens that no
-    block before holds carry labels: each token but the first is predicted once, with at least block_size - stride
-    tokens before it (the evaluation of the guide "Perplexity of fixed-length models" of transformers). The items are
-    all blocks, or those that ``kept`` names. With ``isolate_documents`` a document's first token has no label.
+    With stride = block_size the blocks follow each other. With a smaller stride they overlap, and only tokens that are
+    in no block before carry labels. So each token but the first is predicted once, with at least block_size - stride
+    tokens before it (as in the guide "Perplexity of fixed-length models" of transformers). ``kept`` selects blocks.
     """
 
     def __init__(
         self,
         stream: TokenStream,
         block_size: int,
-        stride: int,
+        stride: int | None = None,
         isolate_documents: bool = False,
         kept: Sequence[int] | None = None,
     ):
-        self.stream, self.block_size, self.stride, self.isolate_documents = (
-            stream,
-            block_size,
-            stride,
-            isolate_documents,
-        )
-        beyond_first = max(0, len(self.stream) - self.block_size)
-        count = min(1, len(self.stream)) + math.ceil(beyond_first / self.stride)
+        self.stream, self.block_size, self.stride = stream, block_size, stride or block_size
+        self.isolate_documents = isolate_documents
+        count = min(1, len(stream)) + math.ceil(max(0, len(stream) - block_size) / self.stride)
         self.kept = range(count) if kept is None else kept
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        """Returns input_ids and labels, and position_ids where documents are apart, all (block_size,) int64."""
+    def __getitem__(self, item: int) -> Batch:
+        """Return input_ids and labels, and position_ids if documents are isolated; all (length,) int64."""
         start = int(self.kept[item]) * self.stride
-        ids = self.stream[start : start + self.block_size]
-        item = block_item(
-            ids, self.stream.positions(start, start + self.block_size) if self.isolate_documents else None
-        )
+        stop = start + self.block_size
+        positions = self.stream.positions(start, stop) if self.isolate_documents else None
+        block = block_item(self.stream[start:stop], positions)
         if start > 0:
-            item["labels"][: self.block_size - self.stride] = IGNORED_LABEL
-        return item
+            block["labels"][: self.block_size - self.stride] = IGNORED_LABEL
+        return block
 
 
-def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-    """A block of ``ids``, ~id where not scored, and their ``positions`` where documents are apart, all (length,)."""
+def group_texts(
+    stream: TokenStream, block_size: int, stride: int | None = None, isolate_documents: bool = False
+) -> Blocks:
+    """Group all tokens into blocks. None is dropped: the remainder is the last, short block."""
+    return Blocks(stream, block_size, stride, isolate_documents)
+
+
+def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> Batch:
+    """Return the tensors of a block. ``ids`` are ~id for tokens without loss; ``positions`` restart with each document.
+
+    The first token of an isolated document has no label, as nothing predicts it.
+    """
     labels = np.where(ids < 0, IGNORED_LABEL, ids)
     item = {"input_ids": token_ids(ids), "labels": labels}
     if positions is not None:
@@ -81,67 +89,17 @@ def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> dict[str
     return {key: torch.from_numpy(value) for key, value in item.items()}
 
 
-def group_texts(
-    stream: TokenStream, block_size: int, stride: int | None = None, isolate_documents: bool = False
-) -> Blocks:
-    """Groups all tokens into blocks: none is dropped, and the remainder is the last, short block."""
-    return Blocks(stream, block_size, stride or block_size, isolate_documents)
+def require_predictions(blocks: Blocks) -> None:
+    """Raise UserError if no token has a loss: nothing predicts the first one of a block."""
+    has_loss = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
+    require(has_loss, "--eval_files: no token of the evaluation text has a loss. Use more text.")
 
 
-def load_blocks(
-    config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple["TrainingData", Blocks]:
-    """What to train on and the blocks to evaluate on. Says what of the text is there twice.
+def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_documents: bool = False) -> Batch:
+    """Stack blocks to (batch, longest), at least (rows, length). The filling is token 0 without a label.
 
-    Raises UserError where there is too little text.
-    """
-    train, held_out = (
-        load_stream(config, documents, tokenizer, name)
-        for documents, name in ((training, "training"), (evaluation, "held out"))
-    )
-    hashes = np.concatenate([train.documents["hash"], held_out.documents["hash"]])
-    _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
-    numbers = np.arange(len(hashes))
-    is_twice, is_known = np.split(firsts[which] < np.minimum(numbers, train.num_documents), [train.num_documents])
-    if config.deduplicate:
-        train, held_out = train.select(np.flatnonzero(~is_twice)), held_out.select(np.flatnonzero(~is_known))
-    if config.mix:
-        sizes = [len(source) for source in training.sources]
-        train = train.select(mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
-    rule = f"the training text has {len(train)} tokens, and {config.block_size} or more are needed"
-    require(len(train) >= config.block_size, f"{rule}; give more text or a smaller --block_size")
-    isolate_documents = config.pack == "documents"
-    blocks, eval_blocks = (
-        group_texts(stream, config.block_size, isolate_documents=isolate_documents) for stream in (train, held_out)
-    )
-    is_within = blocks_within(held_out, config.block_size, train)
-    if config.deduplicate:
-        eval_blocks = Blocks(
-            held_out, config.block_size, config.block_size, isolate_documents, np.flatnonzero(~is_within)
-        )
-    twice, known, within = (int(found.sum()) for found in (is_twice, is_known, is_within))
-    if twice or known or within:
-        print(
-            f"twice     {twice:,} training documents; trained on are {known:,} held-out documents and {within:,} "
-            f"held-out blocks{': dropped' if config.deduplicate else '; --deduplicate drops all these'}"
-        )
-    need_text(eval_blocks)
-    return TrainingData(blocks, seed), eval_blocks
-
-
-def need_text(blocks: Blocks) -> None:
-    """Raises UserError where there is no token to predict: the first one of a block has nothing to predict it."""
-    predicts = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
-    require(predicts, "no token of the evaluation text is left to predict; give more text")
-
-
-def collate(
-    items: list[dict[str, torch.Tensor]], rows: int = 0, length: int = 0, isolate_documents: bool = False
-) -> dict[str, torch.Tensor]:
-    """Stacks blocks to (batch, longest), at least (rows, length); the rest is token 0 with the ignored label, alone.
-
-    No mask is needed: what follows a token cannot change its logits (`model.check_causal` has seen to that), and
-    filled places are never scored. Where there are no blocks at all, everything is filled.
+    No mask is needed: what follows a token cannot change its logits, as `check_causal` has proved, and the filling
+    has no loss. Without any blocks everything is filling.
     """
     items = items or [block_item(np.array([~0, ~0]), np.arange(2) if isolate_documents else None)]
     batch = {}
@@ -153,205 +111,155 @@ def collate(
     return batch
 
 
-def split_batch(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The same blocks in batches of at most ``size``."""
-    for start in range(0, len(batch["labels"]), size):
-        yield {key: tensor[start : start + size] for key, tensor in batch.items()}
-
-
-class WorkerError(UserError):
-    """A DataLoader worker process died or hangs."""
-
-    exit_code = 6
-
-
-def _init_worker(worker_id: int) -> None:
-    """Signals to the process group are the parent's to handle, and a worker does not outlive its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def in_batches(indices: Sequence[int], batch_size: int, rank: int = 0, ranks: int = 1) -> list[Sequence[int]]:
-    """Batches of the indices that fall to one of the ``ranks``. All ranks have as many, be it some without blocks."""
+def rank_batches(indices: Sequence[int], batch_size: int, rank: int = 0, ranks: int = 1) -> list[Sequence[int]]:
+    """Split one rank's share of the indices into batches. All ranks get equally many; some may be empty."""
     count = math.ceil(math.ceil(len(indices) / ranks) / batch_size)
     return [indices[rank::ranks][i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
 
 def make_loader(
-    blocks: Blocks,
-    batch_size: int,
-    batches: list[Sequence[int]] | None = None,
-    num_workers: int = 0,
-    same_shape: bool = False,
+    blocks: Blocks, batch_size: int, batches: list[Sequence[int]] | None = None, same_shape: bool = False
 ) -> DataLoader:
-    """Loads ``batches`` of the blocks, or all blocks in their own order.
+    """Load ``batches`` of the blocks, or all blocks in order.
 
-    With ``same_shape`` the last ones are filled up to (batch_size, block_size), so that compiled code fits them all.
+    With ``same_shape`` every batch is filled up to (batch_size, block_size), so that one compiled graph fits all.
     """
     shape = {"rows": batch_size, "length": blocks.block_size} if same_shape else {}
-    # Without a generator of its own, a DataLoader draws from the global one whenever iteration starts, and dropout
-    # would depend on how often that happened.
     return DataLoader(
         blocks,
-        batch_sampler=in_batches(range(len(blocks)), batch_size) if batches is None else batches,
+        batch_sampler=rank_batches(range(len(blocks)), batch_size) if batches is None else batches,
         collate_fn=partial(collate, **shape, isolate_documents=blocks.isolate_documents),
+        # Without a generator of its own a DataLoader draws from the global one, and dropout would change with it.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
-        num_workers=num_workers,
-        worker_init_fn=_init_worker,
     )
 
 
 def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the blocks in an epoch: a permutation that depends on the arguments alone."""
+    """Return the order of the blocks in an epoch: a permutation that depends on the arguments alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_blocks)
 
 
-def training_batches(
-    blocks: Blocks,
-    batch_size: int,
-    blocks_per_update: int,
-    seed: int,
-    position: Position,
-    rank: int = 0,
-    ranks: int = 1,
-    same_shape: bool = False,
-    num_workers: int = 0,
-    worker_timeout: int = 300,
-) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
-    """Yields, without end, one rank's micro-batches of an update, the position after it, and all its blocks' numbers.
-
-    Which blocks make an update does not depend on the number of ranks. An epoch ends with what is left, be it fewer
-    blocks: each is seen once in an epoch, by one rank. Raises WorkerError where a worker has died, or nothing comes for
-    ``worker_timeout`` seconds.
-    """
-    while True:
-        order = epoch_order(len(blocks), seed, position.epoch)[position.blocks :]
-        updates = [order[i : i + blocks_per_update] for i in range(0, len(order), blocks_per_update)]
-        shares = [in_batches(update, batch_size, rank, ranks) for update in updates]
-        batches = iter(make_loader(blocks, batch_size, list(chain(*shares)), num_workers, same_shape))
-        if num_workers:
-            batches = _guarded(batches, num_workers, worker_timeout)
-        for update, share in zip(updates, shares, strict=True):
-            position = Position(position.epoch, position.blocks + len(update))
-            if position.blocks == len(blocks):
-                position = Position(position.epoch + 1)
-            yield list(islice(batches, len(share))), position, update.tolist()
-
-
 class TrainingData:
-    """What the loop trains on: blocks of text that is on the disk, in an order of the ``seed``."""
+    """Blocks of text that is on the disk, in an order of the ``seed``."""
 
     def __init__(self, blocks: Blocks, seed: int):
         self.blocks, self._seed = blocks, seed
-        stream = blocks.stream
-        self.identity = stream.sha256
-        self.loss_fraction = stream.num_loss_tokens / len(stream)  # the part of all tokens that counts as tokens seen
+        self.identity = blocks.stream.sha256
+        self.loss_fraction = blocks.stream.num_loss_tokens / len(blocks.stream)  # of all tokens, those with loss
 
     def __str__(self) -> str:
         stream, size = self.blocks.stream, self.blocks.block_size
         return f"{stream.num_documents:,} documents, {len(stream):,} tokens, {len(self.blocks):,} blocks of {size}"
 
-    def steps_per_epoch(self, blocks_per_update: int) -> int | None:
-        """None where it is not known."""
-        return math.ceil(len(self.blocks) / blocks_per_update)
+    def steps_per_epoch(self, batch_size: int) -> int | None:
+        """Return the steps of an epoch, or None if unknown."""
+        return math.ceil(len(self.blocks) / batch_size)
 
     def epochs(self, position: Position) -> float:
+        """Return how many epochs a position is from the start."""
         return position.epoch + position.blocks / len(self.blocks)
 
-    def first(self, count: int) -> dict[str, torch.Tensor]:
-        """The first blocks as a batch."""
+    def first_batch(self, count: int) -> Batch:
         return collate([self.blocks[i] for i in range(min(count, len(self.blocks)))])
 
     def batches(
-        self, batch_size: int, blocks_per_update: int, position: Position, *options: Any
-    ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
-        """What `training_batches` yields, whose ``options`` follow the position."""
-        return training_batches(self.blocks, batch_size, blocks_per_update, self._seed, position, *options)
+        self,
+        micro_batch_size: int,
+        batch_size: int,
+        position: Position,
+        rank: int = 0,
+        ranks: int = 1,
+        same_shape: bool = False,
+    ) -> Iterator[tuple[list[Batch], Position, list[int]]]:
+        """Yield, without end, a rank's micro-batches of a step, the position after it, and its blocks' numbers.
 
+        The blocks of a step do not depend on the number of ranks. The last step of an epoch has the blocks that are
+        left: each block is seen once per epoch, by one rank.
+        """
+        while True:
+            order = epoch_order(len(self.blocks), self._seed, position.epoch)[position.blocks :]
+            steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+            shares = [rank_batches(step, micro_batch_size, rank, ranks) for step in steps]
+            loaded = iter(make_loader(self.blocks, micro_batch_size, list(chain(*shares)), same_shape))
+            for step, share in zip(steps, shares, strict=True):
+                position = Position(position.epoch, position.blocks + len(step))
+                if position.blocks == len(self.blocks):
+                    position = Position(position.epoch + 1)
+                yield list(islice(loaded, len(share))), position, step.tolist()
+
+    # A checkpoint needs nothing but the position. Streamed text has more state: see `corpus.shards.StreamedText`.
     def state(self, rank: int = 0, ranks: int = 1) -> None:
-        """What a checkpoint must hold beside the position, of which each rank gives its part."""
+        """Return a rank's part of the state."""
 
     @staticmethod
     def joined(states: list) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-        """What all ranks' `state` have returned, as a checkpoint holds it: in JSON's terms, and as tensors by group."""
+        """Join the parts of all ranks into JSON and tensors."""
         return {}, {}
 
     def restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Goes on from what `joined` has returned, of the tensors those of the group "stream"."""
-
-
-def _guarded(batches: Iterator[T], num_workers: int, timeout: int) -> Iterator[T]:
-    """Raises WorkerError instead of waiting for ever, and only where a batch is due."""
-
-    def expire(*_: Any) -> None:
-        raise TimeoutError(f"no batch came for {timeout} seconds")
-
-    # PyTorch raises from a handler of SIGCHLD, anywhere, and an update could be half done. Its own timeout does not
-    # help where a worker stops in the middle of handing over a batch; an alarm interrupts any wait.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, expire)
-    while True:
-        signal.alarm(timeout)
-        try:
-            batch = next(batches, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            fix = "go on with --resume, perhaps with --num_workers 0"
-            raise WorkerError(f"--num_workers {num_workers}: a worker died or hangs ({error}); {fix}") from error
-        finally:
-            signal.alarm(0)
-        if batch is None:
-            return
-        yield batch
+        """Resume from what `joined` returned."""
 
 
 class StreamedData(StreamedText):
-    """What the loop trains on, as `TrainingData`, of text that is read as it is needed."""
+    """Blocks of text that is read as it is needed, with the methods of `TrainingData`."""
 
-    def steps_per_epoch(self, blocks_per_update: int) -> None:
+    def steps_per_epoch(self, batch_size: int) -> None:
         return None
 
     def epochs(self, position: Position) -> int:
         return position.epoch
 
-    def first(self, count: int) -> dict[str, torch.Tensor]:
+    def first_batch(self, count: int) -> Batch:
         return collate([self._item(block) for block in self.first_blocks(count)])
 
     def batches(
         self,
+        micro_batch_size: int,
         batch_size: int,
-        blocks_per_update: int,
         position: Position,
         rank: int = 0,
         ranks: int = 1,
         same_shape: bool = False,
-        *workers: int,
-    ) -> Iterator[tuple[list[dict[str, torch.Tensor]], Position, list[int]]]:
-        shape = {"rows": batch_size, "length": self._config.block_size} if same_shape else {}
-        isolate_documents = self._config.pack == "documents"
-        for blocks, most, after, numbers in self.draw(blocks_per_update, position, rank, ranks):
-            items = list(map(self._item, blocks))
-            count = max(len(items), most if ranks > 1 else 0)  # all ranks make as many batches, some without blocks
-            parts = [items[i : i + batch_size] for i in range(0, count, batch_size)]
-            yield [collate(part, isolate_documents=isolate_documents, **shape) for part in parts], after, numbers
+    ) -> Iterator[tuple[list[Batch], Position, list[int]]]:
+        options = {"isolate_documents": self._config.pack == "documents"}
+        if same_shape:
+            options |= {"rows": micro_batch_size, "length": self._config.block_size}
+        for blocks, most, after, numbers in self.draw(batch_size, position, rank, ranks):
+            items = [self._item(block) for block in blocks]
+            count = max(len(items), most if ranks > 1 else 0)  # all ranks make the same number of batches
+            parts = [items[i : i + micro_batch_size] for i in range(0, count, micro_batch_size)]
+            yield [collate(part, **options) for part in parts], after, numbers
 
-    def _item(self, block: np.ndarray) -> dict[str, torch.Tensor]:
+    def _item(self, block: np.ndarray) -> Batch:
         ids, positions = block.astype(np.int64)
         # A document that began in the block before has its positions from the start of this one.
         positions = np.minimum(positions, np.arange(len(ids))) if self._config.pack == "documents" else None
         return block_item(ids, positions)
 
 
-def load_streamed_blocks(
-    config: DataConfig, training: Streamed, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[StreamedData, Blocks]:
-    """What to train on, of which nothing but its start is read yet, and the blocks to evaluate on."""
-    stream = load_stream(config, evaluation, tokenizer, "held out")
-    eval_blocks = group_texts(stream, config.block_size, isolate_documents=config.pack == "documents")
-    need_text(eval_blocks)
-    if training.has_messages and not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
-        warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
-    return StreamedData(config, training, tokenizer, seed), eval_blocks
+def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]:
+    """Return the training and the evaluation documents. Raise UserError if they cannot be read."""
+    return (streaming if config.streaming else sources).load_documents(config, seed)
+
+
+def load_data(
+    config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[TrainingData | StreamedData, Blocks]:
+    """Return what to train on, and the blocks to evaluate on. Raise UserError if there is too little text."""
+    isolate = config.pack == "documents"
+    if config.streaming:
+        held_out, kept = load_stream(config, evaluation, tokenizer, "held out"), None
+        if training.has_messages and not tokenizer.chat_template:
+            tokenizer.chat_template = CHAT_TEMPLATE
+            warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
+        train_data = StreamedData(config, training, tokenizer, seed)
+    else:
+        stream, held_out, kept = select_text(config, training, evaluation, tokenizer, seed)
+        train_data = TrainingData(group_texts(stream, config.block_size, isolate_documents=isolate), seed)
+    eval_blocks = Blocks(held_out, config.block_size, None, isolate, kept)
+    if config.max_eval_blocks and config.max_eval_blocks < len(eval_blocks):  # always the same ones, evenly spread
+        chosen = np.linspace(0, len(eval_blocks) - 1, config.max_eval_blocks).astype(int)
+        eval_blocks.kept = np.asarray(eval_blocks.kept)[chosen]
+    require_predictions(eval_blocks)
+    return train_data, eval_blocks

@@ -1,4 +1,10 @@
-"""The tokenizer and the causal language model."""
+"""The tokenizer and the causal language model: loaded or made new, checked, and brought to all ranks.
+
+tokenizer = load_tokenizer(config, train_documents)
+model_config = load_config(config, tokenizer, block_size=128)       # made causal if the architecture has a switch
+model = build_model(config, model_config, tokenizer, world, device, precision, num_steps)
+nll_sum = next_token_nll(model, input_ids, labels)      # modeling/loss.py: summed over labels that are not -100
+"""
 
 import hashlib
 import json
@@ -24,50 +30,45 @@ from transformers import (
 from cli.errors import UserError, require, warn
 from cli.flags import flag
 from corpus.documents import Documents
-from modeling.architectures import generate_as_trained, make_causal, needs_padding
+from distributed.world import World
+from modeling.adapters import add_lora, freeze, frozen_sha256
+from modeling.architectures import generate_as_trained, make_causal, needs_padding, recompute_activations
+from modeling.checks import check_model
+from modeling.compile import compile_layers, should_compile
 from modeling.loading import load_pretrained, load_tokenizer_by_name, loading, read_config, weights_on_meta
+from modeling.precision import keep_freed_memory
 
 END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
 
 
 @dataclass
 class ModelConfig:
-    model: str | None = flag(None, "Hub id or local directory of a pretrained model")
-    model_revision: str | None = flag(None, "a branch, tag or commit of the Hub model")
-    model_config: str | None = flag(None, "from scratch instead: a directory or JSON file with a model's config.json")
+    title = "model"
+
+    model: str | None = flag(None, "Hub id, with @REVISION if wanted, or directory of a pretrained model")
+    model_config: str | None = flag(None, "from scratch instead: directory or JSON file with a model's config.json")
     model_overrides: str | None = flag(None, """keys to change in the model's config: '{"n_layer": 4}'""")
     tokenizer: str | None = flag(
-        None, "Hub id or local directory (default: the model's); train:N makes a byte-level BPE of N tokens"
+        None, "Hub id or directory (default: the model's); train:N trains a byte-level BPE of N tokens"
     )
     add_tokens: list[str] = flag([], "tokens to add, such as '<note>'; their embeddings start at the mean of all")
-    attn_implementation: str | None = flag(
-        None, "sdpa, eager, or what else transformers knows (default: its own choice)"
-    )
+    attn_implementation: str | None = flag(None, "sdpa, eager, or another of transformers (default: its own choice)")
 
     def rules(self) -> list[tuple[bool, str]]:
-        both = f"--model {self.model} and --model_config {self.model_config} exclude each other; give one of them"
+        given = f"--model {self.model} and --model_config {self.model_config}: exclude each other. Remove one of them."
+        none = "--model: is missing. Pass --model (pretrained) or --model_config (from scratch)."
         size = _vocab_size(self.tokenizer)
-        none = "no model: give --model (pretrained) or --model_config (from scratch)"
+        trained = f"--tokenizer {self.tokenizer}: N must be between 257 (256 bytes and {END_OF_TEXT}) and 1000000"
+        overrides = f"--model_overrides {self.model_overrides}: is no JSON object"
         return [
-            (bool(self.model) != bool(self.model_config), both if self.model else none),
-            (
-                not (self.model_revision and Path(self.model or "").is_dir()),
-                f"--model_revision {self.model_revision}: the directory {self.model} has no revisions; leave it out",
-            ),
-            (
-                size is None or 257 <= size <= 10**6,
-                f"--tokenizer {self.tokenizer}: train:N needs N of at least 257 (256 bytes and {END_OF_TEXT}), "
-                f"at most 1000000",
-            ),
-            (
-                _overrides(self.model_overrides) is not None,
-                f"--model_overrides {self.model_overrides}: must be a JSON object, such as '{{\"n_layer\": 4}}'",
-            ),
+            (bool(self.model) != bool(self.model_config), given if self.model else none),
+            (size is None or 257 <= size <= 10**6, f"{trained}. Use a number such as train:8192."),
+            (_overrides(self.model_overrides) is not None, overrides + """. Pass one such as '{"n_layer": 4}'."""),
         ]
 
 
 def _overrides(text: str | None) -> dict[str, Any] | None:
-    """The parsed overrides, or None where the text is not a JSON object."""
+    """Return the parsed overrides, or None if the text is no JSON object."""
     try:
         value = json.loads(text) if text else {}
     except json.JSONDecodeError:
@@ -76,18 +77,22 @@ def _overrides(text: str | None) -> dict[str, Any] | None:
 
 
 def _vocab_size(tokenizer: str | None) -> int | None:
-    """N of ``train:N`` (0 where N is no number), None for any other tokenizer."""
+    """Return N of ``train:N`` (0 if N is no number), and None for any other tokenizer."""
     if tokenizer is None or not tokenizer.startswith("train:"):
         return None
     number = tokenizer.removeprefix("train:")
     return int(number) if number.isdecimal() else 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
 def load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, or trains one on ``documents`` (the training part, never what is held out)."""
+    """Load the tokenizer, or train one on ``documents``: the training part, never what is held out."""
     tokenizer = _load_tokenizer(config, documents)
     known = [token for token in config.add_tokens if token in tokenizer.get_vocab()]
-    require(not known, f"--add_tokens {' '.join(known)}: the tokenizer has it already; leave it out")
+    require(not known, f"--add_tokens {' '.join(known)}: the tokenizer has it already. Remove it.")
     tokenizer.add_tokens(config.add_tokens)
     return tokenizer
 
@@ -101,13 +106,13 @@ def _load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedToke
     if config.tokenizer:
         return load_tokenizer_by_name(config.tokenizer, "--tokenizer")
     if config.model:
-        return load_tokenizer_by_name(config.model, "--model", config.model_revision)
+        return load_tokenizer_by_name(config.model, "--model")
     source = Path(config.model_config)
     return load_tokenizer_by_name(str(source.parent if source.is_file() else source), "--model_config")
 
 
 def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be written with it, so there is no unknown token."""
+    """Train a byte-level BPE: it can write any text, so there is no unknown token."""
     key = hashlib.sha256(f"{documents.fingerprint}\n{size}".encode()).hexdigest()[:32]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "trained_tokenizers" / f"{key}.json"
     if cached.exists():
@@ -132,29 +137,34 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-def load_config(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, unchanged: str | None = None
-) -> PreTrainedConfig:
-    """The model's config with the overrides; for a model from scratch it fits a tokenizer that was chosen for it.
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
 
-    ``unchanged`` is why a pretrained model's config must not be changed to make it causal, if there is a reason.
+
+def load_config(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, is_adapter: bool = False
+) -> PreTrainedConfig:
+    """Return the model's config with --model_overrides, made causal, and fitted to the tokenizer if from scratch.
+
+    Raise UserError if an adapter would need changes: it is loaded on top of the model as it is published.
     """
     name, flag_name = (config.model, "--model") if config.model else (config.model_config, "--model_config")
     if Path(name, "adapter_config.json").exists():
-        fix = f"merge it first: python generate.py --model {name} --merge OUT"
-        raise UserError(f"{flag_name} {name}: is an adapter, and no model by itself; {fix}")
+        fix = f"Run python export.py --model {name} --out DIR, and pass DIR"
+        raise UserError(f"{flag_name} {name}: is an adapter, and no model by itself. {fix}.")
     overrides = _overrides(config.model_overrides)
-    settings = read_config(name, flag_name, config.model_revision, overrides)
+    settings = read_config(name, flag_name, overrides)
     if config.model_config and config.tokenizer:  # a config knows only the tokenizer that it was published with
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         fitting = {"vocab_size": len(tokenizer)} | {key: getattr(tokenizer, key) for key in special}
         for key in fitting.keys() - overrides.keys():
             try:
                 setattr(settings, key, fitting[key])
-            except StrictDataclassFieldValidationError:  # some have to have a padding id
+            except StrictDataclassFieldValidationError:  # some configs must have a padding id
                 setattr(settings, key, tokenizer.eos_token_id)
     changed = make_causal(settings, kept=overrides, new_block_size=None if config.model else block_size)
-    require(not (changed and unchanged), f"{unchanged} {', '.join(changed)}; add --merge_lora")
+    alone = f"--lora_rank: {settings.model_type} is made causal with {', '.join(changed)}, which no adapter records"
+    require(not (changed and is_adapter), f"{alone}. Remove --lora_rank.")
     settings._attn_implementation = config.attn_implementation
     if config.model_config and getattr(settings, "pad_token_id", 0) is None and needs_padding(settings):
         settings.pad_token_id = tokenizer.eos_token_id
@@ -164,16 +174,16 @@ def load_config(
 def load_model(
     config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, empty: bool = False
 ) -> PreTrainedModel:
-    """Returns the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings.
+    """Return the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings.
 
-    An ``empty`` one has its weights on device meta, and no memory for them.
+    An ``empty`` model has its weights on device meta, which takes no memory.
     """
     if config.model and not empty:
-        model = load_pretrained(config.model, settings, config.model_revision)
+        model = load_pretrained(config.model, settings)
     else:
         source = f"--model {config.model}" if config.model else f"--model_config {config.model_config}"
         with (
-            loading(source, "causal language model", "check it and --model_overrides"),
+            loading(source, "causal language model", "Use another config or other --model_overrides."),
             weights_on_meta() if empty else nullcontext(),
         ):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
@@ -186,4 +196,45 @@ def load_model(
             for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
                 for rows in layer.parameters():  # weights (vocabulary, width), a bias (vocabulary,)
                     rows[added] = rows[: min(added)].mean(0)
+    return model
+
+
+def build_model(
+    config: Any,
+    settings: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    device: torch.device,
+    precision: str,
+    num_steps: int,
+    compiled: bool | None = None,
+) -> PreTrainedModel:
+    """Return the model, ready to train: loaded and checked on rank 0, brought to all ranks, compiled if that pays.
+
+    ``compiled`` is what a resumed run did before. The model gets two attributes: ``frozen_sha256``, of the weights that
+    no checkpoint holds, and ``is_compiled``. Raise UserError if the model fits neither the text nor the flags.
+    """
+    keep_freed_memory(device.type)
+    with world.main_first():
+        model = load_model(config, settings, tokenizer, empty=not world.is_main)
+        if world.is_main:
+            model = model.to(world.load_device(device))
+            check_model(model, tokenizer, config.block_size, config.pack == "documents", precision)
+
+    # What is trained: all weights, all but the frozen ones, or adapters.
+    freeze(model, config.freeze)
+    if config.lora_rank:
+        add_lora(model, config)
+    model.frozen_sha256 = world.on_main(lambda: frozen_sha256(model))
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+
+    # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, also with more steps.
+    model = world.parallelize(model, device, precision, config.block_size)
+    if compiled is None or config.compile != "auto":
+        flops = 6 * model.num_parameters() * config.batch_size * config.block_size * num_steps / world.size
+        compiled = world.on_main(lambda: should_compile(config.compile, model, flops))
+    model.is_compiled = compiled
+    if compiled:
+        compile_layers(model, config.block_size)
     return model

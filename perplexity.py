@@ -5,11 +5,11 @@ r"""Perplexity of any causal language model on any text.
                          --dataset_split test --block_size 1024 --stride 512
 
 Prints, one a line: `tokens` that were predicted, `loss` (their mean negative log-likelihood in nats), `perplexity`
-(exp of it) and `bits_per_byte` (the summed loss in bits over the UTF-8 bytes of the text). By default the text is cut
-into blocks of --block_size tokens, as in training, and the first token of a block is not predicted. With --stride N a
-window slides on by N tokens, so that each token is predicted once with at least block_size - N tokens before it; only
-then does `bits_per_byte` count every token but the first. Of conversations, and of prompts with completions, the
-answers alone are scored, as in training.
+(its exponential) and `bits_per_byte` (the summed loss in bits, divided by the UTF-8 bytes of the text). By default the
+text is cut into blocks of --block_size tokens, as in training, and the first token of a block is not predicted. With
+--stride N a window slides by N tokens: each token is predicted once, with at least block_size - N tokens before it.
+Only then does `bits_per_byte` count every token but the first. In conversations, and in prompts with completions, the
+answers alone have a loss, as in training.
 """
 
 import math
@@ -22,12 +22,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli.errors import run
+from cli.errors import run_script
 from cli.flags import Count, flag, parse
 from corpus.flags import TextConfig
+from corpus.formats import FILES_HELP
 from corpus.sources import read_documents
 from corpus.tokenize import load_stream
-from data import group_texts, make_loader, need_text
+from data import group_texts, make_loader, require_predictions
+from distributed.world import World
 from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import count_predicted, evaluating, next_token_nll
@@ -36,22 +38,20 @@ from modeling.precision import Precision, autocast, keep_freed_memory, resolve_p
 
 @dataclass
 class PerplexityConfig(TextConfig):
-    model: str | None = flag(None, "Hub id or local directory of the model to measure")
-    model_revision: str | None = flag(None, "a branch, tag or commit of the Hub model")
-    files: list[str] = flag([], "paths or globs of the text: .txt .jsonl .json .csv .parquet .arrow, also .gz")
-    stride: Count | None = flag(None, "slide a window of --block_size tokens on by N tokens instead of cutting blocks")
-    batch_size: Count = flag(8, "blocks a forward pass; does not change the result")
+    title = "perplexity"
+
+    model: str | None = flag(None, "Hub id, with @REVISION if wanted, or directory of the model to measure")
+    files: list[str] = flag([], FILES_HELP)
+    stride: Count | None = flag(None, "slide a window of --block_size tokens by N tokens instead of cutting blocks")
+    batch_size: Count = flag(8, "blocks per forward pass; does not change the result")
     precision: Precision = flag("fp32", "fp32 is exact; auto is the fastest that the device does well")
 
     def rules(self) -> list[tuple[bool, str]]:
+        skips = f"--stride {self.stride}: must be at most --block_size {self.block_size}, or tokens would be skipped"
         return [
-            *super().rules(),
-            (self.model is not None, "no model: give --model, a Hub id or a directory"),
-            (bool(self.files) != bool(self.dataset), "give the text with either --files or --dataset"),
-            (
-                (self.stride or 1) <= self.block_size,
-                f"--stride {self.stride}: must be at most --block_size {self.block_size}, or tokens would be skipped",
-            ),
+            (self.model is not None, "--model: is missing. Pass a Hub id or a directory."),
+            (bool(self.files) != bool(self.dataset), "--files: one source is needed. Pass --files or --dataset."),
+            ((self.stride or 1) <= self.block_size, f"{skips}. Lower it."),
         ]
 
 
@@ -61,58 +61,58 @@ def evaluate(
     loader: DataLoader,
     precision: str = "fp32",
     between_batches: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> tuple[float, int]:
-    """Returns (nll_sum in nats, num_tokens) over everything that ``loader`` yields.
+    """Return the mean loss in nats per predicted token over all batches of all ranks, and the number of these tokens.
 
-    ``loader`` yields what `train_step` takes: {"input_ids", "labels"}, both (batch, sequence) int64. Perplexity is
-    exp(nll_sum / num_tokens): sums over tokens do not depend on how blocks were batched. The model keeps its mode and
-    its random state.
-    ``between_batches`` is called before each batch; it may raise.
+    ``loader`` yields {"input_ids", "labels"}, both (batch, sequence) int64. The sums are over tokens, so the result
+    does not depend on how blocks are batched. ``between_batches`` is called before each batch; it may raise. The model
+    keeps its mode and its random state.
     """
     device = next(model.parameters()).device
-    nll_sum = torch.zeros((), dtype=torch.float64, device=device)
-    num_tokens = 0
+    nll_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     bar = tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
-    with evaluating(model), autocast(device, precision):  # over all batches, so that the layers' weights are cast once
+    with evaluating(model), autocast(device, precision):  # over all batches, so that weights are cast once
         for batch in bar:
             between_batches()
             num_tokens += count_predicted(batch["labels"])
             inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-            # Token by token, so that the sum is taken in float64 in any order.
+            # Token by token, so that the sum is taken in float64.
             nll_sum += next_token_nll(model, **inputs, reduction="none").double().sum()
-            if not bar.disable:  # the sum comes to the host only where someone looks at it
+            if not bar.disable:  # the host waits for the device only if someone looks
                 loss, speed = nll_sum.item() / max(1, num_tokens), num_tokens / bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
-    return nll_sum.item(), num_tokens
+    sums = torch.stack([nll_sum, torch.tensor(num_tokens, dtype=torch.float64, device=device)])
+    total, count = (world or World()).all_reduce(sums).tolist()
+    return total / count, int(count)
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss in nats a token); infinite, and no OverflowError, where a diverged model's loss is beyond a float."""
+    """Return exp(loss in nats per token): infinity, and no OverflowError, if it exceeds a float."""
     return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
 def main() -> None:
-    config, _ = parse([PerplexityConfig], __doc__)
+    config, _ = parse(PerplexityConfig, __doc__)
     device = select_device()
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device.type)
     precision = resolve_precision(config.precision, device)
-    with redirect_stdout(sys.stderr):  # what is said about the text is no result
+    with redirect_stdout(sys.stderr):  # remarks on the text are no result
         documents = read_documents(config, "--files", config.files)
-        tokenizer = load_tokenizer_by_name(config.model, "--model", config.model_revision)
+        tokenizer = load_tokenizer_by_name(config.model, "--model")
         stream = load_stream(config, documents, tokenizer, "text")
     isolate_documents = config.pack == "documents"
     blocks = group_texts(stream, config.block_size, config.stride, isolate_documents)
-    need_text(blocks)
-    model = load_pretrained(config.model, revision=config.model_revision).to(device)
+    require_predictions(blocks)
+    model = load_pretrained(config.model).to(device)
     check_model(model, tokenizer, config.block_size, isolate_documents)
 
-    nll_sum, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
+    loss, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")
-    print(f"loss: {nll_sum / num_tokens:.6f}")
-    print(f"perplexity: {perplexity(nll_sum / num_tokens):.4f}")
-    print(f"bits_per_byte: {nll_sum / math.log(2) / stream.num_bytes:.6f}")
+    print(f"loss: {loss:.6f}")
+    print(f"perplexity: {perplexity(loss):.4f}")
+    print(f"bits_per_byte: {loss * num_tokens / math.log(2) / stream.num_bytes:.6f}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

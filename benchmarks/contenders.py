@@ -11,7 +11,6 @@ What is ours is imported from the product. What is a peer's is the peer itself, 
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import statistics
@@ -45,20 +44,29 @@ from transformers import (
 import train
 from benchmarks import guide
 from corpus.flags import TextConfig
-from corpus.position import Position
 from corpus.sources import read_documents
 from corpus.tokenize import tokenize
-from data import Blocks, group_texts, in_batches, make_loader, split_batch, training_batches
-from distributed.world import Group
+from data import Blocks, TrainingData, group_texts, make_loader, rank_batches
+from distributed.world import World
 from generate import SamplingConfig, generate
 from modeling.architectures import flops_per_token
+from modeling.compile import compile_layers
 from modeling.loading import load_pretrained
 from modeling.loss import next_token_nll
-from modeling.precision import DTYPES, autocast, keep_freed_memory, resolve_precision, select_device
+from modeling.precision import (
+    DTYPES,
+    autocast,
+    device_name,
+    keep_freed_memory,
+    make_deterministic,
+    resolve_precision,
+    select_device,
+)
 from perplexity import evaluate
 from training import checkpoint
 from training.log import RunLog
-from training.monitor import peak_flops, peak_memory_gib
+from training.monitor import StepMonitor, Throughput, micro_batch_memory, peak_flops, peak_memory_gib
+from training.state import TrainState, seed_step, training_state
 
 BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6
 PROMPTS = ["The with statement is used to", "A list comprehension", "To open a file for reading,", "In Python, a class"]
@@ -123,65 +131,53 @@ def full_blocks(o: Options, number: int | None = None) -> list[dict[str, torch.T
 
 
 def ours(turns: Turns, o: Options) -> None:
-    """The loop of train.py's main without evaluations and checkpoints: its batches, its train_step, its log."""
+    """The loop of train.py's `train` without evaluations, checkpoints and signals."""
     keep_freed_memory()
-    device = select_device()
+    device, world, num_steps = select_device(), World(), o.get("max_steps", ENDLESS)
+    config = train.Config(block_size=o["block_size"], batch_size=BATCH, micro_batch_size=BATCH, log_every=LOG_EVERY)
     precision = resolve_precision(o.get("precision", "auto"), device)
     model = fresh_model(o)
-    train.make_deterministic()
+    make_deterministic()
     model.train()
     compiled = o.get("compile", False)
     if compiled:
-        train.compile_layers(model, o["block_size"])
-    optimizer = train.make_optimizer(model, 0.01)
+        compile_layers(model, config.block_size)
+    optimizer = train.make_optimizer(model, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     directory = Path(o["work"]) / f"ours-{os.getpid()}"
     directory.mkdir()
-    log, blocks, max_steps = RunLog(directory, 0, False, ENDLESS), text_blocks(o), o.get("max_steps", ENDLESS)
-    updates, losses, tokens_seen, started = [], [], 0, time.perf_counter()
+    state, train_data, losses = TrainState(), TrainingData(text_blocks(o), config.seed), []
+    log, peak_rate = RunLog(directory, state, num_steps), o.get("learning_rate", PEAK_RATE)
+    monitor = StepMonitor(state, log, world, config.max_skipped_steps, peak_rate)
+    throughput = Throughput(state, num_steps, device)
 
     def tell_losses() -> None:
         turns.facts["losses"] = [loss.item() for loss in losses]
 
     turns.between = tell_losses
     turns.facts |= {
-        "flops_per_token": flops_per_token(model, o["block_size"]),
-        "peak_flops": peak_flops(train.device_name(device)),
+        "flops_per_token": flops_per_token(model, config.block_size),
+        "peak_flops": peak_flops(device_name(device)),
     }
     if o.get("count_syncs"):
         turns.between = count_syncs(turns)
-    batches = training_batches(blocks, BATCH, BATCH, 42, Position(), same_shape=compiled)
-    for step, (micro_batches, position, _) in enumerate(batches, 1):
-        turns.boundary()
-        rate = train.learning_rate_at(step - 1, o.get("learning_rate", PEAK_RATE), o.get("warmup", 0), max_steps)
-
-        def update(size: int, batches: list = micro_batches, rate: float = rate):
-            parts = [part for batch in batches for part in split_batch(batch, size)]
-            return train.train_step(model, optimizer, scaler, parts, rate, CLIP, precision)
-
-        made, _ = train.within_memory(update, BATCH, "stop")
-        losses.append(made.loss)
-        updates.append(torch.stack([value.double() for value in made]))
+    batches = train_data.batches(BATCH, BATCH, state.position, same_shape=compiled)
+    while True:
+        with throughput.paused():
+            turns.boundary()
+        micro_batches, position, blocks = next(batches)
+        learning_rate = train.learning_rate_at(state.step, peak_rate, o.get("warmup", 0), num_steps)
+        seed_step(config.seed, state.step, world.rank)
+        with micro_batch_memory(config):
+            result = train.train_step(model, optimizer, scaler, micro_batches, learning_rate, CLIP, precision, world)
+        losses.append(result.loss)
+        epoch = state.position.epoch
+        state.advance(position)
+        monitor.add(epoch, blocks, result)
         log.step()
-        if step % LOG_EVERY == 0:
-            values = torch.stack(updates).tolist()  # loss, gradient norm, tokens
-            assert all(math.isfinite(loss + norm) for loss, norm, *_ in values)
-            tokens, now = sum(int(update[3]) for update in values), time.perf_counter()
-            tokens_seen, speed = tokens_seen + tokens, tokens / (now - started)
-            updates, started = [], now
-            log.train(
-                step,
-                max_steps,
-                seconds_left=(max_steps - step) / speed,
-                loss=made.loss.item(),
-                tokens=int(made.num_predicted),
-                learning_rate=rate,
-                grad_norm=made.grad_norm.item(),
-                tokens_per_second=speed,
-                tokens_seen=tokens_seen,
-                epoch=position.epoch + position.blocks / len(blocks),
-                memory_gib=peak_memory_gib(device),
-            )
+        if state.step % config.log_every == 0 or state.step in (1, num_steps):
+            monitor.check()
+            log.training(state, result, learning_rate, train_data.epochs(position), throughput.since_last_log())
 
 
 def count_syncs(turns: Turns) -> Callable[[], None]:
@@ -203,10 +199,10 @@ def bare(turns: Turns, o: Options) -> None:
     device = select_device()
     precision = resolve_precision("auto", device)
     model = fresh_model(o)
-    train.make_deterministic()
+    make_deterministic()
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
-    batches = list(make_loader(text_blocks(o), BATCH, in_batches(range(32 * BATCH), BATCH)))
+    batches = list(make_loader(text_blocks(o), BATCH, rank_batches(range(32 * BATCH), BATCH)))
     for batch in cycle(batches):
         turns.boundary()
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
@@ -429,12 +425,12 @@ def guide_blocks(turns: Turns, o: Options) -> None:
 def our_evaluation(turns: Turns, o: Options) -> None:
     keep_freed_memory()
     model, device = fresh_model(o), select_device()
-    loader = make_loader(text_blocks(o), BATCH, in_batches(range(o["blocks"]), BATCH))
+    loader = make_loader(text_blocks(o), BATCH, rank_batches(range(o["blocks"]), BATCH))
     precision = resolve_precision("auto", device)
     while True:
         turns.boundary()
-        nll_sum, tokens = evaluate(model, loader, precision)
-        turns.facts |= {"loss": nll_sum / tokens, "tokens": o["blocks"] * o["block_size"]}
+        loss, _ = evaluate(model, loader, precision)
+        turns.facts |= {"loss": loss, "tokens": o["blocks"] * o["block_size"]}
 
 
 def trainer_evaluation(turns: Turns, o: Options) -> None:
@@ -487,7 +483,7 @@ def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    return train.training_state(model, optimizer, Group())
+    return training_state(model, optimizer, World())
 
 
 def our_checkpoint(turns: Turns, o: Options) -> None:
@@ -536,7 +532,7 @@ def prepare(turns: Turns, o: Options) -> None:
     (work / "eval.jsonl").write_text(json.dumps(value) + "\n", encoding="utf-8")
     blocks = text_blocks(o)  # and the cache is warm
     turns.facts |= {
-        "device": train.device_name(device),
+        "device": device_name(device),
         "cuda": device.type == "cuda",
         "precision": resolve_precision("auto", device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -1,6 +1,6 @@
 """What a run on many devices needs and costs, by formula; the table of docs/scale.md is made of them.
 
-They are those of this project's training step, and tests/test_scale.py holds them against bytes that were counted.
+They are for this project's training step. tests/distributed/test_scale.py compares them with bytes that were counted.
 Sizes are in bytes, GB are 10^9 of them, P is the number of parameters. `benchmarks.scale` prints the table.
 """
 

@@ -37,9 +37,8 @@ def fine_tune_with_trainer(settings: argparse.Namespace) -> None:
     from corpus.sources import load_documents
     from corpus.tokenize import tokenize
     from data import group_texts, make_loader
-    from modeling.precision import resolve_precision
+    from modeling.precision import device_name, resolve_precision
     from perplexity import evaluate
-    from train import device_name
 
     config = DataConfig(train_files=[settings.text], text_column=settings.text_column)
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
@@ -66,10 +65,8 @@ def fine_tune_with_trainer(settings: argparse.Namespace) -> None:
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=full)
         trainer.train()
     print("RESULT " + json.dumps({"steps": trainer.state.global_step}), flush=True)
-    nll_sum, tokens = evaluate(model, make_loader(held_out, 8), resolve_precision("auto", device))  # as train.py does
-    print(
-        "RESULT " + json.dumps({"loss": nll_sum / tokens, "tokens": tokens, "device": device_name(device)}), flush=True
-    )
+    loss, tokens = evaluate(model, make_loader(held_out, 8), resolve_precision("auto", device))  # as train.py does
+    print("RESULT " + json.dumps({"loss": loss, "tokens": tokens, "device": device_name(device)}), flush=True)
 
 
 def measure_trainer(settings: argparse.Namespace, learning_rate: float, log: Path) -> dict:

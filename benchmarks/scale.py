@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.bench import ROOT, Contender, heading, short, shown
 from benchmarks.formulas import DOCUMENT, gpt2, shape_of, state_bytes, table, with_table
-from distributed.world import DistributedConfig, Group, join
+from distributed.world import DistributedConfig, World, join_world
 from modeling.precision import keep_freed_memory
 
 RESULTS = ROOT / "benchmarks" / "SCALE.md"
@@ -82,50 +82,50 @@ def work(o: dict[str, Any]) -> None:
     waited, facts, empty = count_waiting(), {}, 0
     if o["keeps_memory"]:
         keep_freed_memory()
-    with join(DistributedConfig(o["strategy"])) as group:
-        torch.manual_seed(group.rank)
+    with join_world(DistributedConfig(o["strategy"])) as world:
+        torch.manual_seed(world.rank)
         shape, device = (o["layers"], o["width"], o["width"] // 64, o["vocabulary"], o["length"]), torch.device("cpu")
         ids = torch.randint(o["vocabulary"], (o["batch"], o["length"]))
         batch = {"input_ids": ids, "labels": ids}
         empty = resident(peak=False)
-        with torch.device("meta" if group.rank else device):
+        with torch.device("meta" if world.rank else device):
             model = gpt2(*shape)
-        model = group.spread(model, device, o["precision"], o["length"])
+        model = world.parallelize(model, device, o["precision"], o["length"])
         model.train()
         optimizer = train.make_optimizer(model, 0.01)
-        scaler, sync = torch.amp.GradScaler("cpu", enabled=False), group.last_of_update
+        scaler, sync = torch.amp.GradScaler("cpu", enabled=False), world.sync_gradients
 
         def ours(number: int = o["micro_batches"]) -> None:  # at a learning rate of 0, so that all steps are alike
-            train.train_step(model, optimizer, scaler, [batch] * number, 0.0, 1.0, o["precision"], group)
+            train.train_step(model, optimizer, scaler, [batch] * number, 0.0, 1.0, o["precision"], world)
 
         def unsynced() -> None:
-            group.last_of_update = lambda model, is_last: sync(model, False)
+            world.sync_gradients = lambda model, is_last: sync(model, False)
             ours()
-            group.last_of_update = sync
+            world.sync_gradients = sync
 
         steps = {"ours": ours, "unsynced": unsynced}
-        while line := group.first(sys.stdin.readline):
+        while line := world.on_main(sys.stdin.readline):
             kind, number = line.split()
             if kind not in steps:
-                steps[kind] = bare_step(gpt2(*shape), ids, group)
+                steps[kind] = bare_step(gpt2(*shape), ids, world)
                 steps[kind]()
             waited[0], started = 0.0, time.perf_counter()
             for _ in range(int(number)):
                 steps[kind]()
-            group.sum(torch.zeros(1))  # all have made them
+            world.all_reduce(torch.zeros(1))  # all have made them
             elapsed = time.perf_counter() - started
             if "held" not in facts:  # before there is another model
-                facts["held"] = group.collect(held_bytes(model, optimizer))
-                facts["grown"] = group.collect(resident(peak=True) - empty)
+                facts["held"] = world.gather(held_bytes(model, optimizer))
+                facts["grown"] = world.gather(resident(peak=True) - empty)
                 facts["sent"] = collectives(ours) if o["counts"] else []
-            if group.rank == 0:
+            if world.is_main:
                 print(json.dumps({"seconds": elapsed, "waited": waited[0], **facts}), file=answers, flush=True)
 
 
-def bare_step(model: PreTrainedModel, ids: torch.Tensor, group: Group) -> Callable[[], None]:
+def bare_step(model: PreTrainedModel, ids: torch.Tensor, world: World) -> Callable[[], None]:
     """The bare minimum: DistributedDataParallel in its defaults, the model's own loss, clipping, fused AdamW."""
     model.train()
-    spread = torch.nn.parallel.DistributedDataParallel(model) if group.size > 1 else model
+    spread = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step() -> None:

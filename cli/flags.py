@@ -1,10 +1,10 @@
 """Flags: dataclasses, filled from defaults < YAML file < command line.
 
 @dataclass
-class TrainConfig:
-    batch_size: int = flag(8, "blocks per step")
+class Config(TextFlags, ModelFlags):          # each base is a group of --help, named by its `title`
+    batch_size: Count = flag(8, "blocks per step")
 
-(config,) = parse([TrainConfig], __doc__)     # reads sys.argv; --config FILE.yaml works for every script
+config, config_file = parse(Config, __doc__)   # reads sys.argv; every script takes --config FILE.yaml
 """
 
 import dataclasses
@@ -15,17 +15,20 @@ import sys
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from cli.errors import UserError, require, root_cause
+from cli.removed import REMOVED
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number may have; ``above`` and ``below`` are themselves excluded."""
+    """The values that a number may have. ``above`` and ``below`` are themselves excluded."""
 
     least: float | None = None
     most: float | None = 10**9  # nobody means more
@@ -33,25 +36,25 @@ class Range:
     below: float | None = None
 
     def broken_by(self, value: float) -> str | None:
-        """The rule that ``value`` breaks, or None."""
+        """Return what is wrong with ``value`` and what to do, or None."""
         bounds = (
-            (self.least, lambda bound: value >= bound, "at least"),
-            (self.above, lambda bound: value > bound, "above"),
-            (self.below, lambda bound: value < bound, "below"),
-            (self.most, lambda bound: value <= bound, "at most"),
+            (self.least, lambda bound: value >= bound, "at least", "larger"),
+            (self.above, lambda bound: value > bound, "above", "larger"),
+            (self.below, lambda bound: value < bound, "below", "smaller"),
+            (self.most, lambda bound: value <= bound, "at most", "smaller"),
         )
-        for bound, holds, words in bounds:
-            if bound is not None and not holds(bound):  # a NaN holds nowhere
-                return f"must be {words} {bound}"
+        for bound, holds, words, other in bounds:
+            if bound is not None and not holds(bound):  # NaN fails every comparison
+                return f"must be {words} {bound}. Set a {other} value."
         return None
 
 
 Count = Annotated[int, Range(least=1)]
-Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # what NumPy takes
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # the seeds that NumPy takes
 
 
 def flag(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command line flag. ``default`` is written here and nowhere else."""
+    """Return a dataclass field that is also a flag. ``default`` is written here and nowhere else."""
     # argparse formats help texts with %, so a literal per cent sign must be doubled.
     metadata = {"help": help.replace("%", "%%")}
     if isinstance(default, list):
@@ -59,8 +62,53 @@ def flag(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tuple[T, Path | None]:
+    """Return a filled ``kind`` and the path given with ``--config``, if any.
+
+    Precedence: defaults < ``--config FILE.yaml`` < flags. Raise UserError for an unknown flag or key, for a value of
+    the wrong type, and, all at once, for values out of their `Range` or against the ``rules`` of any base class. A rule
+    is a pair: does it hold, and what to say if not.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    usage = "%(prog)s [--flag value ...]"  # the whole list would be a screen of brackets
+    parser = _Parser(groups(kind), usage=usage, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the flags below; flags beside it win")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    path = parser.parse_known_args(argv)[0].config
+    flags = _yaml_flags(Path(path), fields) if path else []
+    *parts, _, unknown = parser.parse_args_into_dataclasses(
+        flags + argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:  # only the name is shown: what follows may be a secret
+        raise UserError(_unknown(unknown[0].partition("=")[0], list(fields)))
+    config = kind(**{name: value for part in parts for name, value in vars(part).items()})
+    rules = [*_ranges(config)]
+    for part in kind.__mro__:
+        rules += vars(part)["rules"](config) if "rules" in vars(part) else []
+    broken = [message for holds, message in rules if not holds]
+    require(not broken, "\n".join(broken))
+    return config, Path(path) if path else None
+
+
+def groups(kind: type) -> list[type]:
+    """Return one dataclass per group of flags: the fields that classes with the same ``title`` declare themselves."""
+    hints, fields = get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
+    grouped: dict[str, list[tuple[str, Any, Any]]] = {}
+    for part in kind.__mro__:
+        for name in vars(part).get("__annotations__", {}):
+            default, factory = fields[name].default, fields[name].default_factory
+            field = dataclasses.field(default=default, metadata=fields[name].metadata)
+            if factory is not dataclasses.MISSING:
+                field = dataclasses.field(default_factory=factory, metadata=fields[name].metadata)
+            grouped.setdefault(part.title, []).append((name, hints[name], field))
+    return [
+        dataclasses.make_dataclass("Group", members, namespace={"_argument_group_name": title})
+        for title, members in grouped.items()
+    ]
+
+
 class _Formatter(RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks and shows each default once, where there is one."""
+    """Keep the description's line breaks, and show each default once, if there is one."""
 
     def _get_help_string(self, action):
         shown = action.default is not None and action.default != [] and action.dest not in ("help", "config")
@@ -77,40 +125,15 @@ class _Formatter(RawDescriptionHelpFormatter):
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse would print the whole usage first; one line is what a person can act on.
-        raise UserError(re.sub(r"(--\w+)/--[\w-]+", r"\1", message) + "; see --help")
+        message = re.sub(r"argument (--\w+)(/--[\w-]+)?", r"\1", message)
+        raise UserError(f"{message}. Run with --help to see all flags.")
 
 
-def parse(dataclass_types: list[type], description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Returns one filled instance of each dataclass and, last, the path given with ``--config`` or None.
-
-    Precedence: defaults < ``--config FILE.yaml`` < flags. Raises UserError for an unknown flag or key, for values of
-    the wrong type, and for all values at once that are out of their ``Range`` or break their dataclass's ``rules()``.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(dataclass_types, description=description, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="a YAML file of the flags below; flags given beside it win"
-    )
-    names = [field.name for kind in dataclass_types for field in dataclasses.fields(kind)]
-    path = parser.parse_known_args(argv)[0].config
-    flags = _yaml_flags(Path(path), names) if path else []
-    *instances, _, unknown = parser.parse_args_into_dataclasses(
-        flags + argv, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        name = unknown[0].partition("=")[0]  # what follows may be a secret
-        raise UserError(f"unknown argument {name!r}{_suggest(name.lstrip('-'), names, '--')}; see --help")
-    rules = [rule for instance in instances for rule in (*_ranges(instance), *instance.rules())]
-    broken = [message for holds, message in rules if not holds]
-    require(not broken, "\n".join(broken))
-    return *instances, Path(path) if path else None
-
-
-def _ranges(instance: Any) -> Iterator[tuple[bool, str]]:
-    for name, hint in get_type_hints(type(instance), include_extras=True).items():
+def _ranges(config: Any) -> Iterator[tuple[bool, str]]:
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
         for part in (hint, *get_args(hint)):  # Count, or Count | None
             limits = [extra for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Range)]
-            value = getattr(instance, name)
+            value = getattr(config, name)
             if limits and value is not None:
                 rule = limits[0].broken_by(value)
                 yield rule is None, f"--{name} {value}: {rule}"
@@ -125,24 +148,27 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml_flags(path: Path, names: list[str]) -> list[str]:
-    """The file's settings as command line arguments, so that one parser checks every type."""
+def _yaml_flags(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
+    """Return the file's settings as command line arguments, so that one parser checks every type."""
     try:
         text = path.read_text(encoding="utf-8")
         typed = yaml.load(text, _Loader) or {}
         raw = yaml.load(text, yaml.BaseLoader) or {}  # every scalar as written: `compile: on` stays "on", not True
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give an existing YAML file") from error
+        raise UserError(f"--config {path}: {error.strerror}. Pass an existing YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)  # the whole message would quote the line, be it a secret
+        mark = getattr(error, "problem_mark", None)  # the whole message would quote the line, which may be a secret
         fault = f"line {mark.line + 1}, {error.problem}" if mark else root_cause(error)
-        raise UserError(f"--config {path}: not valid YAML ({fault}); mend the file") from error
+        raise UserError(f"--config {path}: not valid YAML ({fault}). Pass a valid file.") from error
     if not isinstance(typed, dict):
-        raise UserError(f"--config {path}: must be a mapping of flags, such as `batch_size: 8`")
+        raise UserError(f"--config {path}: must be a mapping of flags. Use lines such as `batch_size: 8`.")
     flags = []
     for key, value in typed.items():
-        if key not in names:
-            raise UserError(f"--config {path}: unknown key {key!r}{_suggest(str(key), names)}; the keys are the flags")
+        if key not in fields:
+            raise UserError(f"--config {path}: {_unknown(str(key), list(fields))}")
+        takes_one = fields[key].default_factory is dataclasses.MISSING
+        is_list = f"--config {path}: {key}: takes one value, not a list. Remove the brackets."
+        require(not (isinstance(value, list) and takes_one), is_list)
         if isinstance(value, dict):
             flags.append(f"--{key}={json.dumps(value)}")
         elif isinstance(value, list):
@@ -152,6 +178,10 @@ def _yaml_flags(path: Path, names: list[str]) -> list[str]:
     return flags
 
 
-def _suggest(name: str, names: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
-    return f": did you mean {prefix}{near[0]}?" if near else ""
+def _unknown(given: str, names: list[str]) -> str:
+    """Return what to say about an unknown flag or key."""
+    name, prefix = given.lstrip("-").replace("-", "_"), "--" if given.startswith("-") else ""
+    if name in REMOVED:
+        return f"{given}: no longer a flag. {REMOVED[name]}."
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{given}: unknown. " + (f"Use {prefix}{near[0]}." if near else "Run with --help to see all flags.")

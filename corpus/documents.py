@@ -1,4 +1,4 @@
-"""Documents as iterators of pieces of text, so that one document may be larger than memory."""
+"""Documents as iterators over pieces of text, so that one document may be larger than memory."""
 
 import dataclasses
 import gzip
@@ -14,20 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from cli.errors import UserError, require, root_cause
 
-PIECE_CHARACTERS = 1 << 16  # of a file that are read at once
-Piece = tuple[str, bool]  # of a document's text, and whether it is scored
+PIECE_CHARACTERS = 1 << 16  # characters of a file to read at once
+Piece = tuple[str, bool]  # (text, has_loss)
 
 
 class Documents(ABC):
-    ended = True  # False where the last document was cut and goes on elsewhere: no end-of-text follows it
+    """An iterable of documents. A document is an iterator over strings."""
+
+    has_end_of_text = True  # False for the first half of a document: no end-of-text token follows it
     has_messages = False  # whether a chat template is needed
 
     def __iter__(self) -> Iterator[Iterator[str]]:
-        return ((piece for piece, _ in pieces) for pieces in self.with_loss_mask())
+        return ((text for text, _ in pieces) for pieces in self.with_loss_mask())
 
     @abstractmethod
     def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
-        """The documents with what of them is scored. Without a tokenizer a conversation is its bare contents."""
+        """Yield each document as (text, has_loss) pieces. Without a tokenizer, a conversation is its bare contents."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class TextFiles(Documents):
     """Text files, one document each: (path, first character, end character or None)."""
 
     files: tuple[tuple[str, int, int | None], ...]
-    ended: bool = True
+    has_end_of_text: bool = True
+    flag_name: str = ""  # for error messages
 
     def __len__(self) -> int:
         return len(self.files)
@@ -43,22 +46,21 @@ class TextFiles(Documents):
     @property
     def fingerprint(self) -> str:
         stats = [(path, start, end, Path(path).stat()) for path, start, end in self.files]
-        return str([(*file, stat.st_size, stat.st_mtime_ns) for *file, stat in stats]) + str(self.ended)
+        return str([(*file, stat.st_size, stat.st_mtime_ns) for *file, stat in stats]) + str(self.has_end_of_text)
 
     def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
-        return (((piece, True) for piece in self._read(*file)) for file in self.files)
+        return (((text, True) for text in self._read(*file)) for file in self.files)
 
-    @staticmethod
-    def _read(path: str, start: int = 0, end: int | None = None) -> Iterator[str]:
-        opened = gzip.open if path.endswith(".gz") else open
+    def _read(self, path: str, start: int = 0, end: int | None = None) -> Iterator[str]:
+        open_file = gzip.open if path.endswith(".gz") else open
         if "://" in path:
-            opened = partial(fsspec.open, compression="infer")
-        position = 0
+            open_file = partial(fsspec.open, compression="infer")
+        name, position = f"{self.flag_name} {path}".strip(), 0
         try:
-            with opened(path, "rt", encoding="utf-8", newline="") as file:  # newline="": every \r\n stays as it is
+            with open_file(path, "rt", encoding="utf-8", newline="") as file:  # newline="": keep every \r\n as it is
                 while piece := file.read(PIECE_CHARACTERS):
                     nul = piece.find("\0")
-                    require(nul < 0, f"{path}: character {position + nul + 1} is a NUL; take it out, or give text")
+                    require(nul < 0, f"{name}: character {position + nul + 1} is a NUL. Remove it from the file.")
                     text = piece[max(0, start - position) : None if end is None else max(0, end - position)]
                     position += len(piece)
                     if text:
@@ -66,27 +68,28 @@ class TextFiles(Documents):
                     if end is not None and position >= end:
                         return
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it, for example with iconv") from error
+            raise UserError(f"{name}: not UTF-8 ({error.reason}). Use iconv to convert it.") from error
         except UserError:
             raise
-        except Exception as error:  # which ones, depends on the library that reads a URL
-            raise UserError(f"{path}: cannot be read ({root_cause(error)}); give a readable file") from error
+        except Exception as error:  # the class depends on the library that reads a URL
+            raise UserError(f"{name}: cannot be read ({root_cause(error)}). Pass a readable file.") from error
 
     def select(self, indices: Sequence[int]) -> "TextFiles":
         return dataclasses.replace(self, files=tuple(self.files[i] for i in indices))
 
-    def cut(self, fraction: float) -> tuple["TextFiles", "TextFiles"]:
-        """The only document as two, the first with about ``fraction`` of its characters."""
+    def split(self, fraction: float) -> tuple["TextFiles", "TextFiles"]:
+        """Split the only document in two. The first part has about ``fraction`` of its characters."""
         ((path, *_),) = self.files
         length = sum(map(len, self._read(path)))
         target = int(length * fraction)
-        before = max(0, target - PIECE_CHARACTERS)
-        place = before + cut_place("".join(self._read(path, before, target)), target - before)
-        return TextFiles(((path, 0, place),), ended=False), TextFiles(((path, place, None),))
+        window_start = max(0, target - PIECE_CHARACTERS)
+        position = window_start + split_position("".join(self._read(path, window_start, target)), target - window_start)
+        head = dataclasses.replace(self, files=((path, 0, position),), has_end_of_text=False)
+        return head, dataclasses.replace(self, files=((path, position, None),))
 
 
 @dataclass(frozen=True)
-class Chain(Documents):
+class ConcatenatedDocuments(Documents):
     """The documents of several sources, one source after the other."""
 
     sources: tuple[Documents, ...]
@@ -103,16 +106,21 @@ class Chain(Documents):
         return chain.from_iterable(source.with_loss_mask(tokenizer) for source in self.sources)
 
 
-def cut_place(text: str, target: int) -> int:
-    """The last line end (or else space) before ``target`` that follows a word, so that no token is cut in two."""
-    for mark in ("\n", " "):
-        place = text.rfind(mark, 1, target)
-        while place > 0 and not text[place - 1].isalnum():
-            place = text.rfind(mark, 1, place)
-        if place > 0:
-            return place
+def split_position(text: str, target: int) -> int:
+    """Return the position of the last newline before ``target``, else of the last space, else ``target``.
+
+    The newline or space must follow a word, so that the split does not divide a token.
+    """
+    for separator in ("\n", " "):
+        position = text.rfind(separator, 1, target)
+        while position > 0 and not text[position - 1].isalnum():
+            position = text.rfind(separator, 1, position)
+        if position > 0:
+            return position
     return target
 
 
-def read_texts(paths: list[str]) -> "TextFiles":
-    return TextFiles(tuple((path if "://" in path else str(Path(path).resolve()), 0, None) for path in paths))
+def text_files(paths: list[str], flag_name: str = "") -> TextFiles:
+    """Return the files at ``paths``, local paths or URLs, as one document each."""
+    files = tuple((path if "://" in path else str(Path(path).resolve()), 0, None) for path in paths)
+    return TextFiles(files, flag_name=flag_name)

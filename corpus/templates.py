@@ -1,34 +1,37 @@
-"""Templates, filters and dotted columns: how a flag names a part of a record."""
+"""Parse templates, filters and sources of a mixture, and read dotted columns of a record."""
 
 import math
 import re
 from string import Formatter
 from typing import Any
 
-Template = tuple[tuple[str, str], ...]  # pairs of text and the dotted column that follows it, "" at the end
+Template = tuple[tuple[str, str], ...]  # pairs of text and the dotted column that follows it, "" for no column
 
 
 def parse_template(template: str) -> Template | None:
-    """The parts of a template, or of a column alone; None where it is none. A shell's backslash and n are a newline."""
+    r"""Return the parts of a template such as '{title}\n{text}', or of a column name; None if it is malformed.
+
+    A backslash followed by n is a newline, because a shell passes it on like that.
+    """
     if not {"{", "}"} & set(template):
         return (("", template),)
     try:
         parts = list(Formatter().parse(template.replace("\\n", "\n")))
     except ValueError:
         return None
-    is_one = any(column for _, column, *_ in parts) and all(column != "" for _, column, *_ in parts)
-    is_plain = not any(form or conversion for *_, form, conversion in parts)
-    return tuple((text, column or "") for text, column, *_ in parts) if is_one and is_plain else None
+    has_column = any(column for _, column, *_ in parts) and all(column != "" for _, column, *_ in parts)
+    is_plain = not any(format_spec or conversion for *_, format_spec, conversion in parts)
+    return tuple((text, column or "") for text, column, *_ in parts) if has_column and is_plain else None
 
 
 def parse_filter(rule: str) -> tuple[str, bool, str] | None:
-    """A filter's column, whether it is to equal, and the value; None where it is no filter."""
+    """Return (column, True for = or False for !=, value) of a filter; None if it is malformed."""
     match = re.fullmatch(r"([^=!]+)(!?)=(.*)", rule, re.DOTALL)
     return (match[1], not match[2], match[3]) if match else None
 
 
 def parse_source(item: str) -> tuple[str, float]:
-    """Name and weight of a part of a mixture; the weight is no number where there is none."""
+    """Return (name, weight) of one source of a mixture. The weight is NaN if it is missing or no number."""
     name, _, weight = item.rpartition(":")
     try:
         return name, float(weight)
@@ -37,7 +40,7 @@ def parse_source(item: str) -> tuple[str, float]:
 
 
 def value_at(value: Any, path: list[str]) -> Any:
-    """What is at ``path`` below ``value``, and in each item of lists; None where something else is there."""
+    """Return the value at ``path`` below ``value``, a list of values for a list; None if there is no such key."""
     if not path:
         return value
     if isinstance(value, list):
@@ -45,9 +48,9 @@ def value_at(value: Any, path: list[str]) -> Any:
     return value_at(value.get(path[0]), path[1:]) if isinstance(value, dict) else None
 
 
-def joined(value: Any, separator: str, kinds: type = str) -> str | None:
-    """A value of ``kinds`` as text, lists of them joined; None for anything else."""
+def join_text(value: Any, separator: str, kinds: type = str) -> str | None:
+    """Return a value of type ``kinds`` as text, with the items of lists joined; None for any other type."""
     if isinstance(value, list):
-        parts = [joined(item, separator, kinds) for item in value]
+        parts = [join_text(item, separator, kinds) for item in value]
         return None if None in parts else separator.join(parts)
     return str(value) if isinstance(value, kinds) else None

@@ -1,9 +1,9 @@
-"""Documents -> token ids, cached by `datasets`. Long documents are tokenized in overlapping windows."""
+"""Tokenize documents: each document's own tokens, however long it is, in overlapping windows."""
 
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -20,16 +20,16 @@ from corpus.tokens import DOCUMENT, RULES, TOKEN_ROW, TokenStream, token_ids
 # A document longer than a window is tokenized in windows that overlap, so that memory stays flat (see `_join`).
 WINDOW_CHARACTERS = 1 << 16
 OVERLAP_CHARACTERS = 1 << 10
-ROW_CHARACTERS = 1 << 20  # text tokenized at once: enough for the tokenizer's threads, little enough for memory
+ROW_CHARACTERS = 1 << 20  # characters to tokenize at once: enough for the tokenizer's threads, little enough for memory
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """Tokenizes without special tokens; each document is followed by the end-of-text token. Cached by `datasets`.
+    """Return the tokens of the documents, each followed by the end-of-text token. `datasets` caches them.
 
-    Where there are conversations, a tokenizer without a chat template is given one.
+    No special tokens are added. If there are conversations and the tokenizer has no chat template, it gets a plain one.
     """
     end = end_of_text_id(tokenizer)
-    tokenizer([""])  # switches off the truncation and padding that its file may ask for
+    tokenizer([""])  # switches off truncation and padding, which the tokenizer's file may ask for
     if lacks_template := documents.has_messages and not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     template = tokenizer.chat_template if documents.has_messages else None
@@ -42,30 +42,33 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenS
             features=TOKEN_ROW,
             gen_kwargs={"documents": documents, "tokenizer": tokenizer, "end": end},
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            writer_batch_size=1,  # rows are large: buffering a thousand of them would hold the corpus in memory
+            writer_batch_size=1,  # rows are large: a buffer of a thousand would hold the corpus in memory
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
     if lacks_template:
-        warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
+        warn("the tokenizer has no chat template; a plain one is used and saved with the model")
     return TokenStream(table)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a document: the tokenizer's end-of-sequence token, for BERT's family its separator."""
+    """Return the id of the token that ends a document: the eos token, or the sep token for BERT's family."""
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token_id is not None:
             return token_id
     raise UserError(
-        f"--tokenizer {tokenizer.name_or_path}: it has neither an eos nor a sep token to end documents with; "
-        f"set eos_token in its tokenizer_config.json"
+        f"--tokenizer {tokenizer.name_or_path}: has no eos or sep token to end documents with. "
+        f"Set eos_token in its tokenizer_config.json."
     )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides the ids: the whole fast tokenizer, or class, settings and vocabulary of a slow one."""
+    """Return the SHA-256 of all that decides the ids.
+
+    That is a whole fast tokenizer, or the class, settings and vocabulary of a slow one.
+    """
     if tokenizer.is_fast:
         description = tokenizer.backend_tokenizer.to_str()
     else:
@@ -76,16 +79,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass
 class _Window:
-    """A stretch of a document, from character ``start``; ``num_bytes`` are of its scored text, but once a document."""
+    """A part of a document, from character ``start`` on."""
 
     text: str
     start: int
-    last: bool
-    num_bytes: int
-    bounds: list[int]  # the characters of the document where what is not scored begins, ends, begins, ...
-    ids: np.ndarray | None = None  # ~id where a token is not scored
+    is_last: bool
+    num_bytes: int  # UTF-8 bytes with loss that no earlier window has counted
+    bounds: list[int]  # characters of the document at which text without loss begins, ends, begins, ...
+    ids: np.ndarray | None = None  # ~id for a token without loss
     starts: np.ndarray | None = None  # the character of the document at which each token starts
-    owned: int = 0  # tokens before this index belong to the window before
+    first_own: int = 0  # tokens before this index belong to the previous window
 
 
 def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[_Window]:
@@ -104,32 +107,56 @@ def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int
         yield _Window(text, start, True, num_bytes, bounds)
 
 
+@dataclass
+class _Record:
+    """Collects the DOCUMENT record of one document."""
+
+    digest: Any = field(default_factory=hashlib.sha256)
+    num_tokens: int = 0
+    num_loss_tokens: int = 0
+    num_bytes: int = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Add tokens, with ~id for a token without loss."""
+        self.digest.update(np.ascontiguousarray(token_ids(ids), np.int32))
+        self.num_tokens += len(ids)
+        self.num_loss_tokens += int(np.count_nonzero(ids >= 0))
+
+    def as_tuple(self) -> tuple[bytes, int, int, int]:
+        return self.digest.digest()[:16], self.num_tokens, self.num_loss_tokens, self.num_bytes
+
+
 def token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
-    # A slow (pure Python) tokenizer cannot say where its tokens start: its documents stay whole.
+    """Yield the tokens of the documents as rows of TOKEN_ROW, each of about ROW_CHARACTERS characters of text."""
+    # A slow (pure Python) tokenizer gives no character offsets, so its documents stay whole.
     windows = _windows(documents, tokenizer, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
-    before: _Window | None = None  # a window whose document goes on
-    digest, num_tokens, num_loss_tokens, num_bytes = hashlib.sha256(), 0, 0, 0  # of a document
+    previous: _Window | None = None  # of the same document
+    record = _Record()
     for batch in _batches(windows):
         _encode(batch, tokenizer)
-        ids, records = [], []
+        ids, records = [np.empty(0, np.int32)], []
         for window in batch:
-            parts: list[np.ndarray] = []  # what is final of the document
-            num_bytes += window.num_bytes
-            if before is not None:
-                window = _join(before, window, parts, tokenizer)
-            before = None if window.last else window
-            if window.last:
-                last = [~end if len(window.bounds) % 2 else end] if documents.ended else []
-                parts += [window.ids[window.owned :], np.array(last, np.int32)]
+            parts: list[np.ndarray] = []  # tokens of the document that later windows cannot change
+            record.num_bytes += window.num_bytes
+            if previous is not None:
+                window = _join(previous, window, parts, tokenizer)
+            previous = None if window.is_last else window
+            if window.is_last:
+                end_has_loss = len(window.bounds) % 2 == 0
+                end_ids = [end if end_has_loss else ~end] if documents.has_end_of_text else []
+                parts += [window.ids[window.first_own :], np.array(end_ids, np.int32)]
             for part in parts:
-                digest.update(token_ids(part) if window.bounds else part)
-                num_tokens, num_loss_tokens = num_tokens + len(part), num_loss_tokens + np.count_nonzero(part >= 0)
-            if window.last:
-                records.append((digest.digest()[:16], num_tokens, num_loss_tokens, num_bytes))
-                digest, num_tokens, num_loss_tokens, num_bytes = hashlib.sha256(), 0, 0, 0
+                record.add(part)
+            if window.is_last:
+                records.append(record.as_tuple())
+                record = _Record()
             ids += parts
-        data, ended = np.concatenate([np.empty(0, np.int32), *ids]).tobytes(), np.array(records, DOCUMENT).tobytes()
-        yield {"input_ids": data, "documents": ended, "sha256": hashlib.sha256(data).hexdigest()}
+        data = np.concatenate(ids).tobytes()
+        yield {
+            "input_ids": data,
+            "documents": np.array(records, DOCUMENT).tobytes(),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
 
 
 def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
@@ -145,33 +172,35 @@ def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
 
 
 def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
-    with_loss_mask = any(window.bounds for window in windows)
-    in_parts = with_loss_mask or any(window.start or not window.last for window in windows)
+    """Set the ids of the windows. Set the start of each token as well if a window needs it."""
+    has_loss_mask = any(window.bounds for window in windows)
+    needs_offsets = has_loss_mask or any(window.start or not window.is_last for window in windows)
     texts = [window.text for window in windows]
     if not tokenizer.is_fast:
-        slow = f"--loss_on completion: {type(tokenizer).__name__} is a slow tokenizer, which cannot say where tokens"
-        require(not with_loss_mask, f"{slow} start; give --loss_on all, or a fast one with --tokenizer")
+        slow = f"--loss_on completion: {type(tokenizer).__name__} is a slow tokenizer without character offsets"
+        require(not has_loss_mask, f"{slow}. Use --loss_on all, or --tokenizer with a fast one.")
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)  # no warning about long texts
         for window, ids in zip(windows, encoded["input_ids"], strict=True):
             window.ids = np.asarray(ids, np.int32)
         return
-    # Called directly, as transformers would make lists of all that it knows about a token.
+    # Call the backend directly: transformers would make Python lists of every field of the encoding.
     backend = tokenizer.backend_tokenizer
-    encode = backend.encode_batch if in_parts else backend.encode_batch_fast  # which knows no offsets
+    encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast  # the fast one has no offsets
     for window, encoding in zip(windows, encode(texts, add_special_tokens=False), strict=True):
         window.ids = np.asarray(encoding.ids, np.int32)
-        if in_parts:
+        if needs_offsets:
             window.starts, ends = window.start + np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-            # The last character decides: many tokens begin with the space that stands before what is scored.
+            # The last character decides: many tokens begin with the space before the text that carries loss.
             side = np.searchsorted(window.bounds, np.maximum(ends - 1, window.starts), side="right")
             window.ids = np.where(side % 2 == 0, window.ids, ~window.ids)
 
 
 def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Window:
-    """Appends the tokens that are final to ``parts`` and returns the window that holds the rest.
+    """Append the tokens that later windows cannot change to ``parts``; return the window with the other tokens.
 
-    How a tokenizer splits a word can depend on what stands around it, but not from far away: where eight tokens to
-    either side agree in both windows, the whole text has the same tokens, and there the windows are joined.
+    The tokens of a word may depend on the text near it, but not on text far away. If 8 tokens on either side agree in
+    both windows, the whole text has the same tokens, and the windows are joined there. If they do not agree, both
+    windows are tokenized as one.
     """
     middle = (right.start + left.start + len(left.text)) // 2
     i, j = np.searchsorted(left.starts, middle), np.searchsorted(right.starts, middle)
@@ -179,26 +208,29 @@ def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrained
     if np.array_equal(left.ids[near_left], right.ids[near_right]) and np.array_equal(
         left.starts[near_left], right.starts[near_right]
     ):
-        parts.append(left.ids[left.owned : i])
-        right.owned = j
+        parts.append(left.ids[left.first_own : i])
+        right.first_own = j
         return right
-    whole = _Window(left.text[: right.start - left.start] + right.text, left.start, right.last, 0, right.bounds)
-    _encode([whole], tokenizer)
-    whole.owned = np.searchsorted(whole.starts, left.starts[left.owned]) if left.owned else 0
-    return whole
+    merged = _Window(left.text[: right.start - left.start] + right.text, left.start, right.is_last, 0, right.bounds)
+    _encode([merged], tokenizer)
+    merged.first_own = np.searchsorted(merged.starts, left.starts[left.first_own]) if left.first_own else 0
+    return merged
 
 
 def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenStream:
-    """The tokens of the documents. Says how many are long and how much is scored, where that matters."""
+    """Return the tokens of the documents, without long ones if they are to be dropped.
+
+    Print the number of long documents and of tokens with loss, if either matters. ``name`` is the label of that line.
+    """
     stream, drops = tokenize(documents, tokenizer), config.long_documents == "drop"
     is_long = stream.documents["tokens"] > config.block_size
     if drops:
-        every = f"--long_documents drop: all {len(is_long):,} documents of the {name} text are longer than --block_size"
-        require(not is_long.all(), f"{every} {config.block_size}; raise it, or split them")
+        count = f"all {len(is_long):,} documents of the {name} text are longer than --block_size {config.block_size}"
+        require(not is_long.all(), f"--long_documents drop: {count}. Use a larger block, or --long_documents split.")
         stream = stream.select(np.flatnonzero(~is_long))
     if drops or stream.num_loss_tokens < len(stream):
         print(
             f"{name:<10}{is_long.sum():,} of {len(is_long):,} documents are longer than {config.block_size} tokens: "
-            f"{'dropped' if drops else 'split'}; {stream.num_loss_tokens:,} of {len(stream):,} tokens are scored"
+            f"{'dropped' if drops else 'split'}; {stream.num_loss_tokens:,} of {len(stream):,} tokens carry loss"
         )
     return stream

@@ -1,6 +1,6 @@
-"""The token stream: the tokens of all documents, one after another.
+"""The token stream: the tokens of all documents, one document after another.
 
-A token without loss, such as one of a question whose answer is learnt, is stored as its bitwise complement.
+A token without loss, such as one of a question, is stored as its bitwise complement: ~id instead of id.
 """
 
 import hashlib
@@ -8,22 +8,23 @@ import hashlib
 import datasets
 import numpy as np
 
-# What is kept of each document: 128 bits of the SHA-256 of its ids, the number of its tokens, of those that are scored,
-# and the UTF-8 bytes of the text that is scored.
+# One record per document: 128 bits of the SHA-256 of its ids, its number of tokens, the number of tokens with loss, and
+# the UTF-8 bytes of its text with loss.
 DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
-RULES = 1  # to be counted up where the same text would give other tokens: those that are cached are then made anew
+RULES = 1  # version of the tokenization rules; a new number makes cached tokens invalid
 
 
 class TokenStream:
-    """The tokens of some documents, one after another; a read-only, memory-mapped sequence of int32.
+    """The tokens of documents, one document after another; a read-only, memory-mapped sequence of int32.
 
-    ``documents`` (of dtype DOCUMENT) are the table's, or those ``numbers`` of the table's, in that order.
-    ``num_loss_tokens`` tokens are scored, of text with ``num_bytes`` in UTF-8. ``sha256`` is of the tokens.
+    ``documents``, of dtype DOCUMENT, are all documents of the table, or those with the indices ``numbers``, in that
+    order. ``num_loss_tokens`` tokens carry loss; their text has ``num_bytes`` UTF-8 bytes. ``sha256`` identifies the
+    tokens.
     """
 
     def __init__(self, table: datasets.Dataset, numbers: np.ndarray | None = None):
-        self._table, self._chosen = table, numbers
-        rows, documents, sums = (
+        self._table, self._selection = table, numbers
+        rows, documents, hashes = (
             [row for chunk in table.data.column(name).chunks for row in chunk] for name in TOKEN_ROW
         )
         self._rows = [np.frombuffer(row.as_buffer(), np.int32) for row in rows]  # no copies
@@ -34,53 +35,55 @@ class TokenStream:
         self.documents, ends = documents[self.numbers], ends[self.numbers]
         self.num_documents = len(self.documents)
         self.num_loss_tokens, self.num_bytes = (int(self.documents[name].sum()) for name in ("loss_tokens", "bytes"))
+        # A run is a range of consecutive tokens of the table. It has a start in the table and a start in this stream.
         starts = ends - self.documents["tokens"]
-        begins = np.flatnonzero(
-            np.append(True, starts[1:] != ends[:-1])[: len(starts)]
-        )  # of runs of the table's tokens
-        self._begins = starts[begins]
+        first_of_run = np.flatnonzero(np.append(True, starts[1:] != ends[:-1])[: len(starts)])
+        self._run_table_starts = starts[first_of_run]
         self._document_starts = np.append(0, np.cumsum(self.documents["tokens"]))
-        self._starts = self._document_starts[np.append(begins, len(starts))]
-        chosen = b"" if numbers is None else numbers.tobytes()
-        self.sha256 = hashlib.sha256("".join(row.as_py() for row in sums).encode() + chosen).hexdigest()
+        self._run_starts = self._document_starts[np.append(first_of_run, len(starts))]
+        selection = b"" if numbers is None else numbers.tobytes()
+        self.sha256 = hashlib.sha256("".join(row.as_py() for row in hashes).encode() + selection).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return TokenStream, (self._table, self._chosen)  # a worker process maps the same file; no tokens are copied
+        return TokenStream, (self._table, self._selection)  # another process maps the same file; no tokens are copied
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._run_starts[-1])
 
-    def __getitem__(self, place: slice) -> np.ndarray:
-        """Returns the tokens [start, stop) as a new int64 array, those that are not scored as ~id."""
-        start, stop, _ = place.indices(len(self))
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """Return the tokens [start, stop) as a new int64 array, with ~id for a token without loss."""
+        start, stop, _ = key.indices(len(self))
         parts = [np.empty(0, np.int32)]
         while start < stop:
-            run = np.searchsorted(self._starts, start, side="right") - 1
-            begin = self._begins[run] + start - self._starts[run]
-            row = np.searchsorted(self._row_starts, begin, side="right") - 1
-            begin -= self._row_starts[row]
-            parts.append(self._rows[row][begin : begin + min(stop, self._starts[run + 1]) - start])
+            run = np.searchsorted(self._run_starts, start, side="right") - 1
+            offset = self._run_table_starts[run] + start - self._run_starts[run]
+            row = np.searchsorted(self._row_starts, offset, side="right") - 1
+            offset -= self._row_starts[row]
+            parts.append(self._rows[row][offset : offset + min(stop, self._run_starts[run + 1]) - start])
             start += len(parts[-1])
         return np.concatenate(parts, dtype=np.int64)
 
     def positions(self, start: int, stop: int) -> np.ndarray:
-        """How far each of the tokens [start, stop) is from the start of its document, or else from ``start``."""
-        numbers = np.arange(start, min(stop, len(self)))
-        begins = self._document_starts[np.searchsorted(self._document_starts, numbers, side="right") - 1]
-        return numbers - np.maximum(begins, start)
+        """Return the position of each token [start, stop) in its document, (tokens,) int64.
+
+        For a document that begins before ``start``, positions count from ``start``.
+        """
+        indices = np.arange(start, min(stop, len(self)))
+        begins = self._document_starts[np.searchsorted(self._document_starts, indices, side="right") - 1]
+        return indices - np.maximum(begins, start)
 
     def select(self, indices: np.ndarray) -> "TokenStream":
-        """The stream of these of the documents, in this order; one may be there repeatedly."""
+        """Return the stream of the documents at ``indices``, in this order; an index may repeat."""
         return TokenStream(self._table, self.numbers[indices])
 
 
-# The ids are int32, one after the other; of a list of them `datasets` would make Python numbers. A document's record
-# stands in the row in which the document ends.
+# The ids are int32 in one binary value, because `datasets` would turn a list into Python numbers. The record of a
+# document is in the row in which the document ends.
 TOKEN_ROW = datasets.Features(
     {"input_ids": datasets.Value("binary"), "documents": datasets.Value("binary"), "sha256": datasets.Value("string")}
 )
 
 
 def token_ids(ids: np.ndarray) -> np.ndarray:
-    """The ids, scored or not."""
+    """Return the ids, with or without loss."""
     return np.where(ids < 0, ~ids, ids)

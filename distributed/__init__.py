@@ -1,1 +1,1 @@
-"""How several processes act as one."""
+"""Run one training loop on several processes."""

@@ -1,1 +1,1 @@
-"""How any causal architecture of transformers trains here."""
+"""Load and train any causal architecture of transformers."""

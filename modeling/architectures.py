@@ -1,4 +1,4 @@
-"""What is particular to an architecture: how it becomes causal, its positions, its layers, its arithmetic."""
+"""Properties of an architecture: how it becomes causal, its positions, its layers, its arithmetic."""
 
 import math
 import warnings
@@ -10,14 +10,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from cli.errors import require, warn
 
-ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # which are decoders only where their config says so
-# What transformers 5 no longer has; its last release with them was 4.57.6.
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # decoders only if their config says so
+# The architectures that transformers 5 has dropped. 4.57.6 was the last release with them.
 DROPPED = ("mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet")
 
 
 @torch.no_grad()
 def needs_padding(settings: PreTrainedConfig) -> bool:
-    """Whether a model does not work without a padding id, from which RoBERTa's family counts its positions."""
+    """Return whether the model fails without a padding id. RoBERTa's family counts positions from it."""
     if getattr(type(settings)(), "pad_token_id", None) is None:
         return False
     try:
@@ -25,15 +25,16 @@ def needs_padding(settings: PreTrainedConfig) -> bool:
             AutoModelForCausalLM.from_config(settings, trust_remote_code=False)(input_ids=torch.zeros(1, 2).long())
     except (TypeError, AttributeError):
         return True
-    except Exception:  # which the real model will raise again, or that it has no data
+    except Exception:  # another fault, which loading the real model reports, or an operation that needs data
         return False
     return False
 
 
 def make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_block_size: int | None = None) -> list[str]:
-    """Changes the settings that let a token see later ones, except those that are to be ``kept``; returns which.
+    """Change the settings that let a token attend to later ones, in place, and return their names.
 
-    ``new_block_size`` is that of a model from scratch.
+    The settings named in ``kept`` do not change. ``new_block_size`` is the block size in tokens of a model from
+    scratch, or None for a pretrained model.
     """
     kind, causal = settings.model_type, {}
     if kind in ENCODERS and getattr(settings, "is_decoder", None) is False and not settings.is_encoder_decoder:
@@ -44,7 +45,8 @@ def make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_bloc
         causal["causal"] = True
     if kind == "xlnet":
         causal["attn_type"] = "uni"
-    if kind == "reformer" and new_block_size:  # its hashing looks ahead; in training its positions fill a block
+    # Reformer's hashing attends to later tokens, and in training its positions must fill a block.
+    if kind == "reformer" and new_block_size:
         rows = next(n for n in range(math.isqrt(new_block_size), 0, -1) if new_block_size % n == 0)
         chunk = math.gcd(new_block_size, settings.local_attn_chunk_length)
         causal |= {
@@ -62,7 +64,7 @@ def make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_bloc
 
 
 def generate_as_trained(model: PreTrainedModel) -> None:
-    """XLNet and XLM would put a mask token behind a text and predict from there, which is not what is trained here."""
+    """Make XLNet and XLM predict from the last token, as in training. Their own code appends a mask token."""
     if model.config.model_type in ("xlnet", "xlm"):
         model.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {
             "input_ids": input_ids,
@@ -71,36 +73,42 @@ def generate_as_trained(model: PreTrainedModel) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Layers keep only their inputs for the backward pass, and compute the rest a second time there."""
+    """Switch gradient checkpointing on: layers keep only their inputs and compute the rest again in the backward pass.
+
+    Raise UserError if the architecture does not support it.
+    """
     kind = model.config.model_type
-    require(model.supports_gradient_checkpointing, f"--gradient_checkpointing: {kind} is unable to; leave it out")
+    unsupported = f"--gradient_checkpointing: {kind} does not support it. Remove it."
+    require(model.supports_gradient_checkpointing, unsupported)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it has a newer name, which older transformers do not know
+        warnings.simplefilter("ignore", FutureWarning)  # older transformers do not have the new name
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.recomputes = True
 
 
 def layer_stacks(model: torch.nn.Module) -> list[list[torch.nn.Module]]:
-    """What a model is stacked from: its lists of modules, less those within others, with most weights first."""
+    """Return the outermost lists of modules of a model, the one with the most weights first."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     return [list(layers) for layers in sorted(outer, key=num_weights, reverse=True)]
 
 
 def transformer_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of the largest stack, or else the model itself."""
+    """Return the layers of the largest stack, or the model itself if it has no stack."""
     return next(iter(layer_stacks(model)), [model])
 
 
 def num_weights(module: torch.nn.Module) -> int:
+    """Return the number of elements of all parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
-    """Arithmetic of a forward and backward pass: 6 N + 12 L H Q T of PaLM (Chowdhery et al. 2022, appendix B).
+    """Return the FLOPs per token of a forward and backward pass, or None if the formula does not apply.
 
-    N are all parameters, L the layers, H the heads, Q their width, T the block size. None for a mixture of experts, of
-    which only a part is at work, for layers of which only some attend to all that came before, and for frozen weights.
+    They are 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B): N parameters, L layers, H heads of width Q,
+    blocks of T tokens. The formula does not hold for mixtures of experts, for layers with a limited attention span, or
+    for frozen weights.
     """
     config = model.config.get_text_config(decoder=True)
     values = config.to_dict()
@@ -116,7 +124,7 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens a sequence may have, or None where the architecture sets no limit."""
+    """Return the largest sequence length in tokens, or None if the architecture sets no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa's family counts positions from the padding id on, which costs padding_idx + 1 of them.

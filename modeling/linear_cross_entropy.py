@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear head, with the logits of one chunk of tokens in memory at a time."""
+"""The cross-entropy of a linear head, computed with the logits of one chunk of tokens in memory at a time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100  # what F.cross_entropy and every Hugging Face model skip
+IGNORED_LABEL = -100  # the label that F.cross_entropy and every Hugging Face model skip
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of `linear_cross_entropy`, whose gradients are made together with it."""
+    """The sum of `linear_cross_entropy`. The forward pass computes the gradients too."""
 
     @staticmethod
     def forward(
@@ -32,58 +32,45 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    wanted: Sequence[bool] = (False, False, False),
+    needs_grad: Sequence[bool] = (False, False, False),
     chunk: int = 1024,
     tile: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The cross-entropy (tokens,) in nats of logits ``hidden @ weight.T + bias``, and the gradients of its sum.
+    """Return the cross-entropy of logits ``hidden @ weight.T + bias``, and the gradients of its sum.
 
-    hidden is (tokens, width), weight (vocabulary, width), bias (vocabulary,) or None, targets (tokens,), of which -100
-    counts nothing; gradients that are not ``wanted`` are None. Logits exist for ``chunk`` tokens at a time; a CPU makes
-    them ``tile`` columns at a time, which are still in its cache when their exponentials are taken. Softmax is a tile's
-    softmax times exp(tile_logsumexp - logsumexp); this second factor goes to the narrow operands of the products.
+    hidden is (tokens, width), weight (vocabulary, width), bias (vocabulary,) or None, targets (tokens,) int64. The
+    cross-entropy is (tokens,) float32 in nats; it is 0 for targets of -100. The gradients are of hidden, weight and
+    bias, and None if ``needs_grad`` says so.
+
+    Logits exist for ``chunk`` tokens at a time. A CPU computes them ``tile`` columns at a time, which are still in its
+    cache when their exponentials are taken. The softmax over the vocabulary is the softmax over a tile times
+    exp(tile_logsumexp - logsumexp). This factor is applied to the narrow operands of the products.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tile = tile or (8192 if device == "cpu" else len(weight))
     tiles = weight.to(dtype).split(tile)
     nll = torch.empty(len(targets), device=hidden.device)
-    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-    empty = torch.empty_like if len(targets) else torch.zeros_like  # the first chunk writes it, later ones add to it
-    d_weight = empty(weight, dtype=torch.float32) if wanted[1] else None  # the weights may be less, as fsdp's copies
-    d_bias = torch.zeros_like(bias) if wanted[2] else None
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad[0] else None
+    # The first chunk writes d_weight and later chunks add to it.
+    empty = torch.empty_like if len(targets) else torch.zeros_like
+    d_weight = empty(weight, dtype=torch.float32) if needs_grad[1] else None  # FSDP2's weight may have a shorter dtype
+    d_bias = torch.zeros_like(bias) if needs_grad[2] else None
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        states, known, target = hidden[rows], targets[rows, None] != IGNORED_LABEL, targets[rows, None].clamp_min(0)
-        operand, target_logit = states.to(dtype), torch.zeros((), device=hidden.device)
-        softmaxes, places, tops, totals = [], [], [], []
-        for i, columns in enumerate(tiles):
-            logits = operand @ columns.T  # (chunk, tile)
-            if bias is not None:
-                logits += bias[i * tile : (i + 1) * tile]
-            place = (target - i * tile).clamp(0, len(columns) - 1)  # of the target, if this tile holds it
-            places.append((place, target == place + i * tile))
-            target_logit = torch.where(places[-1][1], logits.gather(1, place).float(), target_logit)
-            softmax = logits.softmax(1, dtype=torch.float32)
-            tops.append(logits.amax(1, keepdim=True).float())
-            totals.append(1 / softmax.amax(1, keepdim=True))  # of exp(logits - top)
-            if any(wanted):
-                softmaxes.append(softmax.to(dtype))
-        tops = torch.cat(tops, 1)  # (chunk, number of tiles)
-        largest = tops.amax(1, keepdim=True)
-        tile_logsumexp = tops - largest + torch.cat(totals, 1).log()
-        logsumexp = tile_logsumexp.logsumexp(1, keepdim=True)  # like the tiles', less the largest logit
-        log_probability = target_logit - largest - logsumexp
-        nll[rows] = (-log_probability * known).squeeze(1)
-        if not any(wanted):
+        states, has_loss = hidden[rows], targets[rows, None] != IGNORED_LABEL
+        log_probability, factors, softmaxes, targets_in_tiles = _softmax_by_tiles(
+            states.to(dtype), tiles, bias, targets[rows, None].clamp_min(0), keep_softmax=any(needs_grad)
+        )
+        nll[rows] = (-log_probability * has_loss).squeeze(1)
+        if not any(needs_grad):
             continue
-        factors = (tile_logsumexp - logsumexp).clamp_min(-60).exp()  # what is less counts nothing, and divides below
-        for i, (columns, softmax, (place, holds)) in enumerate(zip(tiles, softmaxes, places, strict=True)):
+        for i, (columns, softmax, (place, is_here)) in enumerate(zip(tiles, softmaxes, targets_in_tiles, strict=True)):
             factor = factors[:, i : i + 1]
-            # Where a model is sure, probability - 1 is tiny: it has to be made before anything is rounded.
+            # If the model is sure, probability - 1 is tiny. It has to be computed before anything is rounded.
             error = (torch.expm1(log_probability) / factor).to(dtype)
-            softmax.scatter_(1, place, torch.where(holds, error, softmax.gather(1, place)))
-            factor = factor * known
+            softmax.scatter_(1, place, torch.where(is_here, error, softmax.gather(1, place)))
+            factor = factor * has_loss
             if d_hidden is not None:
                 d_hidden[rows].addcmul_(softmax @ columns, factor)
             if d_weight is not None:
@@ -91,5 +78,42 @@ def linear_cross_entropy(
                 (part.add_ if start else part.copy_)(softmax.T @ (states * factor).to(dtype))
             if d_bias is not None:
                 d_bias[i * tile : (i + 1) * tile] += (softmax * factor).sum(0)
+        del softmaxes, softmax  # free them before the next chunk makes its own
     gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
     return nll, *(None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients)
+
+
+def _softmax_by_tiles(
+    states: torch.Tensor,
+    tiles: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    keep_softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the log-probability of the targets of one chunk, and the softmax over each tile of the vocabulary.
+
+    states is (chunk, width), each tile (columns, width), target (chunk, 1). Returned are log_probability (chunk, 1)
+    float32, factors (chunk, number of tiles) that scale a tile's softmax to the vocabulary's, the softmaxes (chunk,
+    columns), and for each tile (column of the target, whether the target is in the tile), both (chunk, 1).
+    """
+    tile, target_logit = len(tiles[0]), torch.zeros((), device=states.device)
+    softmaxes, targets_in_tiles, maxima, sums = [], [], [], []
+    for i, columns in enumerate(tiles):
+        logits = states @ columns.T  # (chunk, columns)
+        if bias is not None:
+            logits += bias[i * tile : (i + 1) * tile]
+        place = (target - i * tile).clamp(0, len(columns) - 1)
+        is_here = target == place + i * tile
+        targets_in_tiles.append((place, is_here))
+        target_logit = torch.where(is_here, logits.gather(1, place).float(), target_logit)
+        softmax = logits.softmax(1, dtype=torch.float32)
+        maxima.append(logits.amax(1, keepdim=True).float())
+        sums.append(1 / softmax.amax(1, keepdim=True))  # of exp(logits - maximum)
+        if keep_softmax:
+            softmaxes.append(softmax.to(states.dtype))
+    maxima = torch.cat(maxima, 1)  # (chunk, number of tiles)
+    maximum = maxima.amax(1, keepdim=True)
+    tile_logsumexp = maxima - maximum + torch.cat(sums, 1).log()  # relative to the maximum
+    logsumexp = tile_logsumexp.logsumexp(1, keepdim=True)
+    factors = (tile_logsumexp - logsumexp).clamp_min(-60).exp()  # a divisor too; below exp(-60) nothing counts
+    return target_logit - maximum - logsumexp, factors, softmaxes, targets_in_tiles

@@ -1,4 +1,4 @@
-"""Load configs, tokenizers, models and adapters, with one-line errors."""
+"""Load configs, tokenizers, models and adapters, with one-line errors. Hub ids take @revision."""
 
 import json
 import os
@@ -24,70 +24,87 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cli.errors import UserError, require, root_cause, warn
-from cli.hub import find_hub
+from cli.hub import find_hub, split_revision
 from modeling.architectures import DROPPED, generate_as_trained, make_causal
 
 
 @contextmanager
 def loading(source: str, what: str, fix: str) -> Iterator[None]:
-    """Turns what the libraries raise over ``source``, a flag and its value, into a UserError."""
-    name = source.partition(" ")[2]
+    """Turn the errors of the libraries into a UserError of one line.
+
+    ``source`` is a flag and its value, ``what`` is loaded from it, and ``fix`` is a sentence that says what to do.
+    """
+    flag_name, _, name = source.partition(" ")
+    name, _ = split_revision(name, flag_name)
     if not os.path.exists(name):
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise UserError(f"{source}: no such path, and no Hub id ({root_cause(error)}); check it") from error
+            problem = f"no such path, and not a Hub id ({root_cause(error)})"
+            raise UserError(f"{source}: {problem}. Use a directory or a Hub id.") from error
         find_hub()
     try:
         yield
-    except Exception as error:  # over a broken file they raise anything, the plain Exception included
+    except Exception as error:  # for a broken file the libraries raise anything, the plain Exception included
         reason = root_cause(error)
         kind = re.search(r"model type `([\w-]+)`", reason)
         if kind and kind[1] in DROPPED:
             reason = f"transformers has dropped {kind[1]}; 4.57.6 was its last release with it"
-            fix = "give another model"
+            fix = "Use another model."
         elif "trust_remote_code" in reason:
-            reason, fix = "it needs code of its own, which is never run", "give a model that transformers itself has"
+            reason, fix = "it needs its own code, which is never run", "Use a model that transformers itself has."
         elif isinstance(error.__cause__ or error, LocalEntryNotFoundError):
-            reason, fix = "it is not in the cache, and the Hub cannot be reached", "check id, revision and network"
+            reason, fix = "it is not in the cache, and the Hub cannot be reached", "Use another id or fix the network."
         elif "attn_implementation" in reason or "FlashAttention" in reason:
-            fix = "give another --attn_implementation or leave it out"
+            fix = "Use another --attn_implementation or remove it."
         elif "named model.safetensors" in reason:
             command = f"from transformers import pipeline as p; p('text-generation', '{name}').save_pretrained('safe')"
-            fix = f'a pytorch_model.bin can run code and is never read: convert it once with python -c "{command}"'
-        raise UserError(f"{source}: no {what} can be loaded from it ({reason}); {fix}") from error
+            reason = f"{reason}; a pytorch_model.bin can run code and is never read"
+            fix = f'Run python -c "{command}" to convert it.'
+        raise UserError(f"{source}: no {what} can be loaded from it ({reason}). {fix}") from error
 
 
-def load_tokenizer_by_name(name: str, flag_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    fix = "check it, or give --tokenizer: a Hub id, a local directory, or train:8192"
+def load_tokenizer_by_name(name: str, flag_name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a Hub id (with an optional @revision) or a directory.
+
+    Raise UserError, which begins with ``flag_name`` and ``name``, if there is none.
+    """
+    repo_id, revision = split_revision(name)
+    fix = "Pass --tokenizer: a Hub id, a local directory, or train:8192."
     with loading(f"{flag_name} {name}", "tokenizer", fix):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    # Without its vocabulary file a tokenizer loads silently, with its special tokens alone.
+        tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision, trust_remote_code=False)
+    # If its vocabulary file is missing, a tokenizer loads without an error, with its special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise UserError(f"{flag_name} {name}: there is no tokenizer in it; give --tokenizer: a Hub id or train:8192")
+        raise UserError(f"{flag_name} {name}: there is no tokenizer in it. {fix}")
     return tokenizer
 
 
-def read_config(name: str, flag_name: str, revision: str | None, overrides: dict[str, Any]) -> PreTrainedConfig:
-    with loading(f"{flag_name} {name}", "model config", "check it and --model_overrides"):
+def read_config(name: str, flag_name: str, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """Return the model config of a Hub id (with an optional @revision), a directory or a JSON file.
+
+    ``overrides`` replace its settings. Raise UserError, which begins with ``flag_name`` and ``name``, if that fails.
+    """
+    repo_id, revision = split_revision(name)
+    with loading(f"{flag_name} {name}", "model config", "Use another config or other --model_overrides."):
         settings, unknown = AutoConfig.from_pretrained(
-            name, revision=revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
+            repo_id, revision=revision, return_unused_kwargs=True, trust_remote_code=False, **overrides
         )
-    require(not unknown, f"--model_overrides: {settings.model_type} has no setting {', '.join(unknown)}; see its docs")
+    named = ", ".join(unknown)
+    require(not unknown, f"--model_overrides: {settings.model_type} has no setting {named}. Remove {named}.")
     return settings
 
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """Models that are made here take no memory for weights; buffers, which are computed, are as ever."""
+    """Put the weights of models that are made here on device meta, without memory. Buffers keep their values."""
     register = torch.nn.Module.register_parameter
 
-    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = on_meta
+    torch.nn.Module.register_parameter = register_on_meta
     try:
         yield
     finally:
@@ -95,59 +112,65 @@ def weights_on_meta() -> Iterator[None]:
 
 
 def load_pretrained(
-    name: str,
-    settings: PreTrainedConfig | None = None,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,  # transformers 5 would load in the checkpoint's own
+    name: str, settings: PreTrainedConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Loads weights from safetensors alone: a pickle can run code. What is trained is float32; see `DTYPES`.
+    """Return the model of a Hub id (with an optional @revision) or a directory, on the CPU in ``dtype``.
 
-    Of an adapter that peft saved, the model that it was made for is loaded first.
+    ``settings`` replaces its config. For an adapter that peft saved, the base model is loaded first. Only safetensors
+    are read, because a pickle can run code. Raise UserError if there is no such model.
     """
-    fix = "give a Hub id or a directory with config.json and model.safetensors"
+    repo_id, revision = split_revision(name)
+    fix = "Use a Hub id, or a directory with config.json and model.safetensors."
     with loading(f"--model {name}", "causal language model", fix):
-        adapter = find_adapter_config_file(name, revision=revision)
+        adapter = find_adapter_config_file(repo_id, revision=revision)
     if adapter:
-        return _load_adapter(name, Path(adapter), revision, dtype)
+        return _load_adapter(name, Path(adapter), dtype)
     if settings is None:
-        settings = read_config(name, "--model", revision, {})
+        settings = read_config(name, "--model", {})
         make_causal(settings)
     with loading(f"--model {name}", "causal language model", fix):
         model, report = AutoModelForCausalLM.from_pretrained(
-            name,
+            repo_id,
             config=settings,
             revision=revision,
-            dtype=dtype,
+            dtype=dtype,  # the default of transformers 5 is the dtype of the checkpoint
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     for key, held, expected in report["mismatched_keys"]:
         shapes = f"{list(held)} in the weights, but {list(expected)} by config.json"
-        raise UserError(f"--model {name}: {key} is {shapes}; {fix}")
+        raise UserError(f"--model {name}: {key} is {shapes}. {fix}")
     if missing := sorted(report["missing_keys"]):
         warn(f"{name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
+    model.name_or_path = name  # an adapter records the revision of its base model
     generate_as_trained(model)
     return model
 
 
-def _load_adapter(name: str, config_file: Path, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    peft = import_peft(f"--model {name}: is an adapter")
-    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    require(bool(base), f"--model {name}: its adapter_config.json names no base_model_name_or_path; mend it")
-    model = load_pretrained(base, dtype=dtype)
-    with loading(f"--model {name}", "adapter", "give a directory with adapter_config.json and its safetensors"):
-        weights = load_file(cached_file(name, "adapter_model.safetensors", revision=revision))
+def _load_adapter(name: str, config_file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the base model of an adapter with the adapter in it. ``config_file`` is its adapter_config.json."""
+    peft = import_peft(f"--model {name}")
+    repo_id, revision = split_revision(name)
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    base, base_revision = config.get("base_model_name_or_path"), config.get("revision")
+    require(bool(base), f"--model {name}: adapter_config.json has no base_model_name_or_path. Set it to a model.")
+    model = load_pretrained(f"{base}@{base_revision}" if base_revision else base, dtype=dtype)
+    fix = "Use a directory with adapter_config.json and adapter_model.safetensors."
+    with loading(f"--model {name}", "adapter", fix):
+        weights = load_file(cached_file(repo_id, "adapter_model.safetensors", revision=revision))
         conversions = vars(model).get("_weight_conversions")
         model.load_adapter(peft_config=peft.PeftConfig.from_pretrained(config_file.parent), adapter_state_dict=weights)
-        model._weight_conversions = conversions  # those of the adapter would rename the model's weights in a save
+        model._weight_conversions = conversions  # the adapter's would rename the weights of the model when it is saved
     return model
 
 
-def import_peft(why: str) -> Any:
+def import_peft(source: str) -> Any:
+    """Return the module peft. Raise UserError, which begins with ``source``, if it is not installed."""
     try:
         import peft
     except ImportError as error:
-        raise UserError(f"{why}, which needs peft; install it: pip install -r requirements-lora.txt") from error
+        fix = "Run pip install -r requirements-lora.txt."
+        raise UserError(f"{source}: an adapter needs peft, which is not installed. {fix}") from error
     return peft

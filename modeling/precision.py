@@ -1,6 +1,7 @@
-"""The device and the precision of the arithmetic."""
+"""The device, and the precision and order of its arithmetic."""
 
 import ctypes
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -13,22 +14,40 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def select_device() -> torch.device:
+    """Return the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def keep_freed_memory() -> None:
-    """Makes a CPU's work faster, at the price of memory that is not given back before the process ends."""
-    # Tensors of megabytes are taken from the system and given back with each operation, and to have their pages
-    # mapped anew takes longer than most operations.
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or the number of threads of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def keep_freed_memory(device_type: str = "cpu") -> None:
+    """Make a CPU faster by keeping freed memory in the process until it ends. On other devices do nothing.
+
+    By default each tensor of megabytes is mapped from the system and unmapped again. The page faults of a new mapping
+    take longer than most operations.
+    """
+    if device_type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
 
 
+def make_deterministic() -> None:
+    """Make sums run in one order. Compiled code and CUDA kernels otherwise add up gradients in thread order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # from PyTorch's notes on reproducibility
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some operations have no deterministic version
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """Turns ``auto`` into the fastest precision that the device computes natively: fp32, bf16 or fp16."""
+    """Return fp32, bf16 or fp16; ``auto`` becomes the fastest one that the device computes natively.
+
+    Raise UserError for fp16 on a CPU.
+    """
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: a CPU has no fast float16; give bf16, fp32 or auto")
+        raise UserError("--precision fp16: a CPU has no fast float16. Use bf16, fp32 or auto.")
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -38,5 +57,5 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which forward passes run; master weights stay float32."""
+    """Return the context for forward passes in ``precision``. Master weights stay float32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train.py", "generate.py", "perplexity.py")
+SCRIPTS = ("train.py", "generate.py", "perplexity.py", "export.py")
 MESSAGE_SIZE = 16
 # Variables that no import reads: pytest's, and those that torch sets at its import and train.py where a test calls it.
 IGNORED_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG")

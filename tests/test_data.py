@@ -24,7 +24,7 @@ from corpus.selection import blocks_within, window_hashes
 from corpus.sources import load_documents
 from corpus.tokenize import load_stream, token_rows, tokenize, tokenizer_fingerprint
 from corpus.tokens import DOCUMENT, TokenStream, token_ids
-from data import collate, group_texts, load_blocks, make_loader, training_batches
+from data import TrainingData, collate, group_texts, load_data, make_loader
 
 
 def texts(documents):
@@ -196,7 +196,7 @@ def test_each_block_is_seen_once_an_epoch_and_order_can_be_taken_up_anywhere(row
     whole = blocks.stream[:]
 
     def updates(position, count):
-        batches = training_batches(blocks, 4, 4 * grad_accum_steps, 7, position)
+        batches = TrainingData(blocks, 7).batches(4, 4 * grad_accum_steps, position)
         return [next(batches) for _ in range(count)]
 
     per_epoch = math.ceil(math.ceil(len(blocks) / 4) / grad_accum_steps)
@@ -347,7 +347,7 @@ def blocks_of(tmp_path, tokenizer, train, evaluation, **settings):
         datasets.Dataset.from_dict({"text": documents}).to_json(tmp_path / f"{name}.jsonl")
     files = {"train_files": [str(tmp_path / "train.jsonl")], "eval_files": [str(tmp_path / "eval.jsonl")]}
     config = DataConfig(**files, block_size=16, **settings)
-    training, eval_blocks = load_blocks(config, *load_documents(config, 0), tokenizer, 0)
+    training, eval_blocks = load_data(config, *load_documents(config, 0), tokenizer, 0)
     return training.blocks, eval_blocks
 
 
@@ -368,7 +368,7 @@ def test_what_is_there_twice_is_told_and_dropped(tmp_path, tokenizer, capsys):
     assert 0 < len(left) < len(group_texts(eval_blocks.stream, 16)) < many
     assert not any(f",{','.join(map(str, ids))}," in whole for ids in left if len(ids) == 16)
     for evaluation, settings in (([known], {"deduplicate": True}), ([""], {})):
-        with pytest.raises(UserError, match="no token of the evaluation text is left"):
+        with pytest.raises(UserError, match="no token of the evaluation text has a loss"):
             blocks_of(tmp_path, tokenizer, train, evaluation, **settings)
     capsys.readouterr()
     blocks_of(tmp_path, tokenizer, [other], [known])
@@ -377,7 +377,7 @@ def test_what_is_there_twice_is_told_and_dropped(tmp_path, tokenizer, capsys):
 
 def mixed(config, tokenizer, seed):
     """The documents that are trained and evaluated on, as texts and in order."""
-    training, eval_blocks = load_blocks(config, *load_documents(config, seed), tokenizer, seed)
+    training, eval_blocks = load_data(config, *load_documents(config, seed), tokenizer, seed)
     ids = [part.stream[:] for part in (training.blocks, eval_blocks)]
     return [tokenizer.decode(part).split("<|endoftext|>")[:-1] for part in ids]
 
@@ -395,7 +395,7 @@ def sources(tmp_path):
 def test_a_mixture_holds_out_first_and_then_repeats_small_sources(sources, tokenizer, capsys):
     config = DataConfig(mix=sources, eval_fraction=0.2)
     train, held_out = mixed(config, tokenizer, 3)
-    assert f"{sources[0][:-2]}: 2 documents, each 6.50 times an epoch" in capsys.readouterr().out
+    assert f"{sources[0][:-2]}: 2 documents, each 6.50 times per epoch" in capsys.readouterr().out
     assert len(held_out) == len(set(held_out)) == 1 + 8 + 2 and not set(train) & set(held_out)
     whole = {f"{name} {i}" for name, size in (("txt", 3), ("row", 40), ("saved", 10)) for i in range(size)}
     assert set(train) | set(held_out) == whole
@@ -406,7 +406,7 @@ def test_a_mixture_holds_out_first_and_then_repeats_small_sources(sources, token
     assert train == mixed(config, tokenizer, 3)[0] != mixed(config, tokenizer, 4)[0]
     assert train != sorted(train)
     config.max_documents = 1
-    with pytest.raises(UserError, match="give more text"):  # a text of a few letters, cut in two
+    with pytest.raises(UserError, match="Use more text"):  # a text of a few letters, cut in two
         mixed(config, tokenizer, 3)
 
 
@@ -421,7 +421,7 @@ def test_what_a_mixture_repeats_is_not_there_twice(tmp_path, tokenizer, capsys):
     assert "twice     3 training documents" in capsys.readouterr().out
     assert Counter(Counter(train).values()) == {1: 36, 9: 4}
     config.mix = [mix[1], mix[1]]
-    with pytest.raises(UserError, match=r"--mix .*b.jsonl: none of its documents is left"):
+    with pytest.raises(UserError, match=r"--mix .*b.jsonl: no document is left"):
         mixed(config, tokenizer, 0)
 
 
@@ -445,6 +445,6 @@ def test_long_documents_are_split_or_dropped_and_counted(tmp_path, tokenizer, ca
     stream = load_stream(TextConfig(block_size=16), pairs([("the " * 20, "a"), ("a", "b")]), tokenizer, "text")
     assert stream.num_documents == 2
     out = capsys.readouterr().out
-    assert f"text      1 of 2 documents are longer than 16 tokens: split; 4 of {len(stream)} tokens are scored" in out
+    assert f"text      1 of 2 documents are longer than 16 tokens: split; 4 of {len(stream)} tokens carry loss" in out
     with pytest.raises(UserError, match="--long_documents drop: all 1 documents of the training text"):
         blocks_of(tmp_path, tokenizer, train[1:2], evaluation, long_documents="drop")

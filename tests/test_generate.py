@@ -38,11 +38,11 @@ class Counter(BaseStreamer):
 
 
 def test_a_text_ends_with_what_ended_the_documents(model_dir, tokenizer):
-    """Of BERT's family that is the separator, and neither model nor tokenizer calls it the end."""
+    """In BERT's family this is the separator. Neither model nor tokenizer calls it end-of-text."""
     model, twin = load_pretrained(str(model_dir)), copy.deepcopy(tokenizer)
     model.generation_config.eos_token_id = None
     with torch.no_grad():
-        model.lm_head.weight.zero_()  # all tokens are alike, so the first one is always taken
+        model.lm_head.weight.zero_()  # all logits are equal, so greedy decoding takes token 0
     for end, expected in ((tokenizer.decode([0]), 1), ("a", 9)):
         twin.eos_token, twin.sep_token = None, end
         generate(model, twin, ["the"], SamplingConfig(max_new_tokens=9, greedy=True), counter := Counter())
@@ -91,7 +91,7 @@ def test_equals_the_pipeline(model_dir, model, tokenizer):
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
 def test_what_is_streamed_is_what_is_returned(kind, tokenizer, capsys):
-    if kind == "metaspace":  # Llama's way: a word alone loses the space before it
+    if kind == "metaspace":  # as Llama: a word decoded alone loses the space before it
         tokenizer = FAMILIES["metaspace"]()
     model = tiny_gpt2(len(tokenizer), n_positions=128).eval()
     sampling = SamplingConfig(max_new_tokens=40)
@@ -109,7 +109,7 @@ def test_streaming_a_long_text_decodes_a_few_tokens_at_a_time(tokenizer, monkeyp
     )
     (text,) = generate(model, tokenizer, ["the model"], SamplingConfig(max_new_tokens=200), Printer(tokenizer))
     assert capsys.readouterr().out == text + "\n"
-    assert max(lengths[:-2]) < 60  # the last two are of what is returned
+    assert max(lengths[:-2]) < 60  # the last two decode the returned text
 
 
 def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
@@ -191,7 +191,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer):
 
 def test_no_finished_run(tmp_path):
     done = run_script("generate.py", "--prompt", "a", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("generate.py: error: no finished run under runs/")
+    assert done.returncode == 2 and done.stderr.startswith("generate.py: error: --model: no finished run under runs/")
 
 
 def test_interactive_in_a_terminal(model_dir, tmp_path):
@@ -213,7 +213,7 @@ def test_interactive_in_a_terminal(model_dir, tmp_path):
             shown += data
             if answers and shown.count(b"prompt> ") == 4 - len(answers):
                 os.write(controller, answers.pop(0))
-    except OSError:  # a terminal whose other side is gone ends so on Linux
+    except OSError:  # Linux reports a closed terminal like this
         pass
     watchdog.cancel()
     assert process.wait(timeout=10) == 0

@@ -35,9 +35,9 @@ def test_equals_a_plain_loop_and_does_not_depend_on_the_batch_size(model, blocks
     model.train()
     random_state = torch.get_rng_state()
     for batch_size in (1, 3, 8, 100):
-        nll_sum, num_tokens = evaluate(model, make_loader(blocks, batch_size))
+        loss, num_tokens = evaluate(model, make_loader(blocks, batch_size))
         assert num_tokens == count
-        assert math.exp(nll_sum / num_tokens) == pytest.approx(math.exp(nll / count), rel=1e-6)
+        assert math.exp(loss) == pytest.approx(math.exp(nll / count), rel=1e-6)
     assert model.training and torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -68,9 +68,9 @@ def test_sliding_window_scores_each_token_with_what_stands_before_it(model, bloc
             return stream[:401][place]
 
     windows = group_texts(Head(), block_size, stride)
-    nll_sum, num_tokens = evaluate(model, make_loader(windows, 5))
+    loss, num_tokens = evaluate(model, make_loader(windows, 5))
     assert num_tokens == 400
-    assert nll_sum == pytest.approx(nll, rel=1e-6)
+    assert loss * num_tokens == pytest.approx(nll, rel=1e-6)
 
 
 def test_command(model_dir, text_file, model, tokenizer, tmp_path):

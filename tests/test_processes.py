@@ -52,7 +52,7 @@ def test_a_forked_run_is_that_of_an_interpreter_of_its_own(model_dir, jsonl_file
 def test_exit_codes_and_streams(tmp_path, monkeypatch):
     wrong = processes.run("train.py", "--train_files", "no.txt", "--model", "none", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "train.py: error: --train_files no.txt: no such file; check the path\n"
+    assert wrong.stderr == "train.py: error: --train_files no.txt: no such file. Pass an existing one.\n"
     monkeypatch.chdir(tmp_path)  # a relative directory is the caller's; input that nobody reads stops nothing
     helped = processes.run("perplexity.py", "--help", cwd=".", stdin="x" * 200_000)
     assert helped.returncode == 0 and "--stride" in helped.stdout and helped.stderr == ""

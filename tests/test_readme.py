@@ -1,6 +1,5 @@
 """The README's commands, run as written in a copy of the project, beside a Hub of our own; and its tables of flags."""
 
-import dataclasses
 import json
 import os
 import re
@@ -15,14 +14,6 @@ import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
 
-from corpus.flags import DataConfig
-from distributed.world import DistributedConfig
-from generate import GenerateConfig
-from model import ModelConfig
-from modeling.adapters import LoraConfig
-from perplexity import PerplexityConfig
-from train import TrainConfig
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 # The flags that make a command short; all others stay as they are written.
@@ -34,24 +25,17 @@ SHORTER = {
 }
 
 
-KINDS = [ModelConfig, LoraConfig, DataConfig, DistributedConfig, TrainConfig, GenerateConfig, PerplexityConfig]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tables_name_every_flag_with_its_default_and_meaning(kind):
-    for field in dataclasses.fields(kind):
-        (line,) = {line for line in README.splitlines() if line.startswith(f"| `--{field.name}` |")} & {
-            line for line in README.splitlines() if line.endswith(f"| {field.metadata['help'].replace('%%', '%')} |")
-        }
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        shown = line.split(" | ")[1].strip('" ')
-        assert shown == ("off" if default is False else f"{default:g}" if isinstance(default, float) else
-                         "" if default in (None, [], " ") else str(default)), line  # fmt: skip
+def test_the_page_of_flags_is_what_the_scripts_say():
+    written = subprocess.run(
+        [sys.executable, ROOT / "docs/flags.py"], capture_output=True, text=True, check=True
+    ).stdout
+    assert written == (ROOT / "docs/flags.md").read_text(encoding="utf-8"), "run make docs"
 
 
 def test_the_file_tree_names_every_file():
-    for path in [*ROOT.glob("*.py"), ROOT / "Makefile"]:
-        assert re.search(rf"^{path.name} ", README, re.MULTILINE), path.name
+    packages = [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
+    for name in [*(path.name for path in ROOT.glob("*.py")), *packages, "Makefile", "tests/", "benchmarks/", "docs/"]:
+        assert re.search(rf"^{name} ", README, re.MULTILINE), name
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,23 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear
 from cli.errors import UserError
 from corpus.position import Position
 from corpus.tokenize import tokenize
-from data import collate, group_texts, in_batches, make_loader, split_batch, training_batches
-from distributed.world import Group
+from data import TrainingData, collate, group_texts, make_loader, rank_batches
+from distributed.world import World
 from generate import SamplingConfig, generate
-from modeling.loss import linear_head
+from modeling.compile import compile_layers, should_compile, uncompiled
 from perplexity import evaluate
-from train import (
-    compile_layers,
-    learning_rate_at,
-    make_optimizer,
-    restore_state,
-    seed_step,
-    should_compile,
-    train_step,
-    training_state,
-    uncompiled,
-    within_memory,
-)
+from train import learning_rate_at, make_optimizer, train_step
+from training.monitor import memory_advice, micro_batch_memory
+from training.state import restore_state, seed_step, training_state
 
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
 
@@ -45,7 +37,7 @@ def blocks(rows, tokenizer):
 
 def test_equals_the_trainer(blocks, tokenizer, tmp_path):
     """The same model, blocks, order, warmup, decay, clipping and accumulation give the same losses and weights."""
-    batches = list(make_loader(blocks, 4, in_batches(range(4 * 2 * STEPS % len(blocks) + 8), 4)))  # full blocks alone
+    batches = list(make_loader(blocks, 4, rank_batches(range(4 * 2 * STEPS % len(blocks) + 8), 4)))  # full blocks alone
     batches = [batches[i % (len(batches) - 1)] for i in range(2 * STEPS)]
 
     ours = tiny_gpt2(len(tokenizer))
@@ -222,22 +214,31 @@ def test_fp16_ends_where_no_scale_helps(blocks, tokenizer):
     assert scaler.get_scale() == 2.0**16  # the next update does not suffer for it
 
 
-def test_out_of_memory_in_the_optimizer_is_final(blocks, tokenizer, monkeypatch):
-    """A smaller batch does not make it fit, and a part of the update may be done."""
+def test_out_of_memory_in_the_optimizer_is_not_the_micro_batch_size(blocks, tokenizer):
     model, batch = tiny_gpt2(len(tokenizer)), collate([blocks[i] for i in range(4)])
-    optimizer, tried = make_optimizer(model, DECAY), []
+    optimizer = make_optimizer(model, DECAY)
 
     def fail(*_):
         raise torch.OutOfMemoryError("no room")
 
-    def work(size):
-        tried.append(size)
-        return train_step(model, optimizer, no_scaler(), list(split_batch(batch, size)), 1e-3)
-
     optimizer.register_step_pre_hook(fail)
-    with pytest.raises(UserError, match="AdamW's moments"):
-        within_memory(work, 4, "halve")
-    assert tried == [4]
+    with (
+        pytest.raises(UserError, match=r"out of memory in the optimizer\. Use a smaller model"),
+        micro_batch_memory(SimpleNamespace(micro_batch_size=4, block_size=32)),
+    ):
+        train_step(model, optimizer, no_scaler(), [batch], 1e-3)
+
+
+def test_out_of_memory_names_the_flag_to_pass():
+    for size, words in (
+        (5, r"^--micro_batch_size 5: out of memory. Pass --micro_batch_size 2, which leaves the updates as they are.$"),
+        (1, r"^--block_size 32: out of memory with one block at once. Lower --block_size"),
+    ):
+        config = SimpleNamespace(micro_batch_size=size, block_size=32)
+        with pytest.raises(UserError, match=words), micro_batch_memory(config):
+            torch.empty(1 << 50)
+    with pytest.raises(RuntimeError, match="another mistake"), memory_advice("out of memory", "Use less"):
+        raise RuntimeError("another mistake")
 
 
 def test_an_update_without_anything_to_predict_changes_nothing(blocks, tokenizer):
@@ -248,34 +249,53 @@ def test_an_update_without_anything_to_predict_changes_nothing(blocks, tokenizer
     assert (loss.item(), norm.item(), tokens) == (0, 0, 0) and torch.equal(model.lm_head.weight, before)
 
 
-def test_half_the_blocks_at_once_make_the_same_update(blocks, tokenizer):
-    """What --oom halve does: here memory holds three blocks, and five are wanted."""
-    batch, weights, sizes = collate([blocks[i] for i in range(5)]), [], []
-    for most in (3, 5):
-        model = tiny_gpt2(len(tokenizer))
-        linear_head(model)  # looks at the model with a pass of its own
+OPTIMIZERS = {
+    "AdamW, fused": lambda groups: torch.optim.AdamW(groups, fused=True),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, fused=False),
+    "SGD, fused": lambda groups: torch.optim.SGD(groups, momentum=0.9, fused=True),
+    "SGD": lambda groups: torch.optim.SGD(groups),
+    "SGD, momentum": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+    "NAdam": torch.optim.NAdam,
+    "RMSprop": torch.optim.RMSprop,
+    "Adafactor": torch.optim.Adafactor,
+    "Adagrad": torch.optim.Adagrad,
+    "Adagrad, fused": lambda groups: torch.optim.Adagrad(groups, fused=True),
+}
 
-        def fail(module, inputs, most=most, **kwargs):
-            sizes.append(len(kwargs["input_ids"]) if kwargs else len(inputs[0]))
-            if sizes[-1] > most:
-                raise torch.OutOfMemoryError("no room")
 
-        model.transformer.wte.register_forward_pre_hook(fail)
-        optimizer = make_optimizer(model, DECAY)
+def parameter_groups(model):
+    return [{"params": list(model.parameters()), "weight_decay": DECAY}]
 
-        def work(size, model=model, optimizer=optimizer):
-            return train_step(model, optimizer, no_scaler(), list(split_batch(batch, size)), 1e-3)
 
-        _, left = within_memory(work, 5, "halve")
-        weights.append((left, model.lm_head.weight))
-    assert sizes == [5, 2, 2, 1, 5] and [left for left, _ in weights] == [2, 5]
-    assert (weights[0][1] - weights[1][1]).abs().max() < 1e-6
-    with pytest.raises(UserError, match="out of memory with 5 blocks at once; lower --batch_size"):
-        within_memory(lambda size: torch.empty(1 << 50), 5, "stop")
-    with pytest.raises(UserError, match="out of memory with 1 blocks at once; lower --block_size"):
-        within_memory(lambda size: torch.empty(1 << 50), 5, "halve")
-    with pytest.raises(RuntimeError, match="another mistake"):
-        within_memory(lambda size: (_ for _ in ()).throw(RuntimeError("another mistake")), 5, "halve")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, tokenizer, name):
+    """A gradient is poisoned at the first step and at a later one; the optimizer's state survives a checkpoint."""
+    model, batch = tiny_gpt2(len(tokenizer)), collate([blocks[0]])
+    optimizer = OPTIMIZERS[name](parameter_groups(model))
+
+    def numbers():
+        moments = {(i, k): v for i, state in enumerate(optimizer.state.values()) for k, v in state.items()}
+        return {key: value.clone() for key, value in {**moments, **model.state_dict()}.items() if value is not None}
+
+    for _ in range(2):
+        before = numbers()
+        poison = model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * math.nan)
+        result = train_step(model, optimizer, no_scaler(), [batch], 1e-3)
+        poison.remove()
+        assert math.isfinite(result.loss) and math.isnan(result.grad_norm)  # which the monitor reports
+        after = numbers()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert all(not value.any() for key, value in after.items() if key not in before)  # moments begin at 0
+        train_step(model, optimizer, no_scaler(), [batch], 1e-3)  # and training goes on
+        after = numbers()
+        assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+        assert all(value.isfinite().all() for value in after.values())
+
+    again = tiny_gpt2(len(tokenizer))
+    fresh = OPTIMIZERS[name](parameter_groups(again))
+    restore_state(training_state(model, optimizer, World()), again, fresh, World())
+    losses = [train_step(*pair, no_scaler(), [batch], 1e-3).loss for pair in ((model, optimizer), (again, fresh))]
+    assert losses[0] == losses[1] and torch.equal(model.lm_head.weight, again.lm_head.weight)
 
 
 def test_compile_auto_is_for_long_runs_of_models_that_compile(tokenizer, monkeypatch):
@@ -309,13 +329,12 @@ def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tok
         if compiled:
             compile_layers(model, 16)
         optimizer = make_optimizer(model, 0)
-        batches = training_batches(blocks, 5, 5, 0, Position(), same_shape=compiled)
+        batches = TrainingData(blocks, 0).batches(5, 5, Position(), same_shape=compiled)
         for _ in range(2 * math.ceil(len(blocks) / 5)):
             micro_batches, position, _ = next(batches)
             losses.append(train_step(model, optimizer, no_scaler(), micro_batches, 1e-3)[0].item())
         assert position == Position(2, 0)
-        nll_sum, num_tokens = evaluate(model, make_loader(blocks, 5, same_shape=compiled))
-        losses.append(nll_sum / num_tokens)
+        losses.append(evaluate(model, make_loader(blocks, 5, same_shape=compiled))[0])
         with uncompiled(compiled):
             generate(model, tokenizer, ["one"], SamplingConfig(max_new_tokens=5))
     assert len(blocks) % 5 and losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], abs=1e-4)
@@ -331,7 +350,7 @@ def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision):
         return model, make_optimizer(model, DECAY)
 
     def go_on(model, optimizer, position, steps):
-        batches = training_batches(blocks, 4, 8, 3, position)
+        batches = TrainingData(blocks, 3).batches(4, 8, position)
         for step in range(steps):
             seed_step(3, step, 0)
             update, position, _ = next(batches)
@@ -342,12 +361,12 @@ def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision):
     position = go_on(model, optimizer, Position(), 4)
     saved = {
         group: {name: tensor.clone() for name, tensor in content.items()}
-        for group, content in training_state(model, optimizer, Group()).items()
+        for group, content in training_state(model, optimizer, World()).items()
     }
     go_on(model, optimizer, position, 4)
     again, again_optimizer = start()
     torch.manual_seed(99)
-    restore_state(saved, again, again_optimizer, Group())
+    restore_state(saved, again, again_optimizer, World())
     go_on(again, again_optimizer, position, 4)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name

@@ -1,11 +1,11 @@
-"""Directories and files that are whole or not there: atomic save, verified load, retention.
+"""Directories and files that are complete or absent: atomic save, verified load, retention.
 
     save(path := run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100})
     prune(run_dir / "checkpoints", keep=2, newest=path)
     state, tensors = load(newest(run_dir / "checkpoints"))
 
-A checkpoint holds safetensors and JSON only, so that loading one can run no code, and a manifest with the size and the
-SHA-256 of each file, so that a damaged one is noticed.
+A checkpoint holds safetensors and JSON only, so that loading one can run no code. Its manifest holds the size and the
+SHA-256 of each file, so that damage is noticed.
 """
 
 import ctypes
@@ -27,17 +27,17 @@ from safetensors.torch import load_file, save_file
 from cli.errors import SaveError, UserError, root_cause, warn
 
 MANIFEST = "manifest.json"
-WRITING, REPLACED = ".being-written", ".being-replaced"  # ends of names that stand for a moment only
+WRITING, REPLACED = ".being-written", ".being-replaced"  # suffixes of names that exist only during a save
 
 
 class NoCheckpointError(UserError):
-    """There are checkpoints to resume from, but none is usable."""
+    """No checkpoint is usable."""
 
     exit_code = 3
 
 
 def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-    """Writes ``tensors`` as one safetensors file a group and ``state`` as JSON; afterwards ``path`` is complete."""
+    """Write ``tensors`` as one safetensors file per group, and ``state`` as JSON. Afterwards ``path`` is complete."""
 
     def write(directory: Path) -> None:
         for group, content in tensors.items():
@@ -52,30 +52,30 @@ def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[st
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Returns (state, tensors by group) of a verified checkpoint, tensors on the CPU."""
+    """Return (state, tensors by group) of a verified checkpoint, with tensors on the CPU."""
     listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     tensors = {Path(name).stem: load_file(path / name) for name in listed if name.endswith(".safetensors")}
     return json.loads((path / "state.json").read_text(encoding="utf-8")), tensors
 
 
 def newest(directory: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all.
+    """Return the newest checkpoint that verifies, or None if there is none at all.
 
-    Warns for each newer one that is damaged. Raises NoCheckpointError where all are.
+    Warn about each newer one that is damaged. Raise NoCheckpointError if all are.
     """
     paths = _checkpoints(directory)
     for path in reversed(paths):
         damage = verify(path)
         if damage is None:
             return path
-        warn(f"{path}: {damage}; looking at the checkpoint before it")
+        warn(f"{path}: {damage}; trying the checkpoint before it")
     if paths:
-        raise NoCheckpointError(f"{directory}: no checkpoint there is intact; start anew with --overwrite")
+        raise NoCheckpointError(f"{directory}: no checkpoint there is intact. Use --overwrite to start over.")
     return None
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in {"state.json": {}, **manifest}.items():
@@ -91,10 +91,9 @@ def verify(path: Path) -> str | None:
 
 
 def prune(directory: Path, keep: int, newest: Path) -> None:
-    """Deletes all checkpoints but ``newest``, which has just been saved, and the ``keep - 1`` before it.
+    """Delete all checkpoints except ``newest``, which was just saved, and the ``keep - 1`` before it.
 
-    Later ones are damaged, or resuming would have begun with them; counted among those to keep they would push out
-    the last one that verifies.
+    Later ones are damaged, or the run would have resumed from them. So they must not count among those to keep.
     """
     paths = _checkpoints(directory)
     until = paths.index(newest) + 1
@@ -103,7 +102,7 @@ def prune(directory: Path, keep: int, newest: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a directory all at once, or a symbolic link but not what it leads to."""
+    """Delete a file, a directory in one step, or a symbolic link but not its target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -112,13 +111,13 @@ def remove(path: Path) -> None:
 
 
 def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -> None:
-    """Calls ``write`` with a temporary directory and then puts it in the place of ``path``, old content included.
+    """Call ``write`` with a temporary directory, and then replace ``path`` and all its old content by it.
 
-    Each file, the directory and its parent are synced, in this order: after a crash there is the old directory or the
-    new one. File modes follow the umask, also for libraries that create private files. Raises SaveError, and leaves
-    ``path`` as it was, where that is not possible; ``num_bytes`` is about what is needed.
+    Each file, the directory and its parent are synced in this order, so a crash leaves the old directory or the new
+    one. File modes follow the umask, also if a library creates private files. Raise SaveError, and leave ``path`` as it
+    was, if writing fails; ``num_bytes`` is the approximate size.
     """
-    path = Path(os.path.realpath(path))  # it may be a link to a larger disk
+    path = Path(os.path.realpath(path))  # it may be a symbolic link to a larger disk
     temporary = path.with_name(f".{path.name}{WRITING}")
     with _saving(path, num_bytes):
         remove_partial_writes(path.parent)
@@ -136,7 +135,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
 
 
 def write_file(path: Path, text: str) -> None:
-    """Puts a file in the place of another one, in one step."""
+    """Replace a file in one step."""
     temporary = path.with_name(f".{path.name}{WRITING}")
     with _saving(path, len(text.encode())):
         temporary.write_text(text, encoding="utf-8")
@@ -149,21 +148,21 @@ def write_file(path: Path, text: str) -> None:
 def _saving(path: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the tokenizers library raises just that
+    except Exception as error:  # the tokenizers library raises a plain Exception
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
         remove_partial_writes(path.parent)
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
             f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
-            f"{shutil.disk_usage(home).free:,} are free; make room and go on with --resume"
+            f"{shutil.disk_usage(home).free:,} are free. Make room, then use --resume."
         ) from error
     finally:
-        remove_partial_writes(path.parent)  # what was in the place of `path` before goes as well
+        remove_partial_writes(path.parent)  # the old content of `path` goes as well
 
 
 def remove_partial_writes(directory: Path) -> None:
-    """Clears away what a process that was killed while saving has left in ``directory``."""
+    """Remove what a process that was killed during a save left in ``directory``."""
     for old in directory.glob(f".*{REPLACED}"):
         path = old.with_name(old.name[1:].removesuffix(REPLACED))
         remove(old) if path.exists() else old.rename(path)
@@ -172,7 +171,7 @@ def remove_partial_writes(directory: Path) -> None:
 
 
 def swap_into_place(temporary: Path, path: Path) -> None:
-    """Renames ``temporary`` to ``path``; what stood there before is then ``temporary``. One step, so never neither."""
+    """Exchange ``temporary`` and ``path`` in one step, so that ``path`` always exists."""
     if not path.exists():
         temporary.rename(path)
         return
@@ -193,7 +192,7 @@ def swap_into_place(temporary: Path, path: Path) -> None:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """All checkpoints, oldest first: their names carry the step with leading zeros."""
+    """Return all checkpoints, oldest first, ordered by number: names of a million steps are longer."""
     found = {int(path.name[5:]): path for path in directory.glob("step-*/") if path.name[5:].isdecimal()}
     return [found[step] for step in sorted(found)]
 

@@ -1,4 +1,7 @@
-"""The log of a run: metrics.jsonl, TensorBoard and the terminal."""
+"""The log of a run: metrics.jsonl, trackers such as TensorBoard, and the terminal.
+
+Another tracker is a class with the methods of `TensorBoard` and an entry in TRACKERS.
+"""
 
 import json
 import os
@@ -14,143 +17,168 @@ from tqdm import tqdm
 
 from cli.errors import SaveError, drop_output, root_cause, warn
 from training.checkpoint import write_file
+from training.state import TrainState
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
 
 
-class RunLog:
-    """Writes each record to metrics.jsonl, TensorBoard and stdout: a bar on a terminal, else plain lines.
+class TensorBoard:
+    """Scalars, samples and hyperparameters for TensorBoard. From ``first_step`` on, older files do not count."""
 
-    Records that an interrupted run left behind are removed, after ``step`` and, unless ``evaluated``, that step's
-    evaluation: a resumed run shows one curve. Where the disk is full it raises SaveError or, where ``goes_on``, warns
-    and writes the record to metrics.jsonl later.
+    def __init__(self, run_dir: Path, first_step: int):
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Draw ``values`` of the split "train" or "eval"."""
+        for key, value in values.items():
+            if key not in NO_CURVES:
+                self._writer.add_scalar(f"{split}/{key}", value, step)
+        self._writer.flush()
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        # TensorBoard renders Markdown; an indented block shows the text as it is.
+        self._writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
+        self._writer.flush()
+
+    def summary(self, hyperparameters: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Add the hyperparameters with the final metrics, under the tags of the curves that they end."""
+        for summary in hparams(hyperparameters, {f"eval/{key}": value for key, value in metrics.items()}):
+            self._writer.file_writer.add_summary(summary)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+TRACKERS = {"tensorboard": TensorBoard}
+
+
+class RunLog:
+    """Write each record to metrics.jsonl, the trackers and stdout: a bar on a terminal, else plain lines.
+
+    Records that an interrupted run wrote after ``state`` are removed, so that a resumed run shows one curve. Raise
+    SaveError if the disk is full.
     """
 
-    def __init__(self, run_dir: Path, step: int, evaluated: bool, max_steps: int, goes_on: bool = False):
+    def __init__(self, run_dir: Path, state: TrainState, num_steps: int):
+        step, evaluated = state.step, state.last_eval_step == state.step
         records = [record for record in read_metrics(run_dir) if record["step"] <= step]
         records = [r for r in records if r["step"] < step or r["split"] != "eval" or evaluated]
         _rewrite(run_dir, records)
+        self._run_dir, self._num_steps = run_dir, num_steps
         self._file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 open as long as the run
-        self._unwritten = b""
-        # TensorBoard drops what older files have from this step on, so a part of it may have to be drawn once more.
-        self._purge_step = step + evaluated
-        self._recent = [record for record in records if record["step"] == step and not evaluated]
-        self._board: SummaryWriter | None = None
-        self._run_dir, self.goes_on = run_dir, goes_on
-        self.terminal = sys.stdout.isatty()
-        self._bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, disable=not self.terminal)
+        with self._saving():
+            self._trackers = [tracker(run_dir, step + evaluated) for tracker in TRACKERS.values()]
+            for record in records:
+                if record["step"] == step and not evaluated:  # void in the older files, and not made again
+                    self._track(**record)
+        self._terminal = sys.stdout.isatty()
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", file=sys.stdout, disable=not self._terminal)
 
     def step(self) -> None:
         self._bar.update()
 
-    def train(self, step: int, max_steps: int, seconds_left: float, **values: Any) -> None:
+    def training(
+        self, state: TrainState, result: Any, learning_rate: float, epoch: float, speed: dict[str, float]
+    ) -> None:
+        """Log the `StepResult` of the last step. ``speed`` is what `Throughput.since_last_log` returned."""
+        if state.skipped_in_a_row:  # a step that was not finite is logged as such
+            return
+        speed, seconds_left = dict(speed), speed["seconds_left"]
+        del speed["seconds_left"]
+        values = {
+            "loss": result.loss.item(),
+            "tokens": int(result.num_predicted),
+            "learning_rate": learning_rate,
+            "grad_norm": result.grad_norm.item(),
+            "tokens_seen": state.tokens_seen,
+            "epoch": epoch,
+            **speed,
+        }
+        step = state.step
         self._write(step, "train", values)
-        if self.terminal:
+        if self._terminal:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
-        else:
-            mfu = f"mfu {values['mfu']:.1%}  " if "mfu" in values else ""
-            self.say(
-                f"step {step}/{max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-                f"grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  {mfu}"
-                f"{duration(seconds_left)} left"
-            )
+            return
+        mfu = f"mfu {values['mfu']:.1%}  " if "mfu" in values else ""
+        self.say(
+            f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad_norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  {mfu}"
+            f"{duration(seconds_left)} left"
+        )
 
-    def evaluation(self, step: int, **values: Any) -> None:
+    def evaluation(self, step: int, **values: float) -> None:
         self._write(step, "eval", values)
         self.say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
 
     def nonfinite(self, step: int, **values: Any) -> None:
-        """An update that was left out; ``loss`` and ``grad_norm`` are texts, as JSON and curves have no NaN."""
+        """Log a step that changed nothing. ``loss`` and ``grad_norm`` are texts: JSON and curves have no NaN."""
         self._write(step, "nonfinite", values)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        # TensorBoard renders Markdown; an indented block shows the text as it is.
-        lines = "\n".join("    " + line for line in (prompt + text).splitlines())
         with self._saving():
-            self._draw(lambda board: board.add_text(f"sample: {prompt}", lines, step))
+            for tracker in self._trackers:
+                tracker.text(step, f"sample: {prompt}", prompt + text)
         self.say(f"sample: {prompt}{text}")
 
-    def hyperparameters(self, values: dict[str, Any], final: dict[str, float]) -> None:
-        """Hyperparameters with the final metrics, under the tags of the curves that they end."""
-        given = {key: value for key, value in values.items() if value not in (None, [], False)}
+    def summary(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        given = {key: value for key, value in settings.items() if value not in (None, [], False)}
         plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()}
-        summaries = hparams(plain, {f"eval/{key}": value for key, value in final.items()})
         with self._saving():
-            self._draw(lambda board: [board.file_writer.add_summary(summary) for summary in summaries])
+            for tracker in self._trackers:
+                tracker.summary(plain, metrics)
 
     def say(self, text: str) -> None:
         with self._saving():
             try:
-                if self.terminal:
+                if self._terminal:
                     tqdm.write(text, file=sys.stdout)
                 else:
                     print(text, flush=True)
-            except BrokenPipeError:  # a long run does not end because nobody reads on
+            except BrokenPipeError:  # a long run goes on when nobody reads its output
                 drop_output(sys.stdout)
 
     def sync(self) -> None:
-        """Brings all records to the disk before a checkpoint, which is not to be ahead of them."""
+        """Flush all records to the disk before a checkpoint, which must not be ahead of them."""
         with self._saving():
-            self._write_lines()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        if self._board:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        record = {"step": step, "split": split, **values}
-        self._unwritten += (json.dumps(record) + "\n").encode()
+        line = (json.dumps({"step": step, "split": split, **values}) + "\n").encode()
         with self._saving():
-            self._write_lines()
-            self._draw(lambda board: _add_scalars(board, **record))
-            self._purge_step = step
-            self._recent = [record for record in self._recent if record["step"] == step]
-        self._recent.append(record)
+            while line:  # a nearly full disk takes a part of a line, and then raises
+                line = line[self._file.write(line) :]
+            self._track(step, split, **values)
 
-    def _write_lines(self) -> None:
-        while self._unwritten:  # a full disk takes a part of a line: what is left follows when there is room again
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-
-    def _draw(self, add: Callable[[SummaryWriter], Any]) -> None:
-        if self._board is None:
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
-            for record in self._recent:
-                _add_scalars(self._board, **record)
-        add(self._board)
-        self._board.flush()
+    def _track(self, step: int, split: str, **values: Any) -> None:
+        if split != "nonfinite":
+            for tracker in self._trackers:
+                tracker.log(step, split, values)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._board = None  # its writing thread may have ended; the next record opens another file
-            problem = f"{self._run_dir}: the log cannot be written ({root_cause(error)}); make room"
-            if not self.goes_on:
-                raise SaveError(f"{problem} and go on with --resume") from error
-            warn(problem)
+            problem = f"{self._run_dir}: the log cannot be written ({root_cause(error)})"
+            raise SaveError(f"{problem}. Make room, then use --resume.") from error
 
 
 class NoLog:
-    """The log of ranks other than 0: whatever it is told, it does nothing."""
-
-    goes_on = False
+    """The log of ranks other than 0, whose methods do nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values, **named: None
 
 
-def _add_scalars(board: SummaryWriter, step: int, split: str, **values: Any) -> None:
-    for key, value in values.items():
-        if key not in NO_CURVES and split != "nonfinite":
-            board.add_scalar(f"{split}/{key}", value, step)
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that was being written when the run died is left out."""
+    """Return the records of metrics.jsonl, without a last line that was cut when the run died."""
     path, records = run_dir / "metrics.jsonl", []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -163,32 +191,35 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
-    write_file(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of all evaluations."""
+    return [record for record in read_metrics(run_dir) if record["split"] == "eval"]
 
 
 def mark_finished(run_dir: Path) -> None:
-    """Adds ``"final": true`` to the last evaluation, once all that belongs to the run is written."""
+    """Add ``"final": true`` to the last evaluation, when everything that belongs to the run is written."""
     records = read_metrics(run_dir)
     if records and records[-1]["split"] == "eval" and not records[-1].get("final"):  # its date tells the newest run
         _rewrite(run_dir, [*records[:-1], {**records[-1], "final": True}])
 
 
-def evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(run_dir) if record["split"] == "eval"]
-
-
 def finished_step(run_dir: Path) -> int:
-    """The last step of a run that came to its end and has its model, 0 for any other."""
+    """Return the last step of a finished run that has its model, and 0 for any other run."""
     records = read_metrics(run_dir)
     return records[-1]["step"] if records and records[-1].get("final") and (run_dir / "model").is_dir() else 0
 
 
 def last_step(run_dir: Path) -> int:
+    """Return the last step that was logged, or 0."""
     return max((record["step"] for record in read_metrics(run_dir)), default=0)
 
 
 def duration(seconds: float) -> str:
+    """Return minutes:seconds, or hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
+    write_file(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))

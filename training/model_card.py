@@ -12,10 +12,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from cli.errors import UserError, root_cause
+from cli.hub import split_revision
 from training.checkpoint import write_file
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the numbers."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
 
 
@@ -23,13 +25,14 @@ NAME = "PATH_OR_ID"  # in the card, until the model is uploaded somewhere
 
 
 def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
-    """The README.md of a trained model: data, hyperparameters, metrics, how to use it."""
+    """Return the README.md of a trained model: data, hyperparameters, metrics, how to use it."""
     base = settings["model"]
     source = settings["dataset"] or ", ".join(settings["train_files"] or settings["mix"])
-    hub_base = base if base and not Path(base).exists() else None
-    hub_data = settings["dataset"] if settings["dataset"] and not Path(settings["dataset"]).exists() else None
+    hub_base = split_revision(base)[0] if base and not Path(base).exists() else None
+    data = settings["dataset"]
+    hub_data = split_revision(data)[0] if data and not Path(data).exists() else None
     metadata = ModelCardData(
-        library_name="peft" if settings["lora_rank"] and not settings["merge_lora"] else "transformers",
+        library_name="peft" if settings["lora_rank"] else "transformers",
         pipeline_tag="text-generation",
         base_model=hub_base,
         datasets=[hub_data] if hub_data else None,
@@ -63,7 +66,7 @@ Trained on: {facts["training_text"]} tokens. Held out: {facts["eval_documents"]:
 
 ## Metrics
 
-Mean negative log-likelihood in nats a predicted token on the held-out text, and its exponential.
+Mean negative log-likelihood in nats per predicted token on the held-out text, and its exponential.
 
 | step | loss | perplexity |
 | ---: | ---: | ---: |
@@ -82,31 +85,34 @@ Made with {", ".join(f"{name} {version}" for name, version in versions().items()
 
 
 def check_login(repo_id: str) -> None:
-    """Raises UserError where ``push`` could not work, before hours are spent on training."""
+    """Raise UserError if ``push`` could not work, before hours are spent on training."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repo_id}: not a repo id ({root_cause(error)}); give user/name") from error
+        raise UserError(f"--push_to_hub {repo_id}: is no Hub id ({root_cause(error)}). Use user/name.") from error
     try:
         HfApi().whoami()
     except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
         raise UserError(
-            f"--push_to_hub {repo_id}: not logged in to the Hub ({root_cause(error)}); "
-            f"run `hf auth login` or set HF_TOKEN, or leave the flag out and upload later"
+            f"--push_to_hub {repo_id}: not logged in to the Hub ({root_cause(error)}). "
+            f"Run `hf auth login`, set HF_TOKEN, or remove the flag and upload later."
         ) from error
 
 
 def push(model_dir: Path, repo_id: str) -> str:
-    """Uploads model, tokenizer and card; returns the address. The token is the environment's or the saved login's."""
+    """Upload model, tokenizer and card to a private repository. Return its address.
+
+    The token is that of the environment or of the saved login.
+    """
     card = model_dir / "README.md"
     write_file(card, card.read_text(encoding="utf-8").replace(NAME, repo_id))
     try:
         api = HfApi()
-        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo_id, folder_path=model_dir, commit_message="Upload model, tokenizer and card")
         return f"{api.endpoint}/{repo_id}"
     except Exception as error:
         raise UserError(
-            f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}); the model is safe in {model_dir}, "
-            f"upload it with `hf upload {repo_id} {model_dir}`"
+            f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "
+            f"Run `hf upload {repo_id} {model_dir}`."
         ) from error

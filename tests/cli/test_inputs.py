@@ -16,12 +16,14 @@ import pytest
 from hub_server import HubError, HubServer
 from inputs import CASES, CODE, FIRED, Canary, canary, check, good_model, model, rows
 
+import export
 import generate
 import perplexity
 import train
 from cli import errors, hub
 
 MAIN = {"train.py": train.main, "perplexity.py": perplexity.main, "generate.py": generate.main}
+MAIN |= {"export.py": export.main}
 TOKEN = "hf_canaryTHATNOBODYMAYREPEAT"
 
 
@@ -34,7 +36,7 @@ def run(monkeypatch, capfd):
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [script, *argv])
             capfd.readouterr()
-            errors.run(MAIN[script])
+            errors.run_script(MAIN[script])
         return exit.value.code, *capfd.readouterr()
 
     good_model()

@@ -53,12 +53,12 @@ def corpus(tmp_path):
 
 def stored(config, tokenizer):
     """The blocks of the text as a whole, in its order."""
-    blocks = data.load_blocks(config, *sources.load_documents(config, 0), tokenizer, 0)[0].blocks
+    blocks = data.load_data(config, *sources.load_documents(config, 0), tokenizer, 0)[0].blocks
     return [blocks[i] for i in range(len(blocks))]
 
 
 def streamed(config, tokenizer, seed=0):
-    return data.load_streamed_blocks(config, *streaming.load_documents(config, seed), tokenizer, seed)[0]
+    return data.load_data(config, *streaming.load_documents(config, seed), tokenizer, seed)[0]
 
 
 def epoch(training, position=None):
@@ -107,7 +107,7 @@ def test_the_blocks_are_those_of_the_whole_text(settings, characters, corpus, to
     assert same([batch for batches, *_ in updates for batch in batches], list(map(collate, grouped(expected, 4))))
     assert [number for *_, numbers in updates for number in numbers] == list(range(len(expected)))
     assert updates[-1][1] == Position(1)
-    assert same([training.first(3)], [collate(expected[:3])])
+    assert same([training.first_batch(3)], [collate(expected[:3])])
     shuffled = streamed(DataConfig(**corpus, **settings, streaming=True, shuffle_buffer=10), tokenizer)
     orders = [[n for *_, numbers in epoch(shuffled, Position(number)) for n in numbers] for number in (0, 1)]
     assert orders[0] != orders[1]
@@ -142,8 +142,9 @@ def test_the_place_moves_on_behind_long_documents(pack, corpus, tokenizer, tmp_p
             break
         updates.append(update)
         states.append(saved(training))
-    begun = training._documents.place["documents"]
-    assert begun == 9 and states[-1][0]["shards"][0]["at"]["place"]["documents"] >= begun - 2
+    num_started = training._documents.state["documents"]
+    newest = states[-1][0]["shards"][0]["resume_at"]["documents"]["documents"]
+    assert num_started == 9 and newest >= num_started - 2
     for i in range(0, len(states) - 1, 3):
         again = streamed(config, tokenizer)
         again.restore(states[i][0], states[i][1]["stream"])
@@ -274,7 +275,7 @@ def test_a_run_goes_on_with_the_same_updates_on_any_ranks(shards, files, tokeniz
             place += 1
         at = ranks_updates[0][1], *saved(*trainings)
         assert len(at[1]["shards"]) == shards
-    assert place == 35 and [len(t._given) for t in first] == [1] * shards
+    assert place == 35 and [len(t._shard_states) for t in first] == [1] * shards
 
 
 def test_a_rank_needs_no_files_but_its_own(files, tokenizer, tmp_path):
@@ -297,21 +298,12 @@ def test_shards_that_cannot_be_read_are_named(corpus, tokenizer, tmp_path, monke
     rows[7] = {"text": None}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(**corpus | {"train_files": [f"{tmp_path}/rows.jsonl"]}, streaming=True)
-    with pytest.raises(UserError, match=r"rows.jsonl, shard 1 of 2, --text_column text: record 4 holds None"):
+    with pytest.raises(UserError, match=r"rows.jsonl, shard 1 of 2, --text_column text: record 4 contains None"):
         next(on_ranks(config, tokenizer, 2)[1])
     few = r"shard 0 of 4: the training text has [1-9]\d* tokens, and 64 or more are needed"
     with pytest.raises(UserError, match=few):
         config = dataclasses.replace(config, max_documents=4, block_size=64)
         next(on_ranks(config, tokenizer, 8)[1])
-
-
-def test_a_checkpoint_from_before_there_were_shards(files, tokenizer):
-    trainings, updates = on_ranks(files, tokenizer, 1)
-    _, (one, *_) = next(updates), saved(*trainings)
-    stream = {name.removeprefix("0."): tensor for name, tensor in saved(*trainings)[1]["stream"].items()}
-    other = streamed(files, tokenizer)
-    other.restore(one["shards"][0], stream)
-    assert saved(other)[0] == one and tokens(next(other.batches(2, 9, Position()))) == tokens(next(updates)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +326,7 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(model_dir, corpus, t
     arguments = [*flags(model_dir, corpus), "--output_dir"]
     done = run_script("train.py", *arguments, tmp_path / "whole", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert f"training  text that streams from --train_files {tmp_path}/0.jsonl" in done.stdout
+    assert f"training  streamed text of --train_files {tmp_path}/0.jsonl" in done.stdout
     assert losses(tmp_path / "whole")[-1][0] == 24 and losses(tmp_path / "whole")[-2][3] >= 2  # several epochs
     for step, number, code in ((9, signal.SIGTERM, 143), (12, signal.SIGKILL, -9)):
         run_dir = tmp_path / f"cut-{step}"
@@ -423,7 +415,7 @@ def test_what_is_lost_on_the_way_is_named_and_gone_on_with(
 def test_a_run_saves_before_a_record_ends_it(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
+    monkeypatch.setattr("training.run.lock_directory", lambda run_dir: None)
     monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 300)
     rows = [json.dumps({"text": make_text(9, i)}) + "\n" for i in range(300)]
     arguments = ["--model", str(model_dir), "--train_files", "rows.jsonl", "--eval_files", "rows.jsonl", "--streaming"]
@@ -437,7 +429,7 @@ def test_a_run_saves_before_a_record_ends_it(model_dir, tmp_path, monkeypatch, c
         (tmp_path / "good.jsonl").write_text("".join(rows))
         (tmp_path / "rows.jsonl").write_text("".join(rows[:100]) + '{"text": null}\n' + "".join(rows[101:]))
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval_files", "good.jsonl"])
-        with pytest.raises(UserError, match=r"rows.jsonl, --text_column text: record 101 holds None, not text"):
+        with pytest.raises(UserError, match=r"rows.jsonl, --text_column text: record 101 contains None, not text"):
             train.main()
     assert "resuming from cut/checkpoints/step-0000" in capsys.readouterr().out
     ends = [tmp_path / name / "checkpoints/step-000040" for name in ("whole", "cut")]
@@ -467,10 +459,10 @@ def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
         with processes.prepare(env):
             done = run_script("train.py", *arguments, cwd=tmp_path, env=env)
             assert done.returncode == 0 and done.stderr == "", done.stderr
-            assert "training  text that streams from --dataset someone/answers" in done.stdout
+            assert "training  streamed text of --dataset someone/answers" in done.stdout
             assert "held out  5 documents" in done.stdout
             card = (tmp_path / "runs/train/model/README.md").read_text()
-            assert "Trained on: text that streams from --dataset someone" in card
+            assert "Trained on: streamed text of --dataset someone" in card
             arrow = [path for path in (tmp_path / "home").rglob("*.arrow") if "generator" not in str(path)]
             assert not arrow and not list((tmp_path / "home").rglob("*.jsonl"))
             (tmp_path / "data/train.jsonl").write_text((tmp_path / "data/test.jsonl").read_text())
@@ -478,26 +470,28 @@ def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
             arguments += ["--resume", "--max_steps", 5]
             other = run_script("train.py", *arguments, cwd=tmp_path, env=env)
             assert other.returncode == 2 and f"training text was {commit}" in other.stderr
-            done = run_script("train.py", *arguments, "--dataset_revision", commit, cwd=tmp_path, env=env)
+            done = run_script("train.py", *arguments, "--dataset", f"someone/answers@{commit}", cwd=tmp_path, env=env)
             assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_steps": ""}, "--streaming: the length of the text is not known; give --max_steps"),
-        ({"eval_files": ""}, "give --eval_files or --dataset_eval_split"),
-        ({"deduplicate": "true"}, "--streaming and --deduplicate"),
-        ({"mix": "good.txt:1", "train_files": ""}, "--streaming reads one source, not --mix good.txt:1"),
-        ({"tokenizer": "train:300"}, "--tokenizer train:300: needs text that does not stream"),
-        ({"num_workers": 2}, "--num_workers 2: text that streams is read in this process"),
-        ({"dataset": "x", "train_files": "", "dataset_split": "train[:9]"}, "give --max_documents instead"),
-        ({"streaming": "false", "shuffle_buffer": 7}, "--shuffle_buffer 7: needs --streaming"),
-        ({"text_column": "texts"}, "no such column as texts; there are n, name, text, said"),
-        ({"filter": "m=1"}, "--filter m=1: no such column as m"),
+        ({"max_steps": ""}, "--streaming: the length of the text is unknown. Set --max_steps."),
+        ({"eval_files": ""}, "--streaming: cannot hold out evaluation text. Pass --eval_files or"),
+        ({"deduplicate": "true"}, "--deduplicate: needs the whole text. Remove --deduplicate or"),
+        ({"mix": "good.txt:1", "train_files": ""}, "--mix good.txt:1: --streaming reads one source. Remove --mix"),
+        ({"tokenizer": "train:300"}, "--tokenizer train:300: needs text that is not streamed"),
+        (
+            {"dataset": "x", "train_files": "", "dataset_split": "train[:9]"},
+            "--streaming reads whole splits. Use --max_documents.",
+        ),
+        ({"streaming": "false", "shuffle_buffer": 7}, "--shuffle_buffer 7: needs --streaming. Remove it."),
+        ({"text_column": "texts"}, "column texts does not exist. Use one of n, name, text, said"),
+        ({"filter": "m=1"}, "--filter m=1: column m does not exist"),
         ({"max_documents": 1}, "and 32 or more are needed"),
         ({"train_files": "broken.jsonl"}, "broken.jsonl"),
-        ({"train_files": "odd.jsonl"}, "odd.jsonl, --text_column text: record 150 holds"),
+        ({"train_files": "odd.jsonl"}, "odd.jsonl, --text_column text: record 150 contains"),
         ({"train_files": "none.jsonl"}, "no such file"),
         ({"train_files": "http://127.0.0.1:9/a.txt"}, "http://127.0.0.1:9/a.txt: "),
     ],

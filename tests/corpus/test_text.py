@@ -9,8 +9,11 @@ from conftest import make_text
 from test_data import scored_text, texts
 
 from cli.errors import UserError
+from cli.hub import split_revision
+from corpus import streaming
 from corpus.chat import CHAT_TEMPLATE, render
 from corpus.flags import DataConfig, TextConfig
+from corpus.formats import FORMATS
 from corpus.records import read_rows
 from corpus.sources import load_documents
 from corpus.tokenize import tokenize
@@ -40,7 +43,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
         assert texts(train) == documents, config
         assert texts(evaluation) == documents
     for name, split in (("saved", "test"), ("splits", "test")):
-        with pytest.raises(UserError, match="no split test there"):
+        with pytest.raises(UserError, match=r"split test does not exist\. Use one of"):
             load_documents(DataConfig(dataset=str(tmp_path / name), dataset_eval_split=split), 0)
     config = DataConfig(dataset=str(tmp_path / "splits"), dataset_eval_split="other", max_documents=5)
     assert [texts(part) for part in load_documents(config, 0)] == [documents[:5], documents[:3]]
@@ -90,7 +93,7 @@ def test_a_single_document_is_held_out_from_its_end(kind, text_file, tokenizer, 
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"text": "a"}\n' * 20 + b'{"text": null}\n', ["record 21 ", "None"]),
-        ("a.jsonl", b'{"other": "a"}\n', ["--text_column text", "there are other"]),
+        ("a.jsonl", b'{"other": "a"}\n', ["--text_column text", "Use one of other"]),
         ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8"]),
         ("a.txt.gz", b"no gzip", ["a.txt.gz", "cannot be read"]),
         ("a.doc", b"x", ["a.doc", "unknown format"]),
@@ -122,12 +125,12 @@ TABLE = datasets.Dataset.from_list(
 
 def test_a_template_fills_in_columns():
     def of(template):
-        return texts(read_rows(TABLE, TextConfig(text_template=template, text_separator="+")))
+        return texts(read_rows(TABLE, TextConfig(text_column=template, text_separator="+")))
 
     assert of(r"{title}\n{answers.text}") == of("{title}\n{answers.text}") == ["one\na+b", "two\nc", "three\n"]
     assert of("{{x}} {title}!") == ["{x} one!", "{x} two!", "{x} three!"]
     column = read_rows(TABLE, TextConfig(text_column="answers.text"))
-    assert column.fingerprint == read_rows(TABLE, TextConfig(text_template="{answers.text}")).fingerprint
+    assert column.fingerprint == read_rows(TABLE, TextConfig(text_column="{answers.text}")).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_a_filter_keeps_records_whose_column_is_that_text(rules, kept, capsys):
 
 def test_the_record_is_named_as_it_is_counted_in_the_file():
     rows = read_rows(TABLE, TextConfig(text_column="r", filter=["n=2"]))
-    with pytest.raises(UserError, match="--text_column r: record 3 holds None"):
+    with pytest.raises(UserError, match="--text_column r: record 3 contains None"):
         texts(rows)
 
 
@@ -234,7 +237,7 @@ def test_an_answer_is_found_where_the_template_puts_it(speaker):
     learnt = ["learns", "<think></think>of loss", "<think></think>def", "assistant", "<think></think>x"]
     assert scored_text(stream, speaker) == "".join(text + "<|im_end|>" for text in learnt)
     speaker.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
-    with pytest.raises(UserError, match=r"--text_column chat\.messages: record 1: .* changes what is said"):
+    with pytest.raises(UserError, match=r"--text_column chat\.messages: record 1: .* changes the contents"):
         tokenize(chats(), speaker)
     both = tokenize(chats(loss_on="all"), speaker)
     assert both.num_loss_tokens == len(both) and "OF LOSS" in speaker.decode(both[:])
@@ -245,9 +248,9 @@ def test_an_answer_is_found_where_the_template_puts_it(speaker):
     [
         ([{"role": "user", "content": None}], "record 2: message 1 lacks a role or content"),
         ([*CHATS[0], {"role": None, "content": "a"}], "record 2: message 5 lacks"),
-        (turns("the", "</s>", "a")[1:], "record 2 is refused by the chat template .*the user first"),
-        (CHATS[2], "record 2 has no assistant's turn"),
-        ([], "record 2 holds no messages"),
+        (turns("the", "</s>", "a")[1:], "record 2 does not fit the chat template .*the user first"),
+        (CHATS[2], "record 2 has no message of the assistant"),
+        ([], "record 2 has no messages"),
         (turns("a\0", "b"), "record 2: message 1 lacks"),
     ],
 )
@@ -266,7 +269,7 @@ def test_conversations_and_plain_text_mix(speaker, tmp_path):
     train, _ = load_documents(config, 0)
     learnt = scored_text(tokenize(train, speaker), speaker).removesuffix(END).split(END)
     assert learnt == ["model"] * 3 + [texts(train)[-1]]
-    with pytest.raises(UserError, match="one record cannot be held out in part"):
+    with pytest.raises(UserError, match="cannot hold out a part of a single record"):
         load_documents(DataConfig(train_files=[f"{tmp_path}/a.jsonl"], max_documents=1), 0)
 
 
@@ -280,3 +283,53 @@ def test_an_answer_that_no_token_ends_is_ended_by_its_document(tokenizer):
     turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "last")]
     pieces = render([{"role": role, "content": content} for role, content in turns], twin)
     assert [text for text, has_loss in pieces if has_loss] == ["first", "last\n\n"] and pieces[-1][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Revisions and formats
+
+
+def test_a_revision_follows_the_last_at_sign_unless_the_path_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_revision("someone/answers", "--dataset") == ("someone/answers", None)
+    assert split_revision("someone/answers@refs/pr/1", "--dataset") == ("someone/answers", "refs/pr/1")
+    assert split_revision("someone/a@b@main", "--dataset") == ("someone/a@b", "main")
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk("saved@home")
+    (tmp_path / "rows@home").mkdir()
+    (tmp_path / "rows@home/train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    for name in ("saved@home", "rows@home"):
+        train, held_out = load_documents(DataConfig(dataset=name), 0)
+        assert sorted(texts(train) + texts(held_out)) == ["a", "b"]
+        with pytest.raises(UserError, match=rf"--dataset {name}@v1: {name} is local and has no revisions. Remove @v1"):
+            load_documents(DataConfig(dataset=f"{name}@v1"), 0)
+    mixed, _ = load_documents(DataConfig(mix=["saved@home:1", "rows@home:2"]), 0)
+    assert len(texts(mixed)) == 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "entry", "content"),
+    [
+        (".md", "text", "some text\n"),
+        (".ndjson", "json", '{"text": "some text\\n"}\n'),
+        (".tsv", ("csv", {"sep": "\t"}), 'n\ttext\n1\t"some text\n"\n'),
+    ],
+)
+def test_a_new_format_is_one_entry(suffix, entry, content, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, suffix, entry)
+    (tmp_path / f"a{suffix}").write_text(content)
+    (tmp_path / f"b{suffix}.gz").write_bytes(gzip.compress(content.encode()))
+    config = DataConfig(
+        train_files=[f"{tmp_path}/*{suffix}*"], eval_files=[f"{tmp_path}/a{suffix}"], text_column="text"
+    )
+    assert texts(load_documents(config, 0)[0]) == ["some text\n"] * 2
+    assert texts(streaming.load_documents(config, 0)[0]) == ["some text\n"] * 2
+    config = DataConfig(mix=[f"{tmp_path}/a{suffix}:1"], eval_files=config.eval_files)
+    assert texts(load_documents(config, 0)[0]) == ["some text\n"]
+
+
+def test_messages_in_braces_are_messages():
+    table = datasets.Dataset.from_list([{"chat": {"messages": messages}} for messages in CHATS[:2]])
+    assert read_rows(table, TextConfig(text_column="{chat.messages}")).has_messages
+    template = read_rows(table, TextConfig(text_column="{chat.messages}!"))
+    with pytest.raises(UserError, match=r"record 1 contains .*, not text\. Remove the record"):
+        texts(template)

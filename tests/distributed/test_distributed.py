@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import time
 from collections import Counter
 
@@ -12,10 +13,12 @@ import torch.distributed as dist
 from conftest import make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
 from safetensors.torch import load_file
 
+from cli.errors import UserError
 from corpus.position import Position
 from corpus.tokenize import tokenize
-from data import collate, group_texts, in_batches, training_batches
-from distributed import world
+from data import TrainingData, collate, group_texts, rank_batches
+from distributed.parallel import FSDP
+from distributed.world import DistributedConfig, TorchrunWorld
 from train import make_optimizer, train_step
 
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
@@ -36,7 +39,7 @@ def cwd(tmp_path_factory):
 def flags(out, model="plain.json", **changed):
     """23 blocks of 32 tokens in updates of 8, so that each epoch ends with one of 7, of which a block is short."""
     settings = {"model_config": model, "tokenizer": "train:300", "train_files": "text.jsonl", "eval_fraction": 0.3}
-    settings |= {"block_size": 32, "batch_size": 2, "grad_accum_steps": 2, "max_steps": STEPS, "max_grad_norm": 0.5}
+    settings |= {"block_size": 32, "batch_size": 8, "micro_batch_size": 2, "max_steps": STEPS, "max_grad_norm": 0.5}
     settings |= {"learning_rate": 5e-5, "precision": "fp32", "log_every": 1, "eval_every": 8, "save_every": 5}
     settings |= {"keep_checkpoints": 9, "output_dir": out, "rank_timeout": 60} | changed
     return [argument for name, value in settings.items() for argument in (f"--{name}", value) if value is not None]
@@ -77,7 +80,7 @@ def assert_same(run_dir, reference, tolerance):
 @pytest.fixture(scope="module")
 def one(cwd):
     """A single process, whose batches are those of two ranks together."""
-    done = run_script("train.py", *flags("one", batch_size=4, sample_prompt="the"), cwd=cwd)
+    done = run_script("train.py", *flags("one", micro_batch_size=4, sample_prompt="the"), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -156,7 +159,6 @@ def test_who_is_left_says_who_is_lost_and_the_group_goes_on_to_the_bit(cwd, one,
     [
         ({"train_files": "nothing.jsonl"}, "nothing.jsonl"),
         ({"block_size": 4096}, "smaller --block_size"),
-        ({"oom": "halve"}, "--oom halve"),
         ({"learning_rate": 7}, "--learning_rate 7"),
     ],
 )
@@ -167,12 +169,19 @@ def test_wrong_input_is_told_once(cwd, changed, named):
     assert not (cwd / "wrong").exists()
 
 
+def test_fsdp_refuses_float16():
+    strategy = FSDP(broadcast=lambda value: value)
+    strategy.check_precision("bf16")
+    with pytest.raises(UserError, match=r"^--strategy fsdp: .*float16\. Use --precision bf16 or fp32\.$"):
+        strategy.check_precision("fp16")
+
+
 def test_blocks_fall_to_one_rank_each_whatever_their_number(rows, tokenizer):
     blocks = group_texts(tokenize(rows, tokenizer), 32)
-    one = training_batches(blocks, 8, 16, 3, Position())
+    one = TrainingData(blocks, 3).batches(8, 16, Position())
     epochs = [next(one) for _ in range(5)]
     for ranks in (2, 3, 5, 16):
-        shares = [training_batches(blocks, 3, 16, 3, Position(), rank, ranks) for rank in range(ranks)]
+        shares = [TrainingData(blocks, 3).batches(3, 16, Position(), rank, ranks) for rank in range(ranks)]
         for micro_batches, position, numbers in epochs:
             parts = [next(share) for share in shares]
             assert all(part[1:] == (position, numbers) for part in parts)
@@ -180,7 +189,7 @@ def test_blocks_fall_to_one_rank_each_whatever_their_number(rows, tokenizer):
             labels = [batch["labels"][batch["labels"] != -100] for part, *_ in parts for batch in part]
             wanted = [batch["labels"][batch["labels"] != -100] for batch in micro_batches]
             assert torch.cat(labels).sort().values.equal(torch.cat(wanted).sort().values)
-    assert [len(batch) for batch in in_batches(range(9), 2, 1, 2)] == [2, 2, 0]
+    assert [len(batch) for batch in rank_batches(range(9), 2, 1, 2)] == [2, 2, 0]
 
 
 def test_what_has_no_blocks_scores_nothing(tokenizer):
@@ -191,46 +200,46 @@ def test_what_has_no_blocks_scores_nothing(tokenizer):
 
 
 @pytest.fixture
-def group_of_one(monkeypatch, tmp_path):
-    """Ranks on an engine of its own, in this process."""
+def world_of_one(monkeypatch, tmp_path):
+    """Return torchrun's world with this process as its only rank."""
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with world.socket.socket() as free:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    group = world.Ranks(world.DistributedConfig())
-    yield group
+    world = TorchrunWorld(DistributedConfig())
+    yield world
     time.sleep(0.2)  # Gloo's threads must have let go of what they did last
     dist.destroy_process_group()
 
 
-def test_gradients_travel_once_an_update_and_sums_in_one_collective(group_of_one, tokenizer, monkeypatch):
-    model = group_of_one.spread(tiny_gpt2(len(tokenizer)), torch.device("cpu"), "fp32", 8)
+def test_gradients_travel_once_an_update_and_sums_in_one_collective(world_of_one, tokenizer, monkeypatch):
+    model = world_of_one.parallelize(tiny_gpt2(len(tokenizer)), torch.device("cpu"), "fp32", 8)
     sent = Counter()
 
     def count(state, bucket):
         sent["gradients"] += bucket.buffer().numel()
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
-    def sum_(self, values):
+    def all_reduce(self, values):
         sent["sums"] += values.numel()
         return values
 
-    group_of_one._ddp.register_comm_hook(None, count)
-    monkeypatch.setattr(world.Ranks, "sum", sum_)
+    world_of_one._strategy.wrapper.register_comm_hook(None, count)
+    monkeypatch.setattr(TorchrunWorld, "all_reduce", all_reduce)
     batch = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)}
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    made = train_step(model, make_optimizer(model, 0), scaler, [batch] * 4, 1e-3, group=group_of_one)
+    made = train_step(model, make_optimizer(model, 0), scaler, [batch] * 4, 1e-3, world=world_of_one)
     assert sent == {"gradients": model.num_parameters(), "sums": 3}
     assert made.num_predicted == 56 and made.num_tokens == 64
 
 
-def test_a_model_that_leaves_weights_unused_is_trained(group_of_one, tokenizer):
+def test_a_model_that_leaves_weights_unused_is_trained(world_of_one, tokenizer):
     model = tiny_gpt2(len(tokenizer))
     model.transformer.idle = torch.nn.Linear(2, 2)
-    model = group_of_one.spread(model, torch.device("cpu"), "fp32", 8)
+    model = world_of_one.parallelize(model, torch.device("cpu"), "fp32", 8)
     batch = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)}
     optimizer, scaler = make_optimizer(model, 0), torch.amp.GradScaler("cpu", enabled=False)
-    losses = [train_step(model, optimizer, scaler, [batch], 1e-2, group=group_of_one).loss for _ in range(3)]
+    losses = [train_step(model, optimizer, scaler, [batch], 1e-2, world=world_of_one).loss for _ in range(3)]
     assert losses[2] < losses[0]

@@ -1,4 +1,4 @@
-"""Adapters on every architecture that is trained here: saved, loaded, merged, with the same logits."""
+"""Save, load and merge adapters of every architecture, with the same logits."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from architectures import GUIDE, TODAY
 
 from model import ModelConfig, load_config, load_model
-from modeling.adapters import LoraConfig, add_lora, save_merged
+from modeling.adapters import LoraConfig, add_lora, merge_adapters
 from modeling.architectures import DROPPED
 from modeling.loading import load_pretrained
 
@@ -38,7 +38,7 @@ def test_adapters(name, tokenizer, tmp_path):
     adapted = logits(model)
     assert (adapted - plain).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "adapter")
-    save_merged(model, tmp_path / "merged")
+    merge_adapters(model).save_pretrained(tmp_path / "merged")
     for directory, tolerance in (("adapter", 1e-6), ("merged", 1e-4)):
         again = logits(load_pretrained(str(tmp_path / directory)))
         torch.testing.assert_close(again, adapted, rtol=tolerance, atol=tolerance)

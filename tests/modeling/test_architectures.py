@@ -1,6 +1,6 @@
-"""Every architecture from a tiny random config through train.py: it learns, is saved, comes back, is causal, generates.
+"""Train every architecture through train.py, from a tiny random config: it learns, is causal, is saved, generates.
 
-WRITE_TABLE=1 python -m pytest tests/test_architectures.py     # writes what was seen to docs/architectures.md
+WRITE_TABLE=1 python -m pytest tests/modeling/test_architectures.py     # writes docs/architectures.md
 """
 
 import json
@@ -27,13 +27,16 @@ TABLE = ROOT / "docs" / "architectures.md"
 HEAD = """\
 # Architectures
 
-Each of these is trained by the tests (`tests/test_architectures.py`, which also writes this table) from a tiny random
-config through `train.py`: its loss falls on its own, the probe finds that it is causal, it is saved and loads back with
-the same logits, and its greedy text is what its logits say. "Logits": whether the loss is computed without ever holding
-all of them. "Twice": whether `--gradient_checkpointing` works, and gives the same gradients. "Apart": what keeps
-documents apart with `--pack documents`, as far as anything does. "bf16": whether it computes in bf16.
+`tests/modeling/test_architectures.py` trains each of these from a tiny random config through `train.py`, and writes
+this table. The loss falls, the probe finds the model causal, the saved model has the same logits, and greedy text
+follows from the logits.
 
-| | architecture | `model_type` | made causal with | logits | twice | apart | bf16 |
+- logits: "in parts" if the loss is computed in chunks, without all logits in memory.
+- checkpointing: "yes" if `--gradient_checkpointing` works and gives the same gradients.
+- isolated by: the inputs with which `--pack documents` isolates documents, or "no" if it is refused.
+- bf16: "yes" if the model works with `--precision bf16`.
+
+| | architecture | `model_type` | made causal with | logits | checkpointing | isolated by | bf16 |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 ROWS: dict[str, str] = {}
@@ -48,16 +51,16 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def trained(directory, monkeypatch):
-    """A function that runs train.py's main on an architecture and returns (the model, the run's directory)."""
+    """Return a function that trains an architecture with train.main and returns (model, run directory)."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
-    saved, save_model = [], train.save_model
+    monkeypatch.setattr("training.run.lock_directory", lambda run_dir: None)
+    built, build_model = [], train.build_model
 
-    def remember(run_dir, model, *rest):
-        saved.append(model)
-        save_model(run_dir, model, *rest)
+    def remember(*given):
+        built.append(build_model(*given))
+        return built[-1]
 
-    monkeypatch.setattr(train, "save_model", remember)
+    monkeypatch.setattr(train, "build_model", remember)
 
     def run(name: str):
         kind, sizes = NAMES[name]
@@ -68,7 +71,7 @@ def trained(directory, monkeypatch):
         arguments += ["--max_steps", 20, "--learning_rate", 1e-2, "--precision", "fp32", "--output_dir", run_dir]
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         train.main()
-        return saved.pop().eval(), run_dir
+        return built.pop().eval(), run_dir
 
     return run
 
@@ -87,7 +90,7 @@ def test_architecture(name, trained, capsys):
     try:
         model, run_dir = trained(name)
     except UserError as error:
-        said = {"cpmant": "it has no causal switch"}.get(kind, "4.57.6 was its last release with it")
+        said = {"cpmant": "this one has no causal switch"}.get(kind, "4.57.6 was its last release with it")
         assert said in str(error)
         reason = "no causal switch" if kind == "cpmant" else "dropped by transformers"
         ROWS[name] = f"{row} refused: {reason} | | | | |"
@@ -120,19 +123,18 @@ def test_architecture(name, trained, capsys):
         recomputes = "no"
     try:
         check_isolated(model, 32)
-        isolate_documents = " and ".join(model.isolated_by)
+        isolated_by = " and ".join(model.isolated_by)
     except UserError:
-        isolate_documents = "no"
+        isolated_by = "no"
     try:
         check_model(model, tokenizer, 32, precision="bf16")
         bf16 = "yes"
     except UserError as error:
-        assert "give --precision fp32" in str(error)
+        assert "Use --precision fp32" in str(error)
         bf16 = "no"
     causal = re.search(r"is made causal with (.*)", capsys.readouterr().err)
-    ROWS[name] = (
-        f"{row} {causal[1] if causal else ''} | {'in parts' if fused else 'whole'} | {recomputes} | {isolate_documents} | {bf16} |"
-    )
+    logits = "in parts" if fused else "whole"
+    ROWS[name] = f"{row} {causal[1] if causal else ''} | {logits} | {recomputes} | {isolated_by} | {bf16} |"
 
 
 def test_the_table_is_what_was_seen():

@@ -85,7 +85,7 @@ def main() -> None:
         (sources, "load_documents", "preparation"),  # the first thing that ranks do after they have met
         (model, "load_model", "loading"),
         (checks, "check_model", "loading"),
-        (data, "training_batches", "training"),
+        (data.TrainingData, "batches", "training"),
         (perplexity, "evaluate", "evaluation"),
         (generate, "generate", "sampling"),
         (checkpoint, "save", "saving"),

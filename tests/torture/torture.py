@@ -1,4 +1,4 @@
-"""The long tests: kills, crashes, damage, full disks, signals, lost workers and ranks, and wrong input, as a table.
+"""The long tests: kills, crashes, damage, full disks, signals, lost ranks, and wrong input, as a table.
 
     make torture
     make torture ARGS="--kills 10 --seed 3 --only kills signals"
@@ -61,12 +61,12 @@ SETTINGS = {
     "tokenizer": "train:320",
     "train_files": "text.jsonl",
     "block_size": 64,
-    "batch_size": 4,
-    "grad_accum_steps": 2,
+    "batch_size": 8,
+    "micro_batch_size": 4,
     "num_epochs": 3,
     "eval_fraction": 0.3,
     "learning_rate": 1e-3,
-    "warmup_ratio": 0.1,
+    "warmup_steps": 0.1,
     "eval_every": 8,
     "save_every": 5,
     "log_every": 1,
@@ -297,7 +297,7 @@ class Runs:
         spoil(run_dir / "checkpoints" / newest.name / name, kind, self.draw(kind, name))
         done = self.train(run_dir, "--resume")
         named = r"\S+" if name == checkpoint.MANIFEST else re.escape(name)  # a flipped bit in a name looks for another
-        said = rf"warning: .*{newest.name}: {named} .*; looking at the checkpoint before it\n"
+        said = rf"warning: .*{newest.name}: {named} .*; trying the checkpoint before it\n"
         expect(re.fullmatch(said, done.stderr), f"stderr: {done.stderr}")
         expect("resuming from" in done.stdout and f"{newest.name} at step" not in done.stdout, done.stdout[-1000:])
         self.same(run_dir)
@@ -313,49 +313,40 @@ class Runs:
     def full_disks(self, args: argparse.Namespace) -> None:
         """What is left for a while: not enough for the next checkpoint, for the next model, for anything."""
         weights = (self.directory / "alone/model/model.safetensors").stat().st_size
-        for choice in ("stop", "continue"):
-            for place, room, sign in (
-                ("step-000010", 3 * weights // 2, "model"),
-                ("model", weights // 2, "checkpoints/step-000005"),
-                ("the log", 0, "checkpoints/step-*"),
-            ):
-                row = f"disk full at {place}, --on_save_error {choice}"
-                self.table.trial(row, self.full_disk, place, room, sign, choice)
+        for place, room, sign in (
+            ("step-000010", 3 * weights // 2, "model"),
+            ("model", weights // 2, "checkpoints/step-000005"),
+            ("the log", 0, "checkpoints/step-*"),
+        ):
+            self.table.trial(f"disk full at {place}", self.full_disk, place, room, sign)
         self.trials(("disk full at any moment, with any room", self.full_disk_anywhere, i) for i in range(20))
 
-    def full_disk(self, place: str, room: int, sign: str, choice: str) -> tuple[str, float]:
-        with Disk(self.directory / f"disk-{place.split()[-1]}-{choice}") as disk:
+    def full_disk(self, place: str, room: int, sign: str) -> tuple[str, float]:
+        with Disk(self.directory / f"disk-{place.split()[-1]}") as disk:
             run_dir, at_log = disk.path / "run", place == "the log"
             rare = ("--save_every", 1000, "--eval_every", 1000) if at_log else ()
-            process, phases = self.start(run_dir, *rare, "--on_save_error", choice)
+            process, phases = self.start(run_dir, *rare)
             if at_log:  # nothing else is to be written for a while
-                self.wait_for(process, phases, "training", self.draw(choice), 0)
+                self.wait_for(process, phases, "training", self.draw(place), 0)
                 process.send_signal(signal.SIGUSR1)
             while process.returncode is None and not list(run_dir.glob(sign)):
                 time.sleep(0.0005)
             disk.leave(process, room, room or (run_dir / "metrics.jsonl").stat().st_size)
             message = rf"\S*run.*: {place} cannot be .*\n" if at_log else rf"\S*{place}: cannot be .* [\d,]+ bytes .*\n"
-            if choice == "continue":
-                while process.returncode is None and not process.stderr:
-                    time.sleep(0.0005)
-                disk.enlarge(process)
-                expect(self.end(process) == 0, process.stderr)
-                expect(re.fullmatch(f"(warning: {message})+", process.stderr), f"stderr: {process.stderr}")
-            else:
-                expect(self.end(process) == 5, f"exit code {process.returncode}: {process.stderr}")
-                expect(re.fullmatch(rf"train\.py: error: {message}", process.stderr), f"stderr: {process.stderr}")
-                expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
-                newest = max((run_dir / "checkpoints").iterdir())
-                expect(checkpoint.verify(newest) is None, f"{newest} does not verify")
-                if at_log and disk.mounted:  # a limit on files would be one on stderr too
-                    before = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
-                    process, _ = self.start(run_dir, "--resume")
-                    disk.leave(process, 0, 1)
-                    expect(self.end(process) == 5 and process.stderr.count("\n") == 1, f"again: {process.stderr}")
-                    after = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
-                    expect(after == before, "something was lost by resuming on a full disk")
-                disk.enlarge(process)
-                self.train(run_dir, "--resume")
+            expect(self.end(process) == 5, f"exit code {process.returncode}: {process.stderr}")
+            expect(re.fullmatch(rf"train\.py: error: {message}", process.stderr), f"stderr: {process.stderr}")
+            expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
+            newest = max((run_dir / "checkpoints").iterdir())
+            expect(checkpoint.verify(newest) is None, f"{newest} does not verify")
+            if at_log and disk.mounted:  # a limit on files would be one on stderr too
+                before = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
+                process, _ = self.start(run_dir, "--resume")
+                disk.leave(process, 0, 1)
+                expect(self.end(process) == 5 and process.stderr.count("\n") == 1, f"again: {process.stderr}")
+                after = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
+                expect(after == before, "something was lost by resuming on a full disk")
+            disk.enlarge(process)
+            self.train(run_dir, "--resume")
             self.same(run_dir, curves=not at_log)
             return disk.kind, 0.0
 
@@ -401,7 +392,7 @@ class Runs:
         expect(process.stderr == "", f"stderr: {process.stderr}")
         expect(code == (0 if name == "SIGUSR1" else 128 + number), f"exit code {code}: {said}")
         if name == "SIGUSR1" and wanted in LOOP:
-            step = re.search(r"^step (\d+): saved, asked by SIGUSR1$", process.stdout, re.MULTILINE)
+            step = re.search(r"^step (\d+): saved on SIGUSR1$", process.stdout, re.MULTILINE)
             expect(step, process.stdout)
             path = run_dir / "checkpoints" / f"step-{int(step[1]):06}"
             expect(checkpoint.verify(path) is None, f"{path} does not verify")
@@ -416,39 +407,6 @@ class Runs:
         self.train(run_dir, "--resume")
         self.same(run_dir)
         return f"exit {code}", seconds
-
-    def workers(self, args: argparse.Namespace) -> None:
-        deeds = ("left alone", *(["one killed"] * 3), *(["one stopped"] * 3), *(["their parent killed"] * 3))
-        self.trials((f"two workers, {what}", self.lose_worker, what, i) for i, what in enumerate(deeds))
-
-    def lose_worker(self, what: str, number: int) -> tuple[str, float] | None:
-        run_dir, draw = self.directory / f"workers-{number}", self.draw(what, number)
-        process, phases = self.start(run_dir, "--num_workers", 2, "--worker_timeout", 3)
-        if what == "left alone":
-            expect(self.end(process) == 0 and process.stderr == "", process.stderr)
-            return self.same(run_dir)
-        if number % 3:
-            self.wait_for(process, phases, "training", draw, 0.3)
-        before, seen = set(children(process.pid)), []
-        while process.returncode is None and (len(seen) < 2 or before & set(seen)):  # none that has read all already
-            seen = children(process.pid)
-        time.sleep(draw.random() * 0.02)
-        since = time.monotonic()
-        if what == "their parent killed":
-            process.kill()
-        else:
-            os.kill(draw.choice(seen), signal.SIGKILL if what == "one killed" else signal.SIGSTOP)
-        code = self.end(process)
-        while (alive := [pid for pid in {*seen, process.pid} if is_alive(pid)]) and time.monotonic() - since < 10:
-            time.sleep(0.01)
-        seconds = time.monotonic() - since
-        expect(not alive, f"alive after 10 seconds: {alive}")
-        if what != "their parent killed":
-            expect(code == 6, f"exit code {code}: {process.stderr}")
-            expect(re.fullmatch(r"train\.py: error: --num_workers 2: .*\n", process.stderr), f"said {process.stderr}")
-        self.train(run_dir, "--resume")
-        self.same(run_dir)
-        return f"exit {code}, no process left", seconds
 
     def ranks(self, args: argparse.Namespace) -> None:
         """Two ranks, one of which is killed, stopped or asked to end, or both are, at any moment."""
@@ -494,7 +452,7 @@ class Runs:
 
     def rank_flags(self, strategy: str, run_dir: Path, *flags: object) -> list[object]:
         """With half of the micro-batches on each of two ranks, their updates are those of one process."""
-        own = ["--config", "small.yaml", "--output_dir", run_dir, "--strategy", strategy, "--grad_accum_steps", 1]
+        own = ["--config", "small.yaml", "--output_dir", run_dir, "--strategy", strategy]
         return [*own, "--rank_timeout", TIMEOUT, *flags]
 
     def end_ranks(self, started: list[processes.Process]) -> list[int]:
@@ -711,7 +669,7 @@ class Runs:
 
 
 PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage, Runs.full_disks, Runs.signals,
-                                          Runs.workers, Runs.ranks, Runs.compiled, Runs.inputs)}  # fmt: skip
+                                          Runs.ranks, Runs.compiled, Runs.inputs)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What can go wrong while a run is under way: signals, no room on disk or in memory, no finite loss, lost workers."""
+"""What can go wrong while a run is under way: signals, no room on disk or in memory, no finite loss."""
 
 import json
 import math
@@ -20,9 +20,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import train
 from cli.errors import SaveError
+from training import checkpoint
 from training.checkpoint import verify
+from training.log import RunLog, read_metrics
+from training.signals import Signals
+from training.state import TrainState
 
 STEPS = 12
 
@@ -39,8 +42,8 @@ def directory(model_dir, tmp_path_factory):
         "eval_files": "eval.jsonl",
         "text_column": "answers.text",
         "block_size": 32,
-        "batch_size": 4,
-        "grad_accum_steps": 2,
+        "batch_size": 8,
+        "micro_batch_size": 4,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
         "eval_every": 6,
@@ -104,7 +107,7 @@ def test_a_stop_inside_an_evaluation_saves_and_the_evaluation_is_made_again(
     time.sleep(0.03)
     process.send_signal(number)
     assert process.wait(20) == code, process.stderr
-    assert process.stdout.splitlines()[-1] == f"stopped by {number.name} at step {step}; saved. Go on with --resume."
+    assert process.stdout.splitlines()[-1] == f"stopped by {number.name} at step {step}, saved. Use --resume to go on."
     assert f"step {step}: evaluation" not in process.stdout
     assert os.listdir(cut / "checkpoints")[-1:] and verify(cut / f"checkpoints/step-{step:06}") is None
     again = run(directory, cut, "--resume")
@@ -116,9 +119,9 @@ def test_a_stop_inside_an_evaluation_saves_and_the_evaluation_is_made_again(
 def test_sigusr1_saves_inside_an_evaluation_and_the_run_goes_on(directory, undisturbed, tmp_path):
     process = start(directory, tmp_path / "run", until="step 6/")
     process.send_signal(signal.SIGUSR1)
-    assert any(line.startswith("step 6: saved, asked by SIGUSR1") for line in process.lines())
+    assert any(line.startswith("step 6: saved on SIGUSR1") for line in process.lines())
     saved = json.loads((tmp_path / "run/checkpoints/step-000006/state.json").read_text())
-    assert saved["progress"]["evaluated"] == 0
+    assert saved["train_state"]["last_eval_step"] == 0
     assert any(line.startswith("step 7/") for line in process.lines())
     process.kill()
     # Killed before the next checkpoint: the evaluation of step 6 is in the records, but not in the checkpoint.
@@ -162,7 +165,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_loses_nothing(directory, undis
     assert process.stderr.count("\n") == 1, process.stderr
     assert re.match(
         rf"train\.py: error: {name}/(model|checkpoints/step-00000.): cannot be saved \(.*File too large.*\); "
-        r"it needs \d+,\d+ bytes and [\d,]+ are free; make room and go on with --resume\n",
+        r"it needs \d+,\d+ bytes and [\d,]+ are free\. Make room, then use --resume\.\n",
         process.stderr,
     )
     assert os.listdir(name / "checkpoints") == ["step-000004"] and verify(name / "checkpoints/step-000004") is None
@@ -172,55 +175,31 @@ def test_a_full_disk_ends_the_run_with_a_line_and_loses_nothing(directory, undis
     assert result(name) == undisturbed
 
 
-def test_a_run_can_go_on_without_saving_until_there_is_room(directory, undisturbed, tmp_path):
-    process = start(directory, tmp_path / "run", "--on_save_error", "continue", until="step 3/")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-    assert any(line.startswith("step 9/") for line in process.lines())
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert process.wait(20) == 0, process.stderr
-    warned = process.stderr.splitlines()
-    assert len(warned) >= 2 and all(line.startswith(f"warning: {tmp_path}/run/") for line in warned), warned
-    assert result(tmp_path / "run") == undisturbed
-    assert curve(tmp_path / "run", "train/loss") == list(range(1, STEPS + 1))
-    assert curve(tmp_path / "run", "eval/loss") == [0, 6, 12]
-
-
-def test_a_log_that_cannot_be_written_follows_when_there_is_room(tmp_path, capfd):
-    from training.log import RunLog, read_metrics
-
-    log = RunLog(tmp_path, 0, False, 9, goes_on=True)
-    log.train(1, 9, 0, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens_per_second=1.0)
+def test_a_log_that_cannot_be_written_is_one_line_and_the_cut_record_is_left_out(tmp_path, capfd):
+    log = RunLog(tmp_path, TrainState(), 9)
+    log.evaluation(0, loss=1.0, perplexity=math.e)
     size = (tmp_path / "metrics.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with capfd.disabled():  # what pytest captures goes to a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
         try:
-            log.evaluation(2, loss=1.0, perplexity=math.e)
+            with pytest.raises(SaveError, match=f"{tmp_path}: the log cannot be written"):
+                log.evaluation(2, loss=1.0, perplexity=math.e)
             assert (tmp_path / "metrics.jsonl").stat().st_size == size + 20  # a part of the line
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    log.evaluation(3, loss=1.0, perplexity=math.e)
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
-    assert curve(tmp_path, "eval/loss") == [2, 3] and curve(tmp_path, "train/loss") == [1]
-    log.goes_on = False
-    with capfd.disabled():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            with pytest.raises(SaveError, match=f"{tmp_path}: the log cannot be written"):
-                log.evaluation(4, loss=1.0, perplexity=math.e)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0]
 
 
 def test_signals_wait_for_a_boundary_and_a_second_sigint_does_not():
     child = os.fork()
     if child == 0:
-        signals = train.Signals()
-        signals.can_wait = True
+        signals = Signals()
+        signals.defer()
         for number in (signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
-        if signals.received == [signal.SIGUSR1, signal.SIGINT]:
+        if signals._received == [signal.SIGUSR1, signal.SIGINT]:
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
@@ -272,7 +251,7 @@ def test_an_update_that_is_not_finite_is_named_with_its_blocks(poisoned, tokeniz
 
 
 def test_updates_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(poisoned):
-    done, skipped, records = train_poisoned(poisoned, [100, 700, 1200], "--log_every", 1, "--on_nonfinite", "skip")
+    done, skipped, records = train_poisoned(poisoned, [100, 700, 1200], "--log_every", 1, "--max_skipped_steps", 10)
     assert done.returncode == 0, done.stderr
     assert 2 <= len(skipped) <= 3 and done.stderr.count("warning: step") == len(skipped)
     steps = {record["step"] for record in records if record["split"] == "train"}
@@ -280,81 +259,40 @@ def test_updates_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(poisone
     weights = load_file(poisoned / "runs/train/model/model.safetensors")
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
     assert bad == ["model.embed_tokens.weight"]  # as it was given; all that was trained is finite
-    flags = ("--on_nonfinite", "skip", "--max_skips", 3, "--log_every", 2)
+    flags = ("--max_skipped_steps", 3, "--log_every", 2)
     done, skipped, _ = train_poisoned(poisoned, range(0, 1500, 5), *flags)
-    assert done.returncode == 4 and len(skipped) == 4 and "--max_skips 3" in done.stderr
-
-
-def test_a_lost_worker_ends_the_run_with_a_line_and_no_orphans(directory, undisturbed, tmp_path):
-    flags = ("--num_workers", 2, "--worker_timeout", 2)
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        name = tmp_path / number.name
-        process = start(directory, name, *flags, until="step 2/")
-        workers = children(process.pid)
-        assert len(workers) == 2
-        os.kill(workers[0], number)
-        assert process.wait(30) == 6
-        assert re.fullmatch(r"train\.py: error: --num_workers 2: a worker died or hangs .*\n", process.stderr)
-        wait_until_gone(workers)
-        again = run(directory, name, *flags, "--resume")
-        assert again.returncode == 0, again.stderr
-        assert result(name) == undisturbed
-    process = start(directory, tmp_path / "killed", *flags, until="step 2/")
-    workers = children(process.pid)
-    process.kill()
-    wait_until_gone(workers)
+    assert done.returncode == 4 and len(skipped) == 4 and "--max_skipped_steps 10" in done.stderr
 
 
 def handled_signals(pid):
     return int(re.search(r"SigCgt:\s*(\w+)", (ROOT / f"/proc/{pid}/status").read_text())[1], 16)
 
 
-def children(pid):
-    return [int(child) for child in (ROOT / f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_until_gone(pids, seconds=10):
-    deadline = time.monotonic() + seconds
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "orphans"
-        time.sleep(0.05)
-
-
-def alive(pid):
-    try:
-        return (ROOT / f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_when_memory_runs_out(directory, tmp_path):
-    """The address space is limited before the first update: one of all blocks at once does not fit."""
-    flags = ["--batch_size", 256, "--grad_accum_steps", 1, "--block_size", 64, "--max_steps", 20, "--eval_every", 99]
+    """The address space is limited before the first step: one of all blocks at once does not fit, one of less does."""
+    flags = ["--batch_size", 256, "--block_size", 64, "--max_steps", 2, "--eval_every", 99]
     flags += ["--train_files", "eval.jsonl", "--eval_files", "train.jsonl", "--log_every", 1]
-
-    def limited(name, *more):
-        process = start(directory, tmp_path / name, *flags, *more, until="step 0:")
+    size = 256
+    while True:
+        process = start(directory, tmp_path / str(size), *flags, "--micro_batch_size", size, until="step 0:")
         pages = int((ROOT / f"/proc/{process.pid}/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + (60 << 20)
         resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
-        process.wait(60)
-        return process
-
-    stopped = limited("stop")
-    assert stopped.returncode == 2 and re.fullmatch(
-        r"train\.py: error: out of memory with 256 blocks at once; lower --batch_size .*\n", stopped.stderr
-    ), stopped.stderr
-    halved = limited("halve", "--oom", "halve")
-    assert halved.returncode == 0, halved.stderr
-    assert re.match(r"warning: out of memory; from here on 128 blocks at once", halved.stderr), halved.stderr
-    state = json.loads((tmp_path / "halve/checkpoints/step-000020/state.json").read_text())
-    assert state["progress"]["micro_batch_size"] <= 128 and state["progress"]["step"] == 20
+        if process.wait(60) == 0:
+            break
+        said = re.fullmatch(
+            rf"train\.py: error: --micro_batch_size {size}: out of memory\. Pass --micro_batch_size (\d+), .*\n",
+            process.stderr,
+        )
+        assert process.returncode == 2 and said, process.stderr
+        size = int(said[1])
+    assert size < 256
 
 
 def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_path):
     run(directory, tmp_path / "run")
-    train.checkpoint.remove(tmp_path / "run/checkpoints")  # what `remove_run` does first, and second
-    train.checkpoint.write_file(tmp_path / "run/metrics.jsonl", "")
+    checkpoint.remove(tmp_path / "run/checkpoints")  # the first two steps of `remove_run`
+    checkpoint.write_file(tmp_path / "run/metrics.jsonl", "")
     again = run(directory, tmp_path / "run", "--resume")
     assert again.returncode == 0 and "starting over" in again.stdout, again.stderr
     assert result(tmp_path / "run") == undisturbed

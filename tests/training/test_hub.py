@@ -47,7 +47,7 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
     for path in (tmp_path / "runs").rglob("*"):  # the token is nowhere
         assert not path.is_file() or b"hf_test" not in path.read_bytes(), path
 
-    fresh = client(hub, tmp_path / "other-home")
+    fresh = client(hub, tmp_path / "other-home", HF_TOKEN="hf_test")  # what is pushed is private
     with processes.prepare(fresh):
         flags = ("generate.py", "--prompt", "the model", "--greedy", "--max_new_tokens", 30)
         made = run_script(*flags, "--model", "user/tuned", cwd=tmp_path, env=fresh)
@@ -76,8 +76,8 @@ def test_what_the_hub_refuses_is_said_before_training(hub, tmp_path):
         (["--push_to_hub", "user/other"], "not logged in to the Hub"),
         (["--dataset", "someone/nothing"], "--dataset someone/nothing"),
         (["--model", "someone/nothing"], "not a valid model identifier"),
-        (["--dataset_revision", "nowhere"], "Revision 'nowhere' doesn't exist"),
-        (["--model_revision", "nowhere"], "nowhere is not a valid git identifier"),
+        (["--dataset", "someone/answers@nowhere"], "Revision 'nowhere' doesn't exist"),
+        (["--model", "someone/tiny-gpt2@nowhere"], "nowhere is not a valid git identifier"),
     )
     with processes.prepare(env):
         for change, words in refusals:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 import train
 from cli.errors import UserError
+from training.run import lock_directory
 
 STEPS = 24
 
@@ -35,13 +36,13 @@ def flags(model_dir, jsonl_file, **changes):
         "train_files": jsonl_file,
         "text_column": "answers.text",
         "block_size": 32,
-        "batch_size": 4,
-        "grad_accum_steps": 2,
+        "batch_size": 8,
+        "micro_batch_size": 4,
         "max_documents": 6,
         "eval_fraction": 0.3,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
-        "warmup_ratio": 0.1,
+        "warmup_steps": 0.1,
         "eval_every": 8,
         "save_every": 6,
         "log_every": 1,
@@ -74,7 +75,7 @@ def test_what_is_printed(finished):
         r"model +.*tiny-gpt2: gpt2, 0\.0 M parameters, pretrained",
         r"training +4 documents, [\d,]+ tokens, \d+ blocks of 32",
         r"held out +2 documents",
-        r"steps +24 of 2 x 4 blocks",
+        r"steps +24 of 8 blocks, 4 at once",
         r"device +CPU \(\d+ threads\), fp32",
         r"output +runs/small",
         r"step 0: evaluation loss \d+\.\d+, perplexity \d+\.\d+",
@@ -236,7 +237,7 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / "cut")]
     process = start_until(9, arguments, cwd)
     with pytest.raises(UserError, match="a run is under way there"):
-        train.lock_directory(tmp_path / "cut")
+        lock_directory(tmp_path / "cut")
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     if number != signal.SIGKILL:
@@ -273,7 +274,7 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
         return done.returncode, done.stderr
 
     code, words = refusal("--batch_size", 2)
-    assert code == 2 and "batch_size was 4 and is now 2" in words
+    assert code == 2 and "batch_size was 8 and is now 2" in words
     code, words = refusal("--text_separator", "\n")
     assert code == 2 and "training text was" in words
     code, words = refusal("--model_overrides", '{"resid_pdrop": 0.2}')
@@ -293,13 +294,13 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
     model = (tmp_path / "copy/model/model.safetensors").read_bytes()
     assert "this run is finished (26 of 26 steps" in resume("--max_steps", STEPS + 2)
     code, words = refusal("--max_steps", STEPS + 4)
-    assert code == 3 and "no checkpoint is left there to go on from" in words
+    assert code == 3 and "has no checkpoint left" in words
     assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
     # Not finished, but past its first checkpoint, which is at step 6: it has something to lose.
     lines = (tmp_path / "copy/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "copy/metrics.jsonl").write_text("".join(lines[:12]))
     code, words = refusal("--max_steps", STEPS)
-    assert code == 3 and "no checkpoint is left there to go on from" in words
+    assert code == 3 and "has no checkpoint left" in words
     assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
     # Stopped before its first checkpoint: there is nothing to lose.
     (tmp_path / "copy/metrics.jsonl").write_text("".join(lines[:6]))
@@ -324,11 +325,11 @@ def test_a_resumed_run_stays_compiled_or_not(finished, tmp_path, monkeypatch, ca
     """A longer run, or one on another machine, would otherwise change what it computes in the middle."""
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(train, "lock_directory", lambda run_dir: None)
-    monkeypatch.setattr(train, "compile_layers", lambda *_: None)
+    monkeypatch.setattr("training.run.lock_directory", lambda run_dir: None)
+    monkeypatch.setattr("model.compile_layers", lambda *_: None)
     for decision in (True, False):
         for max_steps in (2, 3):
-            monkeypatch.setattr(train, "should_compile", lambda *_, first=max_steps == 2: first == decision)  # noqa: B023
+            monkeypatch.setattr("model.should_compile", lambda *_, first=max_steps == 2: first == decision)  # noqa: B023
             arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / str(decision)), "--resume"]
             monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--max_steps", str(max_steps)])
             train.main()
@@ -348,7 +349,7 @@ def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
     done = run_script("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
     assert re.match(
-        r"train\.py: error: step \d+: the loss is .*, so the update was left out; its blocks were \d+, ", done.stderr
+        r"train\.py: error: step \d+: the loss is .*, so the step changed nothing; its blocks were \d+, ", done.stderr
     )
 
 
@@ -370,7 +371,7 @@ def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(
     """What a process adds to the table of inputs.py: libraries that write to stderr on their own."""
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text":\n')
     done = run_script("train.py", "--model", model_dir, "--train_files", "x.jsonl", cwd=tmp_path)
-    line = "--train_files x.jsonl: not readable as json (line 2: Expecting value); mend the file"
+    line = "--train_files x.jsonl: not readable as json (line 2: Expecting value). Pass valid json files."
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {line}\n")
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
@@ -381,7 +382,7 @@ def test_the_best_weights_are_kept_or_the_last(finished, tmp_path):
     flags = ["--config", "small.yaml", "--learning_rate", 0.9, "--eval_every", 1, "--max_steps", 6, "--save_every", 1]
     for keep in ("best", "last"):
         run_dir = tmp_path / keep
-        done = run_script("train.py", *flags, "--warmup_ratio", 0.5, "--keep", keep, "--output_dir", run_dir, cwd=cwd)
+        done = run_script("train.py", *flags, "--warmup_steps", 0.5, "--keep", keep, "--output_dir", run_dir, cwd=cwd)
         assert done.returncode == 0, done.stderr
         losses = [r["loss"] for r in read_jsonl(run_dir / "metrics.jsonl") if r["split"] == "eval"]
         best = min(range(1, 7), key=lambda step, losses=losses: losses[step])

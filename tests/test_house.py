@@ -1,0 +1,161 @@
+"""The house: lines per file and per function, who imports whom, and changes that touch one file."""
+
+import ast
+import json
+import math
+import shutil
+from pathlib import Path
+
+import processes
+import pytest
+from conftest import ROOT, read_jsonl
+from safetensors.torch import load_file
+
+SCRIPTS = {"train": 320, "data": 280, "model": 260, "generate": 280, "perplexity": 120, "export": 80}  # most lines
+PACKAGES = {"cli": 0, "corpus": 1, "modeling": 1, "distributed": 2, "training": 3}  # each imports lower ones alone
+IMPORTS = {
+    "train": {"data", "model", "generate", "perplexity"},
+    "perplexity": {"data", "model"},
+    "export": {"model"},
+    "generate": {"model"},
+}
+FILES = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(f for p in PACKAGES for f in sorted((ROOT / p).rglob("*.py")))]
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def functions_of(path: Path) -> list[tuple[str, ast.AST, int]]:
+    found = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]  # fmt: skip
+    return [(node.name, node, node.end_lineno - node.lineno + 1) for node in found]
+
+
+def test_files_and_functions_are_short():
+    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS.keys()
+    lines = {name: lines_of(ROOT / f"{name}.py") for name in SCRIPTS}
+    assert all(lines[name] <= most for name, most in SCRIPTS.items()), lines
+    assert sum(lines.values()) <= 1300, lines
+    long = {str(path): lines_of(path) for path in FILES if path.name != "train.py" and lines_of(path) > 300}
+    assert not long
+    long = {f"{path.name}:{name}": size for path in FILES for name, _, size in functions_of(path)
+            if size > (110 if (path.name, name) == ("train.py", "train") else 60)}  # fmt: skip
+    assert not long
+
+
+def test_the_loop_is_plain():
+    """`train` has no function inside, at most 50 lines before its one `while`, and no other loop but for samples."""
+    (train,) = [node for name, node, _ in functions_of(ROOT / "train.py") if name == "train"]
+    inner = [
+        n for n in ast.walk(train) if isinstance(n, (ast.FunctionDef, ast.Lambda, ast.ClassDef)) and n is not train
+    ]
+    assert not inner
+    (loop,) = [node for node in ast.walk(train) if isinstance(node, ast.While)]
+    assert loop in train.body
+    before = (ROOT / "train.py").read_text().splitlines()[train.lineno : loop.lineno - 1]
+    assert len([line for line in before if line.strip() and not line.strip().startswith("#")]) <= 50
+
+
+def imported_by(path: Path) -> set[str]:
+    """The first part of the name of each module that a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    ours = imported_by(path) & (SCRIPTS.keys() | PACKAGES.keys())
+    package = path.parent.name if path.parent != ROOT else None
+    if package:
+        assert not ours & SCRIPTS.keys(), "a package imports one of the six files"
+        above = {name for name in ours - {package} if PACKAGES[name] >= PACKAGES[package]}
+        assert not above, "a package imports one that is not below it"
+    else:
+        assert ours & SCRIPTS.keys() <= IMPORTS.get(path.stem, set())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes
+
+
+def replace(old: str, new: str):
+    def change(text: str) -> str:
+        assert text.count(old) == 1, old
+        return text.replace(old, new)
+
+    return change
+
+
+COSINE = "return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))"
+CSV = '''
+
+class Csv:
+    """The scalars of a run as comma-separated values."""
+
+    def __init__(self, run_dir, first_step):
+        self._file = open(run_dir / "scalars.csv", "a")
+
+    def log(self, step, split, values):
+        self._file.writelines(f"{step},{split},{key},{value}\\n" for key, value in values.items())
+
+    def text(self, step, tag, text):
+        print(step, tag, len(text), file=self._file)
+
+    def summary(self, hyperparameters, metrics):
+        print("end", metrics["loss"], file=self._file)
+
+    def close(self):
+        self._file.close()
+
+
+TRACKERS = {"csv": Csv, "tensorboard": TensorBoard}
+'''
+# The one file that each change touches.
+CHANGES = {
+    "cosine": ("train.py", replace(
+        "return peak * (num_steps - step) / max(1, num_steps - warmup_steps)", COSINE)),
+    "optimizer": ("train.py", replace(
+        'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)', "torch.optim.NAdam(groups)")),
+    "format": ("corpus/formats.py", replace('    ".txt": "text",\n', '    ".txt": "text",\n    ".md": "text",\n')),
+    "tracker": ("training/log.py", replace('\n\nTRACKERS = {"tensorboard": TensorBoard}\n', CSV)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory, model_dir, text_file):
+    """For each change the run of a changed copy of the tree, and of an unchanged one."""
+    started = {}
+    for name, (file, change) in {**CHANGES, "nothing": ("train.py", str)}.items():
+        root = tmp_path_factory.mktemp(name)
+        for part in [*(f"{name}.py" for name in SCRIPTS), *PACKAGES]:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
+            copy(ROOT / part, root / part)
+        (root / file).write_text(change((root / file).read_text()))
+        shutil.copy2(text_file, text := root / ("notes.md" if name == "format" else "notes.txt"))
+        flags = ["--model", model_dir, "--train_files", text, "--block_size", 32, "--max_steps", 6, "--warmup_steps", 2]
+        flags += ["--log_every", 1, "--precision", "fp32", "--sample_prompt", "the"]
+        started[name] = root, processes.start(root / "train.py", *flags, cwd=root, fresh=True)
+    yield {name: (root / "runs/train", process) for name, (root, process) in started.items()}
+    for _, process in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", ["nothing", *CHANGES])
+def test_a_change_touches_one_file(changed, name):
+    run, process = changed[name]
+    assert process.wait(120) == 0, process.stderr
+    records = [record for record in read_jsonl(run / "metrics.jsonl") if record["split"] == "train"]
+    rates = [r["learning_rate"] for r in records]
+    cosine = [0, 1e-4, *(1e-4 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    linear = [0, 1e-4, *(2e-4 * (1 - i / 4) for i in range(4))]
+    assert rates == pytest.approx(cosine if name == "cosine" else linear)
+    moments = load_file(run / "checkpoints/step-000006/optimizer.safetensors")
+    assert any("mu_product" in key for key in moments) == (name == "optimizer")
+    assert (run / "scalars.csv").exists() == (name == "tracker") and (run / "tensorboard").is_dir()
+    if name == "tracker":
+        text = (run / "scalars.csv").read_text()
+        assert f"6,train,loss,{records[-1]['loss']}" in text and "\nend " in text and "sample: the" in text
+    assert json.loads((run / "checkpoints/step-000006/state.json").read_text())["train_state"]["step"] == 6

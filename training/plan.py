@@ -1,0 +1,103 @@
+"""What a run is about to do: its steps, and the lines that say so before the first one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cli.errors import require
+from distributed.world import World
+from modeling.architectures import flops_per_token, position_limit
+from modeling.precision import device_name
+from training.monitor import Throughput, peak_flops
+from training.state import TrainState
+
+
+def share_batch(config: Any, world: World) -> None:
+    """Set the default of --micro_batch_size: a rank's share of the update, which is also its maximum.
+
+    Raise UserError if there are more ranks than blocks.
+    """
+    few = f"--batch_size {config.batch_size}: there are {world.size} ranks. Set at least {world.size}."
+    require(config.batch_size >= world.size, few)
+    share = math.ceil(config.batch_size / world.size)
+    config.micro_batch_size = min(config.micro_batch_size or share, share)
+
+
+def count_steps(config: Any, train_data: Any) -> tuple[int, int]:
+    """Return the number of steps and of warmup steps. Raise UserError if the warmup is not shorter."""
+    num_steps = config.max_steps or math.ceil(train_data.steps_per_epoch(config.batch_size) * config.num_epochs)
+    warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(num_steps * config.warmup_steps)
+    given = f"--warmup_steps {config.warmup_steps:g}"
+    require(warmup_steps < num_steps, f"{given}: the run has only {num_steps} steps. Set fewer.")
+    return num_steps, int(warmup_steps)
+
+
+class Plan:
+    """The facts of a run: printed before its first step, and part of the model card."""
+
+    def __init__(
+        self,
+        config: Any,
+        world: World,
+        device: torch.device,
+        precision: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train_data: Any,
+        eval_blocks: Any,
+        num_steps: int,
+        warmup_steps: int,
+    ):
+        self._config, self._world, self._device, self._model, self._tokenizer = config, world, device, model, tokenizer
+        self._train_data, self._eval_blocks, self._warmup_steps = train_data, eval_blocks, warmup_steps
+        self.facts = {
+            "model_type": model.config.model_type,
+            "parameters": model.num_parameters(),
+            "trained_parameters": model.num_parameters(only_trainable=True),
+            "training_text": str(train_data),
+            "eval_documents": eval_blocks.stream.num_documents,
+            "eval_tokens": len(eval_blocks.stream),
+            "max_steps": num_steps,
+            "precision": precision,
+        }
+
+    def check_prompts(self, max_new_tokens: int) -> None:
+        """Raise UserError if a --sample_prompt and ``max_new_tokens`` exceed the model's positions."""
+        limit = position_limit(self._model) or math.inf
+        for prompt in self._config.sample_prompt:
+            fits = len(self._tokenizer(prompt)["input_ids"]) + max_new_tokens <= limit
+            long = f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions"
+            require(fits, f"{long}. Use a shorter one.")
+
+    def throughput(self, state: TrainState) -> Throughput:
+        """Return the meter of tokens per second and, on a known GPU, of model FLOPs utilization."""
+        peak = peak_flops(device_name(self._device)) if self.facts["precision"] != "fp32" else None
+        flops = flops_per_token(self._model, self._config.block_size) if peak else None
+        peak_seconds = flops / peak / self._world.size if flops else None
+        return Throughput(state, self.facts["max_steps"], self._device, peak_seconds, self._train_data.loss_fraction)
+
+    def __str__(self) -> str:
+        config, facts, eval_blocks = self._config, self.facts, self._eval_blocks
+        base = Path(config.model or config.model_config)
+        total, trained, num_steps = facts["parameters"], facts["trained_parameters"], facts["max_steps"]
+        part = f", {trained / 1e6:.1f} M of them trained" if trained < total else ""
+        share = math.ceil(config.batch_size / self._world.size)
+        at_once = f", {config.micro_batch_size} at once" if config.micro_batch_size < share else ""
+        per_epoch = self._train_data.steps_per_epoch(config.batch_size)
+        epochs = f" ({num_steps / per_epoch:.2f} epochs)" if per_epoch else ""
+        lines = {
+            "model": f"{base.name if base.exists() else base}: {facts['model_type']}, {total / 1e6:.1f} M parameters, "
+            f"{'pretrained' if config.model else 'from scratch'}{part}",
+            "training": facts["training_text"],
+            "held out": f"{facts['eval_documents']:,} documents, {facts['eval_tokens']:,} tokens, "
+            f"{len(eval_blocks):,} blocks",
+            "steps": f"{num_steps:,} of {config.batch_size} blocks{at_once}{epochs}, "
+            f"learning rate {config.learning_rate:g}, {self._warmup_steps} to warm up",
+            "device": f"{self._world}{device_name(self._device)}, {facts['precision']}"
+            f"{', compiled' if self._model.is_compiled else ''}",
+            "output": str(config.output_dir),
+        }
+        return "\n".join(f"{name:<10}{text}" for name, text in lines.items())

@@ -1,0 +1,284 @@
+"""The directory of a run: whose it is, what is resumed, what is written first and said last."""
+
+import fcntl
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from cli.errors import UserError, require, warn
+from cli.flags import Count, flag
+from corpus.tokenize import tokenizer_fingerprint
+from distributed.world import World
+from training import checkpoint
+from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished
+from training.model_card import check_login, push, versions
+from training.state import TrainState, restore_state
+
+RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
+
+# Settings that must not change when a run resumes: with another value it would be another run.
+SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
+SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer")
+
+# Settings that may change, and change the numbers from there on.
+SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
+SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_steps", "weight_decay")
+
+ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # what config.yaml must not repeat
+
+
+@dataclass
+class RunConfig:
+    title = "run"
+
+    output_dir: str | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
+    resume: bool = flag(False, "go on from the newest checkpoint in --output_dir, or start if there is none")
+    overwrite: bool = flag(False, "delete the run that is in --output_dir; wins over --resume")
+    keep_checkpoints: Count = flag(2, "newest checkpoints to keep")
+    keep: Literal["best", "last"] = flag("best", "the weights in model/: of the best evaluation, or of the last")
+    push_to_hub: str | None = flag(
+        None, "Hub id to upload the model to, private; log in with `hf auth login` or HF_TOKEN"
+    )
+    dry_run: bool = flag(False, "print the plan, run one full forward and backward pass, write nothing")
+
+
+@dataclass
+class Saved:
+    """A checkpoint, or nothing: then the state is that of a new run."""
+
+    path: Path | None = None
+    state: TrainState = field(default_factory=TrainState)
+    content: dict[str, Any] = field(default_factory=dict)  # of its state.json
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # on rank 0
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether the run was compiled, or None for a new run."""
+        return self.content.get("compiled")
+
+
+class Run:
+    """The run in ``config.output_dir``. Nothing is written before `start`. Only rank 0 writes and prints."""
+
+    def __init__(self, config: Any, world: World):
+        self.config, self.world = config, world
+        self.directory = Path(config.output_dir)
+        if world.has_started():  # torchrun has restarted these ranks
+            config.resume, config.overwrite = True, False
+        self.settings = dict(vars(config))
+        self.identity: dict[str, Any] = {}
+        self._require_same_on_all_ranks(self.settings)
+        self._exists = world.on_main(self._check_directory)
+        self._resumes = self._exists and config.resume and not config.overwrite and not config.dry_run
+        if config.push_to_hub and not config.dry_run:
+            world.on_main(lambda: check_login(config.push_to_hub))
+
+    # What is there already
+
+    def find_checkpoint(self, identity: dict[str, Any]) -> Saved:
+        """Return the newest intact checkpoint with --resume, or an empty one.
+
+        Raise UserError if it belongs to another run: if its ``identity`` differs.
+        """
+        self._require_same_on_all_ranks(identity)
+        self.identity = identity
+        saved = Saved()
+
+        def load() -> tuple[Path | None, dict[str, Any], bool]:
+            lock_directory(self.directory)
+            for directory in (self.directory, self.directory / "checkpoints", self.directory / "model"):
+                checkpoint.remove_partial_writes(directory)
+            path = checkpoint.newest(self.directory / "checkpoints")
+            content, saved.tensors = checkpoint.load(path) if path else ({}, {})
+            return path, content, (self.directory / "model").is_dir()
+
+        if self._resumes:
+            saved.path, saved.content, has_model = self.world.on_main(load)
+        if saved.path:
+            known = "train_state" in saved.content
+            fix = "Use --overwrite, or another --output_dir"
+            require(known, f"--resume: {saved.path} was made by an earlier version of this program. {fix}.")
+            self._require_same_run(saved.content["identity"])
+            saved.state = TrainState.from_json(saved.content["train_state"])
+            if saved.state.best_step is not None and not has_model:
+                step = saved.state.best_step
+                warn(f"{self.directory}/model is gone, with the weights of step {step}; keeping later ones")
+                saved.state.best_step, saved.state.last_eval_step = None, -1
+        return saved
+
+    def is_finished(self, saved: Saved, num_steps: int) -> bool:
+        """Return whether nothing is left to train; say so, and upload if asked to.
+
+        Raise NoCheckpointError if the run got so far that starting over would lose something.
+        """
+        if not self._resumes:
+            return False
+        done = self.world.on_main(lambda: finished_step(self.directory))
+        if saved.path:
+            done = saved.state.step if saved.state.last_eval_step >= num_steps else 0
+        if done >= num_steps:
+            print(f"{self.directory}: this run is finished ({done} of {num_steps} steps). "
+                  f"Pass a larger --max_steps to train longer, or --overwrite to start over.")  # fmt: skip
+            if self.world.is_main:
+                mark_finished(self.directory)
+                self._finish()
+            return True
+        if saved.path:
+            self._note_changes(saved.content["settings"])
+        elif done or self.world.on_main(lambda: last_step(self.directory) > self._saved_every()):
+            fix = "Use its model as it is, or pass --overwrite"
+            raise checkpoint.NoCheckpointError(f"--resume: {self.directory} has no checkpoint left. {fix}.")
+        else:
+            print(f"{self.directory}: the run there was stopped before its first checkpoint; starting over")
+        return False
+
+    def check_frozen_weights(self, sha256: str | None, saved: Saved) -> None:
+        """Raise UserError if the weights that no checkpoint holds are not those that the run began with."""
+        self.identity["frozen weights"] = sha256
+        if saved.path:
+            self._require_same_run(saved.content["identity"])
+
+    # From the first write to the last word
+
+    def start(self, saved: Saved, num_steps: int) -> RunLog:
+        """Make the directory this run's own and open its log. The first write of the run."""
+        log = self._start(saved, num_steps) if self.world.is_main else NoLog()
+        self.world.mark_started()
+        return log
+
+    def restore(
+        self,
+        saved: Saved,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        data: Any,
+    ) -> None:
+        """Load the checkpoint, if there is one, and let go of its tensors."""
+        if saved.path:
+            restore_state(saved.tensors, model, optimizer, self.world)
+            data.restore(saved.content["data"], self.world.broadcast(saved.tensors.get("stream", {})))
+            scaler.load_state_dict(saved.content["scaler"])
+            print(f"resuming from {saved.path} at step {saved.state.step}")
+        saved.tensors.clear()
+
+    def finish(self, state: TrainState, log: RunLog, signaled: int | None) -> None:
+        """Mark the run as finished and print the result. Exit with the code ``signaled`` if a signal came meanwhile."""
+        if self.world.is_main:
+            first, *_ = evaluations(self.directory)
+            log.close()
+            mark_finished(self.directory)
+            before, after = (torch.tensor(loss, dtype=torch.float64).exp() for loss in (first["loss"], state.best_loss))
+            print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {state.best_step})")
+            if state.best_loss >= first["loss"]:
+                print("warning: training did not improve on the model it started from; try another --learning_rate")
+        if signaled:  # everything is saved, and an upload may take long
+            sys.exit(signaled)
+        if self.world.is_main:
+            self._finish()
+
+    def _start(self, saved: Saved, num_steps: int) -> RunLog:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._resumes:
+            lock_directory(self.directory)
+            if self._check_directory() and not self._exists:
+                fix = "Use another directory"
+                raise UserError(f"--output_dir {self.directory}: another run was made there meanwhile. {fix}.")
+        if not saved.path:
+            remove_run(self.directory)
+        log = RunLog(self.directory, saved.state, num_steps)
+        kept = {key: value for key, value in self.settings.items() if key not in ONCE and value not in (None, [])}
+        made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
+        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        checkpoint.write_file(self.directory / "config.yaml", f"# made with {made_with}\n{text}")
+        return log
+
+    def _finish(self) -> None:
+        """Upload if asked to, and print where everything is."""
+        model = self.directory / "model"
+        if self.config.push_to_hub:
+            print(f"uploaded  {push(model, self.config.push_to_hub)}")
+        python = Path(sys.executable)
+        python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+        print(f"model     {model}")
+        print(f"curves    {python} -m tensorboard.main --logdir {self.directory.parent}     (or: make tensorboard)")
+        print(f'next      {python} generate.py --model {model} --prompt "..."')
+
+    def _check_directory(self) -> bool:
+        """Return whether the directory holds a run. Raise UserError if a new one must not go there."""
+        path, config = self.directory, self.config
+        if path.is_symlink():
+            raise UserError(f"--output_dir {path}: is a symbolic link. Pass what it leads to: {os.readlink(path)}.")
+        there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        require(there.is_dir(), f"--output_dir {path}: {there} is a file. Pass a directory.")
+        require(os.access(there, os.W_OK), f"--output_dir {path}: {there} is read-only. Pass another directory.")
+        present = [name for name in RUN_CONTENT if os.path.lexists(path / name)]
+        is_run = "metrics.jsonl" in present or any((path / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}"))
+        if present and not is_run:  # --overwrite must never delete what no run has made
+            raise UserError(f"--output_dir {path}: holds {', '.join(present)}, but no run. Pass another directory.")
+        if present and not (config.resume or config.overwrite or config.dry_run):
+            fix = "Pass --resume to go on, --overwrite to delete it, or another directory"
+            raise UserError(f"--output_dir {path}: holds another run. {fix}.")
+        return bool(present)
+
+    def _saved_every(self) -> int:
+        """Return the --save_every of the run that is there: past this step it had a checkpoint."""
+        path = self.directory / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8"))["save_every"] if path.exists() else 0
+
+    def _require_same_on_all_ranks(self, mine: dict[str, Any]) -> None:
+        different = [name for name, value in self.world.broadcast(mine).items() if mine.get(name) != value]
+        fix = "Pass the same command, and use the same files, on all nodes"
+        require(not different, f"{', '.join(different)}: differs from rank 0. {fix}.")
+
+    def _require_same_run(self, before: dict[str, Any]) -> None:
+        for name in [name for name in before if name in self.identity]:  # another transformers may know other settings
+            if before[name] != self.identity[name] and name not in ("model's transformers_version", "model's dtype"):
+                was, now = (str(value)[:60] for value in (before[name], self.identity[name]))
+                fix = f"Pass what is in {self.directory}/config.yaml, another --output_dir, or --overwrite"
+                raise UserError(f"--resume: {name} was {was} and is now {now}, so this is another run. {fix}.")
+
+    def _note_changes(self, before: dict[str, Any]) -> None:
+        for name in SHAPING:
+            now = self.settings[name]
+            if before.get(name, now) != now:
+                print(f"note: --{name} was {before[name]} and is {now} from here on")
+
+
+def identity(
+    config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
+) -> dict[str, Any]:
+    """Return what makes this run what it is: with another value, resuming would be another run."""
+    base = Path(config.model or config.model_config)
+    return {
+        "model": base.name if base.exists() else str(base),  # a directory may have moved
+        **{f"model's {key}": value for key, value in json.loads(model_config.to_json_string()).items()},
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "training text": train_data.identity,
+        "evaluation text": eval_data.stream.sha256,
+        **{name: getattr(config, name) for name in SAME_RUN},
+    }
+
+
+def remove_run(run_dir: Path) -> None:
+    """Delete a run. If the process dies half-way, the next start finds no checkpoint and begins from scratch."""
+    checkpoint.remove(run_dir / "checkpoints")
+    checkpoint.write_file(run_dir / "metrics.jsonl", "")
+    for name in RUN_CONTENT:
+        checkpoint.remove(run_dir / name)
+
+
+def lock_directory(run_dir: Path) -> None:
+    """Keep other processes out of a run for as long as this one lives. Raise UserError if one is there already."""
+    try:
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        fix = "Wait for its end, or pass another directory"
+        raise UserError(f"--output_dir {run_dir}: a run is under way there. {fix}.") from error

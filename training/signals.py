@@ -1,0 +1,58 @@
+"""Signals: SIGTERM and SIGINT save and exit at the next step, SIGUSR1 saves and goes on."""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from distributed.world import World
+
+if TYPE_CHECKING:
+    from training.checkpointer import Checkpointer
+
+
+class Signals:
+    """Receive SIGTERM, SIGINT and SIGUSR1, and handle them between two steps. A second SIGINT exits at once."""
+
+    def __init__(self):
+        self._received: list[int] = []
+        self._deferred = False  # before and after the loop there is nothing to save
+        self.world = World()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def defer(self) -> None:
+        """From here on, keep signals until `handle` is called."""
+        self._deferred = True
+
+    def handle(self, checkpointer: "Checkpointer") -> None:
+        """Save if any rank received a signal, and exit unless it was SIGUSR1. All ranks must call this.
+
+        Called between steps, and between batches and samples of an evaluation, which change no state.
+        """
+        for number in map(signal.Signals, self.world.union(self._received)):
+            checkpointer.save()
+            step, log = checkpointer.state.step, checkpointer.log
+            if number == signal.SIGUSR1:
+                log.say(f"step {step}: saved on {number.name}")
+                continue
+            log.close()
+            print(f"stopped by {number.name} at step {step}, saved. Use --resume to go on.")
+            sys.exit(128 + number)
+
+    def end(self) -> int | None:
+        """Stop deferring. Return the exit code of a signal that came after the last step, if one did."""
+        last = [number for number in self.world.union(self._received) if number != signal.SIGUSR1]
+        self._deferred = False
+        return 128 + last[0] if last else None
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if number != signal.SIGUSR1:
+            if not self._deferred:
+                self.world.exit_all(128 + number)
+                with suppress(Exception):
+                    sys.stdout.flush()
+                os._exit(128 + number)  # an exception could be caught by the code that it interrupts
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        self._received.append(number)
