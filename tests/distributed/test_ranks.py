@@ -161,7 +161,7 @@ def test_nodes_that_were_told_different_things_do_not_train(cwd):
         nodes = [agents.node(cwd, endpoint, 0, *flags("different", learning_rate=rate)) for rate in (1e-4, 2e-4)]
         assert [node.wait(TIMEOUT) for node in nodes] == [1, 1], [node.stderr for node in nodes]
     said = [line for node in nodes for line in node.stderr.splitlines() if line.startswith("train.py: error")]
-    assert len(said) == 1 and "rank 1: learning_rate: not what rank 0 has" in said[0]
+    assert len(said) == 1 and "rank 1: learning_rate: differs from rank 0" in said[0]
     assert not (cwd / "different").exists()
 
 
