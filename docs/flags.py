@@ -1,9 +1,9 @@
-"""Write docs/flags.md: python docs/flags.py > docs/flags.md, or make docs."""
+"""Print the flags of all scripts as Markdown: python docs/flags.py > docs/flags.md, or make docs."""
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -13,44 +13,37 @@ from generate import GenerateConfig
 from perplexity import PerplexityConfig
 from train import Config
 
-KINDS = {
-    "train.py": Config,
-    "generate.py": GenerateConfig,
-    "perplexity.py": PerplexityConfig,
-    "export.py": ExportConfig,
-}
 HEAD = """# Flags
 
-`make docs` writes this page from the dataclasses of the scripts. `--help` of a script prints the same.
-
-Defaults < `--config FILE.yaml` < flags. All scripts take `--config`, a YAML file of their flags.
-"""
+`make docs` makes this page from the flags of each script; `--help` shows the same. Every script also takes
+`--config FILE.yaml`, a YAML file of these flags. A flag wins over the file, and the file wins over the default."""
 
 
-def shown(default: Any) -> str:
-    """Return a default as a person would type it. A flag without a value is off, and an absent default is empty."""
-    if default is dataclasses.MISSING or default is None or default == []:
-        return ""
+def flags_table(kind: type) -> str:
+    """Return one Markdown table per group of ``kind``'s flags, in the order of --help."""
+    lines = []
+    for group in groups(kind):
+        lines += ["", f"### {group._argument_group_name}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
+        for field in dataclasses.fields(group):
+            meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|").replace("<", "\\<")
+            if get_origin(field.type) is Literal:
+                meaning += "; one of " + ", ".join(f"`{choice}`" for choice in get_args(field.type))
+            lines.append(f"| `--{field.name}` | {_shown(field)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _shown(field: dataclasses.Field) -> str:
+    """Return the default as a person writes it, or nothing if there is none."""
+    default: Any = field.default_factory() if field.default is dataclasses.MISSING else field.default
     if isinstance(default, bool):
         return "on" if default else "off"
-    text = f"{default:g}" if isinstance(default, float) else str(default)
-    return f"`{text!r}`" if text != text.strip() else f"`{text}`"
-
-
-def page() -> str:
-    """Return the text of docs/flags.md: for each script, one table per group of flags, as in --help."""
-    lines = [HEAD]
-    for script, kind in KINDS.items():
-        lines.append(f"## {script}\n")
-        for group in groups(kind):
-            lines += [f"### {group._argument_group_name}\n", "| flag | default | meaning |", "| --- | --- | --- |"]
-            for field in dataclasses.fields(group):
-                help = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
-                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-                lines.append(f"| `--{field.name}` | {shown(default)} | {help} |")
-            lines.append("")
-    return "\n".join(lines).rstrip("\n") + "\n"
+    if default is None or default == []:
+        return ""
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default!r}`" if default == " " else f"`{default}`"
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(HEAD)
+    scripts = {"train": Config, "generate": GenerateConfig, "perplexity": PerplexityConfig, "export": ExportConfig}
+    for name, kind in scripts.items():
+        print(f"\n## {name}.py\n{flags_table(kind)}")

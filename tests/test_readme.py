@@ -1,8 +1,9 @@
-"""The README's commands, run as written in a copy of the project, beside a Hub of our own; and its tables of flags."""
+"""The README's commands, run as written in a copy of the project, beside a Hub of our own; and what the docs list."""
 
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
 
+from cli.removed import REMOVED
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 # The flags that make a command short; all others stay as they are written.
@@ -23,26 +26,33 @@ SHORTER = {
     "train.py": " --max_steps 2",
     "generate.py": " --max_new_tokens 5",
 }
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
 
-def test_the_page_of_flags_is_what_the_scripts_say():
-    written = subprocess.run(
-        [sys.executable, ROOT / "docs/flags.py"], capture_output=True, text=True, check=True
-    ).stdout
-    assert written == (ROOT / "docs/flags.md").read_text(encoding="utf-8"), "run make docs"
+def test_flags_md_is_what_the_script_prints(capsys):
+    runpy.run_path(str(ROOT / "docs/flags.py"), run_name="__main__")
+    assert capsys.readouterr().out == (ROOT / "docs/flags.md").read_text(encoding="utf-8"), "run `make docs`"
 
 
-def test_the_file_tree_names_every_file():
-    packages = [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
-    for name in [*(path.name for path in ROOT.glob("*.py")), *packages, "Makefile", "tests/", "benchmarks/", "docs/"]:
-        assert re.search(rf"^{name} ", README, re.MULTILINE), name
+@pytest.mark.parametrize("path", ["README.md", "Makefile", "docs/*.md", "configs/*.yaml"])
+def test_no_removed_flag_is_named(path):
+    for file in ROOT.glob(path):
+        named = re.findall(r"--(\w+)|^(\w+):", file.read_text(encoding="utf-8"), re.MULTILINE)  # a flag, a line of YAML
+        assert not {flag or key for flag, key in named} & REMOVED.keys(), file
+
+
+def test_the_file_tree_names_every_file_and_package():
+    assert PACKAGES == ["cli", "corpus", "distributed", "modeling", "training"]
+    folders = [*PACKAGES, "tests", "benchmarks", "docs"]
+    for name in [*(path.name for path in ROOT.glob("*.py")), *(f"{name}/" for name in folders), "Makefile"]:
+        assert len(re.findall(rf"^{re.escape(name)} ", README, re.MULTILINE)) == 1, name
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tokenizer):
     """A copy of the project whose quickstart is prepared with a tiny model, and the environment to run in."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("configs", "cli", "corpus", "modeling", "distributed", "training"):
+    for name in ("configs", *PACKAGES):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "quickstart", root / "quickstart", ignore=shutil.ignore_patterns("smollm2", "*.jsonl"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "Makefile"]:
