@@ -91,7 +91,7 @@ def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tup
 
 
 def groups(kind: type) -> list[type]:
-    """Return one dataclass per group of flags: the fields that classes with the same ``title`` declare themselves."""
+    """Return one dataclass per group of flags. Base classes with the same ``title`` form one group."""
     hints, fields = get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
     grouped: dict[str, list[tuple[str, Any, Any]]] = {}
     for part in kind.__mro__:

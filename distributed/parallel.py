@@ -5,6 +5,7 @@ Only rank 0 loads weights. On the other ranks the model is on device meta until 
 
 import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -39,7 +40,7 @@ class NextTokenLoss(torch.nn.Module):
         return next_token_nll(self.model, **batch)
 
 
-class Strategy:
+class Strategy(ABC):
     """Run one model on all ranks. Subclasses wrap it with DDP or FSDP2."""
 
     name: str
@@ -74,8 +75,9 @@ class Strategy:
         self._wrap(model, ids, precision)
         self._warm_up(model, ids, precision)
 
+    @abstractmethod
     def _wrap(self, model: PreTrainedModel, ids: torch.Tensor, precision: str) -> None:
-        raise NotImplementedError
+        """Bring rank 0's weights to all ranks. ``ids`` (1, block_size) are a batch to probe the model with."""
 
     def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, precision: str) -> None:
         """Run the forward and backward passes of an update, and drop the gradients."""
@@ -100,8 +102,9 @@ class Strategy:
     def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
         return next_token_nll(model, **batch)
 
+    @abstractmethod
     def sync_gradients(self, model: PreTrainedModel, is_last: bool) -> AbstractContextManager:
-        raise NotImplementedError
+        """Return the context of a forward and a backward pass. Gradients are averaged if ``is_last``."""
 
     def reshard(self, model: PreTrainedModel) -> None:
         """Free the weights that belong to other ranks' shards."""

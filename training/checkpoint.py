@@ -162,7 +162,7 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def remove_partial_writes(directory: Path) -> None:
-    """Remove what a process that was killed during a save left in ``directory``."""
+    """Remove the files of an interrupted save from ``directory``."""
     for old in directory.glob(f".*{REPLACED}"):
         path = old.with_name(old.name[1:].removesuffix(REPLACED))
         remove(old) if path.exists() else old.rename(path)

@@ -140,7 +140,7 @@ class Run:
         return False
 
     def check_frozen_weights(self, sha256: str | None, saved: Saved) -> None:
-        """Raise UserError if the weights that no checkpoint holds are not those that the run began with."""
+        """Raise UserError if the frozen weights have changed since the run began. No checkpoint holds them."""
         self.identity["frozen weights"] = sha256
         if saved.path:
             self._require_same_run(saved.content["identity"])

@@ -42,7 +42,7 @@ class Signals:
             sys.exit(128 + number)
 
     def end(self) -> int | None:
-        """Stop deferring. Return the exit code of a signal that came after the last step, if one did."""
+        """Stop deferring. Return the exit code if a signal arrived after the last step, else None."""
         last = [number for number in self.world.union(self._received) if number != signal.SIGUSR1]
         self._deferred = False
         return 128 + last[0] if last else None
