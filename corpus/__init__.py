@@ -1,1 +1,1 @@
-"""Text: where it comes from, and as which tokens."""
+"""The text: its sources and its tokens."""

@@ -45,7 +45,9 @@ class TextConfig:
         single = f"--prompt_column {self.prompt_column}" if self.prompt_column else ""
         single = single or f"--completion_column {self.completion_column}"
         templates = {name: getattr(self, name) for name in ("text_column", "prompt_column", "completion_column")}
-        malformed = [f"--{name} {value}" for name, value in templates.items() if value and not parse_template(value)]
+        malformed = [
+            f"--{name} {value}" for name, value in templates.items() if value is not None and not parse_template(value)
+        ]
         wrong_filter = next((rule for rule in self.filter if not parse_filter(rule)), None)
         example = "Use columns in braces, such as '{title}: {text}'."
         return [

@@ -70,7 +70,7 @@ class Rows(Documents):
             value = join_text(value_at(record, column.split(".")), self.separator) if column else ""
             if value is None or "\0" in value:
                 problem = "a NUL character" if value else f"{str(record.get(column.split('.')[0]))[:40]}, not text"
-                fix = "Remove the record, or use --filter. Messages need the keys role and content."
+                fix = "Remove the record or use --filter; messages need the keys role and content."
                 raise UserError(f"{name} contains {problem}. {fix}")
             filled += [text, value]
         return "".join(filled)

@@ -128,7 +128,7 @@ class Shard:
             if not len(lengths):
                 yield tokens, 0, None
                 continue
-            # The reader has begun at most one document more, unless it read several ahead.
+            # The place is known only if the reader is at most one document ahead.
             num_ahead = self._documents.state["documents"] - num_ended
             states = {0: self._documents.state, 1: self._documents.previous_state}
             yield tokens, int(ends[-1]), states.get(num_ahead)
@@ -138,7 +138,8 @@ class StreamedText:
     """All shards of the text, of which each rank reads its own.
 
     Rank r of N reads the shards s of S with s % N = r. If there are more ranks than shards, the ranks with r % S = s
-    read the same shard s, and each takes a part of its blocks. So a step uses the same blocks on any number of ranks.
+    read the same shard s. Each of them takes a part of its blocks. So a step uses the same blocks on any number of
+    ranks.
     """
 
     def __init__(self, config: DataConfig, documents: Streamed, tokenizer: PreTrainedTokenizerBase, seed: int):

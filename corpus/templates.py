@@ -14,7 +14,7 @@ def parse_template(template: str) -> Template | None:
     A backslash followed by n is a newline, because a shell passes it on like that.
     """
     if not {"{", "}"} & set(template):
-        return (("", template),)
+        return (("", template),) if template else None
     try:
         parts = list(Formatter().parse(template.replace("\\n", "\n")))
     except ValueError:

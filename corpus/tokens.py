@@ -8,8 +8,8 @@ import hashlib
 import datasets
 import numpy as np
 
-# One record per document: 128 bits of the SHA-256 of its ids, its number of tokens, the number of tokens with loss, and
-# the UTF-8 bytes of its text with loss.
+# The record of a document: 128 bits of the SHA-256 of its ids, its number of tokens, and how many of them carry loss.
+# "bytes" counts the UTF-8 bytes of the text with loss.
 DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
 RULES = 1  # version of the tokenization rules; a new number makes cached tokens invalid
 

@@ -120,3 +120,21 @@ def rows(jsonl_file) -> Rows:
     from datasets import Dataset
 
     return read_rows(Dataset.from_json(str(jsonl_file)), TextConfig(text_column="answers.text"))
+
+
+def talk(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three files of records, some of them long, and a file of evaluation text."""
+    for file in range(3):
+        rows = [{"n": i % 5, "name": f"{i}é", "text": make_text(4 + 7 * i, 20 * file + i)} for i in range(9)]
+        rows[4]["text"] = make_text(700, file)
+        rows = [row | {"said": talk(row["name"], row["text"])} for row in rows]
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval.jsonl").write_text(
+        "".join(json.dumps(row | {"text": make_text(8), "said": talk("a", "b")}) + "\n" for row in rows[:5])
+    )
+    return {"train_files": [f"{tmp_path}/[0-9].jsonl"], "eval_files": [f"{tmp_path}/eval.jsonl"], "block_size": 32}

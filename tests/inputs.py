@@ -300,6 +300,7 @@ CASES = [
          ("--text_column {text:>9}: not a valid template",), (rows("x.jsonl", A),)),
     Case("a template of a missing column", DATA + "x.jsonl --text_column '{text}{body}'",
          ("--text_column {text}{body}", "column body does not exist", "Use one of text"), (rows("x.jsonl", A),)),
+    Case("an empty column", "--text_column ''", ("--text_column : not a valid template",)),
     Case("template and prompt", "--text_column '{b}' --prompt_column p --completion_column c", ("exclude each",)),
     Case("a prompt without completion", "--prompt_column p", ("--prompt_column p: needs --completion_column",)),
     Case("no such completion", DATA + "x.jsonl --prompt_column text --completion_column b",

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import ROOT, run_script, tiny_gpt2
-from test_data import FAMILIES
+from texts import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 

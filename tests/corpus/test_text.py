@@ -1,4 +1,5 @@
-import copy
+"""Files, tables and Hub datasets as documents: formats, columns, templates, filters, revisions."""
+
 import gzip
 import json
 
@@ -6,12 +7,11 @@ import datasets
 import numpy as np
 import pytest
 from conftest import make_text
-from test_data import scored_text, texts
+from texts import texts
 
 from cli.errors import UserError
 from cli.hub import split_revision
 from corpus import streaming
-from corpus.chat import CHAT_TEMPLATE, render
 from corpus.flags import DataConfig, TextConfig
 from corpus.formats import FORMATS
 from corpus.records import read_rows
@@ -110,10 +110,6 @@ def test_unreadable_text_says_why(name, content, words, tmp_path, tokenizer):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which text of a record, and which records
-
-
 TABLE = datasets.Dataset.from_list(
     [
         {"title": "one", "n": 1, "yes": True, "answers": {"text": ["a", "b"]}, "r": "askscience"},
@@ -154,139 +150,10 @@ def test_a_filter_keeps_records_whose_column_is_that_text(rules, kept, capsys):
     )
 
 
-def test_the_record_is_named_as_it_is_counted_in_the_file():
+def test_errors_count_records_as_the_file_does():
     rows = read_rows(TABLE, TextConfig(text_column="r", filter=["n=2"]))
     with pytest.raises(UserError, match="--text_column r: record 3 contains None"):
         texts(rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations
-
-
-def turns(*contents, system=None):
-    """Messages of user and assistant in turn."""
-    roles = [("system", system)] * (system is not None)
-    roles += [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    return [{"role": role, "content": content} for role, content in roles]
-
-
-CHATS = [turns("the model", "learns", "a text", "of loss"), turns("x = 1", "def", system="in"), turns("the")]
-END = "<|endoftext|>"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# What answers look like depends on what follows: the last one is behind a thought.
-THINKING = CHATML.replace("{{ m.content }}", "{{ '<think></think>' if loop.last else '' }}{{ m.content | trim }}")
-
-
-def chats(conversations=CHATS[:2], **settings):
-    table = datasets.Dataset.from_list([{"chat": {"messages": messages}} for messages in conversations])
-    return read_rows(table, TextConfig(text_column="chat.messages", **settings))
-
-
-@pytest.fixture
-def speaker(tokenizer):
-    """A tokenizer of our own to give a template to."""
-    return copy.deepcopy(tokenizer)
-
-
-def test_a_tokenizer_without_a_template_gets_ours(speaker, tmp_path, capsys):
-    stream = tokenize(chats(), speaker)
-    assert speaker.chat_template == CHAT_TEMPLATE and "no chat template" in capsys.readouterr().err
-    said = f"user:\nthe model{END}assistant:\nlearns{END}user:\na text{END}assistant:\nof loss{END}"
-    assert (
-        speaker.decode([max(i, ~i) for i in stream[:]])
-        == said + f"system:\nin{END}user:\nx = 1{END}assistant:\ndef{END}"
-    )
-    assert scored_text(stream, speaker) == f"learns{END}of loss{END}def{END}"
-    assert texts(chats())[1] == "inx = 1def"  # what a new tokenizer is trained on
-    speaker.save_pretrained(tmp_path)
-    again = type(speaker).from_pretrained(tmp_path)
-    assert again.chat_template == CHAT_TEMPLATE
-    assert tokenize(chats(), again).sha256 == stream.sha256 and "template" not in capsys.readouterr().err
-    both = tokenize(chats(CHATS, loss_on="all"), again)
-    assert both.num_loss_tokens == len(both) > len(stream)
-
-
-def test_turns_end_as_the_template_ends_them(speaker):
-    """ChatML, whose turns end with a token that is not, or is, the end of the text, and with a newline."""
-    speaker.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    speaker.chat_template = CHATML
-    stream = tokenize(chats(), speaker)
-    assert scored_text(stream, speaker) == "learns<|im_end|>of loss<|im_end|>def<|im_end|>"
-    speaker.eos_token = "<|im_end|>"
-    stream = tokenize(chats(), speaker)
-    assert scored_text(stream, speaker) == "learns<|im_end|>of loss<|im_end|>def<|im_end|>"
-    assert speaker.decode([max(i, ~i) for i in stream[:]]).count("<|im_end|>") == 7
-
-
-def test_a_template_with_a_beginning_has_one_beginning(speaker):
-    speaker.add_special_tokens({"bos_token": "<|s|>"})
-    speaker.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
-    text = speaker.decode([max(i, ~i) for i in tokenize(chats(), speaker)[:]])
-    assert text.count("<|s|>") == 2 and text.startswith("<|s|>user:")
-
-
-def test_an_answer_is_found_where_the_template_puts_it(speaker):
-    speaker.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    speaker.chat_template = THINKING
-    said = [*CHATS[:2], turns(" assistant\n ", "assistant\n", "user", "  x  ")]
-    stream = tokenize(chats(said), speaker)
-    learnt = ["learns", "<think></think>of loss", "<think></think>def", "assistant", "<think></think>x"]
-    assert scored_text(stream, speaker) == "".join(text + "<|im_end|>" for text in learnt)
-    speaker.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
-    with pytest.raises(UserError, match=r"--text_column chat\.messages: record 1: .* changes the contents"):
-        tokenize(chats(), speaker)
-    both = tokenize(chats(loss_on="all"), speaker)
-    assert both.num_loss_tokens == len(both) and "OF LOSS" in speaker.decode(both[:])
-
-
-@pytest.mark.parametrize(
-    ("messages", "words"),
-    [
-        ([{"role": "user", "content": None}], "record 2: message 1 lacks a role or content"),
-        ([*CHATS[0], {"role": None, "content": "a"}], "record 2: message 5 lacks"),
-        (turns("the", "</s>", "a")[1:], "record 2 does not fit the chat template .*the user first"),
-        (CHATS[2], "record 2 has no message of the assistant"),
-        ([], "record 2 has no messages"),
-        (turns("a\0", "b"), "record 2: message 1 lacks"),
-    ],
-)
-def test_malformed_conversations_are_named(messages, words, speaker):
-    ordered = "{% if messages[0].role == 'assistant' %}{{ raise_exception('the user first') }}{% endif %}"
-    speaker.chat_template = ordered + CHATML
-    with pytest.raises(UserError, match=words) as error:
-        tokenize(chats([CHATS[0], messages]), speaker)
-    assert "\n" not in str(error.value)
-
-
-def test_conversations_and_plain_text_mix(speaker, tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": turns("the", "model")}) + "\n" for _ in range(4)))
-    (tmp_path / "b.txt").write_text("a text of loss " * 20)
-    config = DataConfig(mix=[f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.txt:1"])
-    train, _ = load_documents(config, 0)
-    learnt = scored_text(tokenize(train, speaker), speaker).removesuffix(END).split(END)
-    assert learnt == ["model"] * 3 + [texts(train)[-1]]
-    with pytest.raises(UserError, match="cannot hold out a part of a single record"):
-        load_documents(DataConfig(train_files=[f"{tmp_path}/a.jsonl"], max_documents=1), 0)
-
-
-def test_an_answer_that_no_token_ends_is_ended_by_its_document(tokenizer):
-    """In templates without special tokens, else a model would never learn to stop."""
-    twin = copy.deepcopy(tokenizer)
-    twin.chat_template = (
-        "{% for m in messages %}## {{ m.role }}\n{{ m.content }}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}## assistant\n{% endif %}"
-    )
-    turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "last")]
-    pieces = render([{"role": role, "content": content} for role, content in turns], twin)
-    assert [text for text, has_loss in pieces if has_loss] == ["first", "last\n\n"] and pieces[-1][1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Revisions and formats
 
 
 def test_a_revision_follows_the_last_at_sign_unless_the_path_exists(tmp_path, monkeypatch):
@@ -325,11 +192,3 @@ def test_a_new_format_is_one_entry(suffix, entry, content, tmp_path, monkeypatch
     assert texts(streaming.load_documents(config, 0)[0]) == ["some text\n"] * 2
     config = DataConfig(mix=[f"{tmp_path}/a{suffix}:1"], eval_files=config.eval_files)
     assert texts(load_documents(config, 0)[0]) == ["some text\n"]
-
-
-def test_messages_in_braces_are_messages():
-    table = datasets.Dataset.from_list([{"chat": {"messages": messages}} for messages in CHATS[:2]])
-    assert read_rows(table, TextConfig(text_column="{chat.messages}")).has_messages
-    template = read_rows(table, TextConfig(text_column="{chat.messages}!"))
-    with pytest.raises(UserError, match=r"record 1 contains .*, not text\. Remove the record"):
-        texts(template)

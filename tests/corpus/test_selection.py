@@ -1,0 +1,142 @@
+"""Repeated text, mixtures and long documents."""
+
+from collections import Counter
+
+import datasets
+import pytest
+from conftest import make_text, write_jsonl
+from texts import pairs, plain
+
+from cli.errors import UserError
+from corpus import selection
+from corpus.flags import DataConfig, TextConfig
+from corpus.selection import blocks_within, window_hashes
+from corpus.sources import load_documents
+from corpus.tokenize import load_stream, tokenize
+from data import group_texts, load_data
+
+
+@pytest.mark.parametrize("collide", [False, True])
+@pytest.mark.parametrize("block_size", [3, 16, 10**6])
+def test_blocks_within_finds_blocks_at_any_position(block_size, collide, tokenizer, monkeypatch):
+    monkeypatch.setattr(selection, "PIECE_TOKENS", 100)
+    if collide:
+        hashes = window_hashes
+        monkeypatch.setattr(selection, "window_hashes", lambda *given: 0 * hashes(*given))
+    own, shared = make_text(80, 1), make_text(60, 2)
+    train = tokenize(plain([make_text(90, 3) + shared + make_text(33, 4), "the the the the the the"]), tokenizer)
+    for text in (own + shared + own, shared[20:90], own[:30], "the the the the the", ""):
+        blocks = group_texts(tokenize(plain([text]), tokenizer), block_size)
+        flat = "," + ",".join(map(str, train[:])) + ","
+        ids = [blocks[i]["input_ids"].tolist() for i in range(len(blocks))]
+        held = [f",{','.join(map(str, block))}," in flat and len(block) == block_size for block in ids]
+        assert blocks_within(blocks.stream, block_size, train).tolist() == held
+        assert len(text) < 100 or block_size > 16 or (any(held) and not all(held))
+
+
+def blocks_of(tmp_path, tokenizer, train, evaluation, **settings):
+    for name, documents in (("train", train), ("eval", evaluation)):
+        datasets.Dataset.from_dict({"text": documents}).to_json(tmp_path / f"{name}.jsonl")
+    files = {"train_files": [str(tmp_path / "train.jsonl")], "eval_files": [str(tmp_path / "eval.jsonl")]}
+    config = DataConfig(**files, block_size=16, **settings)
+    training, eval_blocks = load_data(config, *load_documents(config, 0), tokenizer, 0)
+    return training.blocks, eval_blocks
+
+
+def test_repeated_text_is_reported_and_dropped(tmp_path, tokenizer, capsys):
+    known, other = make_text(60, 1), make_text(60, 2)
+    train = [known, make_text(60, 3), known, other, known]
+    evaluation = [make_text(60, 4), known, make_text(40, 5) + " " + other]
+    blocks, eval_blocks = blocks_of(tmp_path, tokenizer, train, evaluation)
+    many, counts = len(eval_blocks), "2 training documents; trained on are 1 held-out documents and "
+    assert counts in capsys.readouterr().out
+    assert (blocks.stream.num_documents, eval_blocks.stream.num_documents) == (5, 3)
+    blocks, eval_blocks = blocks_of(tmp_path, tokenizer, train, evaluation, deduplicate=True)
+    out = capsys.readouterr().out
+    assert counts in out and out.endswith("held-out blocks: dropped\n")
+    assert (blocks.stream.num_documents, eval_blocks.stream.num_documents) == (3, 2)
+    whole = f",{','.join(map(str, blocks.stream[:]))},"
+    left = [eval_blocks[i]["input_ids"].tolist() for i in range(len(eval_blocks))]
+    assert 0 < len(left) < len(group_texts(eval_blocks.stream, 16)) < many
+    assert not any(f",{','.join(map(str, ids))}," in whole for ids in left if len(ids) == 16)
+    for evaluation, settings in (([known], {"deduplicate": True}), ([""], {})):
+        with pytest.raises(UserError, match="no token of the evaluation text has a loss"):
+            blocks_of(tmp_path, tokenizer, train, evaluation, **settings)
+    capsys.readouterr()
+    blocks_of(tmp_path, tokenizer, [other], [known])
+    assert capsys.readouterr().out == ""
+
+
+def mixed(config, tokenizer, seed):
+    """The documents that are trained and evaluated on, as texts and in order."""
+    training, eval_blocks = load_data(config, *load_documents(config, seed), tokenizer, seed)
+    ids = [part.stream[:] for part in (training.blocks, eval_blocks)]
+    return [tokenizer.decode(part).split("<|endoftext|>")[:-1] for part in ids]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Three texts, a table of 40 records and a saved data set of 10."""
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"txt {i}")
+    datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(40)]}).to_json(tmp_path / "rows.jsonl")
+    datasets.Dataset.from_dict({"text": [f"saved {i}" for i in range(10)]}).save_to_disk(tmp_path / "saved")
+    return [f"{tmp_path}/*.txt:1", f"{tmp_path}/rows.jsonl:2.5", f"{tmp_path}/saved:1"]
+
+
+def test_a_mixture_holds_out_first_and_then_repeats_small_sources(sources, tokenizer, capsys):
+    config = DataConfig(mix=sources, eval_fraction=0.2)
+    train, held_out = mixed(config, tokenizer, 3)
+    assert f"{sources[0][:-2]}: 2 documents, each 6.50 times per epoch" in capsys.readouterr().out
+    assert len(held_out) == len(set(held_out)) == 1 + 8 + 2 and not set(train) & set(held_out)
+    whole = {f"{name} {i}" for name, size in (("txt", 3), ("row", 40), ("saved", 10)) for i in range(size)}
+    assert set(train) | set(held_out) == whole
+    seen = {name: Counter(text for text in train if text.startswith(name)) for name in ("txt", "row", "saved")}
+    assert {name: counts.total() for name, counts in seen.items()} == {"txt": 13, "row": 32, "saved": 13}
+    for counts in seen.values():  # each pass over a source is whole
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert train == mixed(config, tokenizer, 3)[0] != mixed(config, tokenizer, 4)[0]
+    assert train != sorted(train)
+    config.max_documents = 1
+    with pytest.raises(UserError, match="Use more text"):  # a text of a few letters, cut in two
+        mixed(config, tokenizer, 3)
+
+
+def test_a_mixture_repeats_documents_after_deduplication(tmp_path, tokenizer, capsys):
+    for name, seeds in (("a", range(4)), ("b", range(1, 40))):
+        table = datasets.Dataset.from_dict({"text": [make_text(40, seed) for seed in seeds]})
+        table.to_json(tmp_path / f"{name}.jsonl")
+    (tmp_path / "c.txt").write_text(make_text(50, 99), encoding="utf-8")
+    mix = [f"{tmp_path}/{name}.jsonl:1" for name in "ab"]
+    config = DataConfig(mix=mix, eval_files=[f"{tmp_path}/c.txt"], deduplicate=True)
+    train, _ = mixed(config, tokenizer, 0)
+    assert "twice     3 training documents" in capsys.readouterr().out
+    assert Counter(Counter(train).values()) == {1: 36, 9: 4}
+    config.mix = [mix[1], mix[1]]
+    with pytest.raises(UserError, match=r"--mix .*b.jsonl: no document is left"):
+        mixed(config, tokenizer, 0)
+
+
+def test_a_single_text_in_a_mixture_has_an_end_of_text(tokenizer, tmp_path):
+    (tmp_path / "one.txt").write_text(make_text(200), encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", 4)
+    config = DataConfig(mix=[f"{tmp_path}/one.txt:1", f"{tmp_path}/rows.jsonl:1"], text_column="answers.text")
+    train, held_out = mixed(config, tokenizer, 0)
+    (head,) = {text for text in train if make_text(200).startswith(text)}
+    assert head + held_out[0] == make_text(200) and len(train) == 6
+
+
+def test_long_documents_are_split_or_dropped(tmp_path, tokenizer, capsys):
+    train, evaluation = ["the text", make_text(90, 2), "a model of text"] * 4, ["a model learns"] * 2
+    for way, documents in (("split", 12), ("drop", 8)):
+        blocks, _ = blocks_of(tmp_path, tokenizer, train, evaluation, long_documents=way)
+        assert blocks.stream.num_documents == documents
+        told = "training  " in (out := capsys.readouterr().out)
+        assert told == (way == "drop")
+    assert "4 of 12 documents are longer than 16 tokens: dropped" in out
+    stream = load_stream(TextConfig(block_size=16), pairs([("the " * 20, "a"), ("a", "b")]), tokenizer, "text")
+    assert stream.num_documents == 2
+    out = capsys.readouterr().out
+    assert f"text      1 of 2 documents are longer than 16 tokens: split; 4 of {len(stream)} tokens carry loss" in out
+    with pytest.raises(UserError, match="--long_documents drop: all 1 documents of the training text"):
+        blocks_of(tmp_path, tokenizer, train[1:2], evaluation, long_documents="drop")
