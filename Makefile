@@ -7,6 +7,8 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 RUNS   ?= runs
 BIN    := .venv/bin
+# Many tests wait for processes that they start. A file's tests stay together, since they share what they prepare.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # A recipe that names a file of the quickstart gets it made first.
 PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
 
@@ -36,10 +38,10 @@ tensorboard: .venv/installed
 	$(BIN)/python -m tensorboard.main --host localhost --logdir $(RUNS) $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m '' $(PARALLEL)
 
 torture: .venv/installed-dev
 	$(BIN)/python tests/torture/torture.py $(ARGS)

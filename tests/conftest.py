@@ -15,9 +15,6 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.pop("HF_TOKEN", None)
 
 import processes  # noqa: E402
-
-processes.prepare()  # its imports take as long as ours
-
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
@@ -28,6 +25,14 @@ from corpus.records import Rows, read_rows  # noqa: E402
 from model import ModelConfig, load_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of scripts in each process that runs tests, which is not the one that `-n` starts them from."""
+    if not config.getoption("numprocesses", None):
+        processes.prepare()
+
+
 WORDS = ["the", "a", "model", "token", "text", "of", "loss", "learns", "writes", "reads", "and", "in", "but", "never"]
 WORDS += ["é", "東京", "x = 1", "def", "return", "(self):", ",", ".", "\n", "\n\n"]
 

@@ -95,10 +95,11 @@ def undisturbed(directory):
     return result(directory / "undisturbed")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [0, 6, STEPS])
+@pytest.mark.parametrize(
+    ("step", "number", "code"), [(0, signal.SIGINT, 130), (6, signal.SIGTERM, 143), (STEPS, signal.SIGINT, 130)]
+)
 def test_a_stop_inside_an_evaluation_saves_and_the_evaluation_is_made_again(
-    directory, undisturbed, tmp_path, number, code, step
+    directory, undisturbed, tmp_path, step, number, code
 ):
     cut = tmp_path / "cut"
     process = start(directory, cut, until=f"step {step}/" if step else "output")
