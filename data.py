@@ -92,13 +92,13 @@ def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> Batch:
 def require_predictions(blocks: Blocks) -> None:
     """Raise UserError if no token has a loss: nothing predicts the first one of a block."""
     has_loss = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
-    require(has_loss, "--eval_files: no token of the evaluation text has a loss. Use more text.")
+    require(has_loss, "the evaluation text: none of its tokens has a loss. Use more text.")
 
 
 def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_documents: bool = False) -> Batch:
     """Stack blocks to (batch, longest), at least (rows, length). The filling is token 0 without a label.
 
-    No mask is needed: what follows a token cannot change its logits, as `check_causal` has proved, and the filling
+    No mask is needed: later tokens cannot change a token's logits, as `check_causal` has proved, and the filling
     has no loss. Without any blocks everything is filling.
     """
     items = items or [block_item(np.array([~0, ~0]), np.arange(2) if isolate_documents else None)]
@@ -198,7 +198,7 @@ class TrainingData:
         return {}, {}
 
     def restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Resume from what `joined` returned."""
+        """Resume from the state that `joined` returned."""
 
 
 class StreamedData(StreamedText):
@@ -246,7 +246,7 @@ def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]
 def load_data(
     config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[TrainingData | StreamedData, Blocks]:
-    """Return what to train on, and the blocks to evaluate on. Raise UserError if there is too little text."""
+    """Return the text to train on, and the blocks to evaluate on. Raise UserError if there is too little text."""
     isolate = config.pack == "documents"
     if config.streaming:
         held_out, kept = load_stream(config, evaluation, tokenizer, "held out"), None

@@ -39,7 +39,7 @@ class SamplingConfig:
     temperature: Annotated[float, Range(above=0, below=100)] = flag(0.8, "below 1 prefers likely tokens")
     top_k: Annotated[int, Range(least=0)] = flag(50, "sample from the K most likely tokens; 0 for all")
     top_p: Annotated[float, Range(above=0, most=1)] = flag(0.95, "sample from the likeliest tokens that sum up to P")
-    greedy: bool = flag(False, "always take the most likely token")
+    greedy: bool = flag(False, "always take the most likely token; temperature, top_k and top_p do not count")
 
 
 @dataclass

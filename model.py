@@ -38,7 +38,7 @@ from modeling.compile import compile_layers, should_compile
 from modeling.loading import load_pretrained, load_tokenizer_by_name, loading, read_config, weights_on_meta
 from modeling.precision import keep_freed_memory
 
-END_OF_TEXT = "<|endoftext|>"  # what a tokenizer trained here ends documents with; GPT-2's name for it
+END_OF_TEXT = "<|endoftext|>"  # ends documents in a tokenizer that is trained here; GPT-2's name for it
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ModelConfig:
 
     def rules(self) -> list[tuple[bool, str]]:
         given = f"--model {self.model} and --model_config {self.model_config}: exclude each other. Remove one of them."
-        none = "--model: is missing. Pass --model (pretrained) or --model_config (from scratch)."
+        none = "--model: missing. Pass --model (pretrained) or --model_config (from scratch)."
         size = _vocab_size(self.tokenizer)
         trained = f"--tokenizer {self.tokenizer}: N must be between 257 (256 bytes and {END_OF_TEXT}) and 1000000"
         overrides = f"--model_overrides {self.model_overrides}: is no JSON object"
@@ -89,7 +89,7 @@ def _vocab_size(tokenizer: str | None) -> int | None:
 
 
 def load_tokenizer(config: ModelConfig, documents: Documents) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or train one on ``documents``: the training part, never what is held out."""
+    """Load the tokenizer, or train one on ``documents``: the training part, never the held-out part."""
     tokenizer = _load_tokenizer(config, documents)
     known = [token for token in config.add_tokens if token in tokenizer.get_vocab()]
     require(not known, f"--add_tokens {' '.join(known)}: the tokenizer has it already. Remove it.")
@@ -211,8 +211,8 @@ def build_model(
 ) -> PreTrainedModel:
     """Return the model, ready to train: loaded and checked on rank 0, brought to all ranks, compiled if that pays.
 
-    ``compiled`` is what a resumed run did before. The model gets two attributes: ``frozen_sha256``, of the weights that
-    no checkpoint holds, and ``is_compiled``. Raise UserError if the model fits neither the text nor the flags.
+    ``compiled`` says whether a resumed run was compiled. The model gets two attributes: ``is_compiled``, and
+    ``frozen_sha256`` of the weights that no checkpoint holds. Raise UserError if text or flags do not fit the model.
     """
     keep_freed_memory(device.type)
     with world.main_first():
@@ -221,7 +221,7 @@ def build_model(
             model = model.to(world.load_device(device))
             check_model(model, tokenizer, config.block_size, config.pack == "documents", precision)
 
-    # What is trained: all weights, all but the frozen ones, or adapters.
+    # Train all weights, all but the frozen ones, or adapters.
     freeze(model, config.freeze)
     if config.lora_rank:
         add_lora(model, config)

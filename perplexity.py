@@ -49,7 +49,7 @@ class PerplexityConfig(TextConfig):
     def rules(self) -> list[tuple[bool, str]]:
         skips = f"--stride {self.stride}: must be at most --block_size {self.block_size}, or tokens would be skipped"
         return [
-            (self.model is not None, "--model: is missing. Pass a Hub id or a directory."),
+            (self.model is not None, "--model: missing. Pass a Hub id or a directory."),
             (bool(self.files) != bool(self.dataset), "--files: one source is needed. Pass --files or --dataset."),
             ((self.stride or 1) <= self.block_size, f"{skips}. Lower it."),
         ]

@@ -3,8 +3,8 @@
     python train.py --config configs/quickstart.yaml
     python train.py --model distilgpt2 --train_files 'notes/*.txt' --max_steps 500
     python train.py --model_config configs/gpt2-small.json --tokenizer train:8192 --train_files corpus.jsonl
-    python train.py --config configs/quickstart.yaml --resume               # go on where it was stopped
-    python train.py --config configs/quickstart.yaml --dry_run              # what would happen, and does it fit
+    python train.py --config configs/quickstart.yaml --resume               # go on after a stop
+    python train.py --config configs/quickstart.yaml --dry_run              # print the plan, try one step
     torchrun --nproc_per_node=8 train.py --config configs/eli5.yaml         # on many devices: docs/scale.md
 
 Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
@@ -30,7 +30,7 @@ from modeling.adapters import LoraConfig
 from modeling.architectures import position_limit
 from modeling.compile import needs_same_shape, uncompiled
 from modeling.linear_cross_entropy import IGNORED_LABEL
-from modeling.precision import Precision, autocast, make_deterministic, resolve_precision, select_device
+from modeling.precision import Precision, autocast, make_deterministic, select_device
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
 from training.monitor import StepMonitor, StepResult, memory_advice, micro_batch_memory, peak_memory_gib
@@ -44,8 +44,8 @@ from training.state import seed_step
 class TrainingConfig:
     title = "training"
 
-    batch_size: Count = flag(8, "blocks of one update, over all ranks")
-    micro_batch_size: Count | None = flag(None, "blocks that a device holds at once (default: its share of an update)")
+    batch_size: Count = flag(8, "blocks per step, over all ranks")
+    micro_batch_size: Count | None = flag(None, "blocks that a device holds at once (default: its share of a step)")
     max_steps: Count | None = flag(None, "steps to train; wins over --num_epochs")
     num_epochs: Annotated[float, Range(above=0, below=1e6)] = flag(3.0, "passes over the training text")
     learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-4, "the peak, reached after the warmup")
@@ -53,9 +53,7 @@ class TrainingConfig:
     weight_decay: Annotated[float, Range(least=0, below=10)] = flag(0.01, "of matrices and embeddings alone")
     max_grad_norm: Annotated[float, Range(least=0, below=1e9)] = flag(1.0, "clip gradients to this norm; 0: never")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    precision: Precision = flag(
-        "auto", "of the arithmetic; weights are float32. auto: the fastest the device does well"
-    )
+    precision: Precision = flag("auto", "of the arithmetic, not of the weights; auto: the fastest of the device")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: if the run is long enough to pay for it")
     seed: Seed = flag(42, "of initialization, data order, dropout, and the held-out part")
     eval_every: Count = flag(500, "steps between evaluations; the first and the last step have one, too")
@@ -66,7 +64,9 @@ class TrainingConfig:
 
     def rules(self) -> list[tuple[bool, str]]:
         whole = self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps)
-        return [(whole, f"--warmup_steps {self.warmup_steps}: is no whole number. Use 10, or 0.1 for 10% of all.")]
+        return [
+            (whole, f"--warmup_steps {self.warmup_steps}: not a whole number. Use 10, or 0.1 for 10% of all steps.")
+        ]
 
 
 @dataclass
@@ -119,17 +119,17 @@ def train_step(
     precision: str = "fp32",
     world: World | None = None,
 ) -> StepResult:
-    """Make one optimizer update on the mean loss over all predicted tokens of all micro-batches of all ranks.
+    """Make one step of the optimizer on the mean loss over all predicted tokens of all micro-batches of all ranks.
 
     Each micro-batch has "input_ids" and "labels", both (batch, sequence) int64, and "position_ids" if documents are
-    isolated. An update that is not finite, or has nothing to predict, changes neither weights nor moments.
+    isolated. A step that is not finite, or has nothing to predict, changes neither weights nor moments.
     """
     world, device = world or World(), next(model.parameters()).device
     first_scale = scaler.get_scale()
     while True:
         # Gradients are of the summed loss, so that 4 x 2 micro-batches equal 1 x 8, also if blocks differ in length.
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # the loss, predicted tokens, all tokens
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # the loss, predicted tokens, labeled tokens
         for number, batch in enumerate(micro_batches, 1):
             inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with world.sync_gradients(model, number == len(micro_batches)):
@@ -141,8 +141,9 @@ def train_step(
                 sums[i] += value
         nll_sum, num_predicted, num_tokens = world.all_reduce(sums)
 
-        # Divide loss and gradients by the predicted tokens of the whole step, and clip in the same pass.
-        divisor, scale = num_predicted.clamp_min(1), scaler.get_scale()  # which waits for the device, but only in fp16
+        # Divide loss and gradients by the predicted tokens of the whole step, and clip in the same pass:
+        # `clip_grads_with_norm_` divides by its last argument. In fp16 `get_scale` waits for the device.
+        divisor, scale = num_predicted.clamp_min(1), scaler.get_scale()
         with memory_advice("out of memory in the optimizer", "Use a smaller model, --lora_rank 8 or --strategy fsdp"):
             scaler.unscale_(optimizer)
             loss, grad_norm = nll_sum / divisor, (world.grad_norm(model) / divisor).float()
@@ -168,7 +169,9 @@ def update_if_finite(
     if scaler.is_enabled():  # fp16: the scaler itself skips gradients that overflowed
         if num_predicted > 0:
             scaler.step(optimizer)
-            scaler.update()
+        scaler.update(
+            None if num_predicted > 0 else scaler.get_scale()
+        )  # the end of a step, also of one without tokens
     elif optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~is_finite).float()
         optimizer.step()
@@ -181,7 +184,7 @@ def update_if_finite(
 
 
 def draw_sample(model, tokenizer, sampling, seed: int, precision: str, handle_signals, prompt: str) -> str:
-    """Return a continuation of ``prompt``, drawn with the run's seed."""
+    """Return a continuation of ``prompt``, drawn with the run's seed. Signals are handled before it."""
     handle_signals()
     torch.manual_seed(seed)
     with autocast(model.device, precision), uncompiled(model.is_compiled):
@@ -204,10 +207,9 @@ def dry_run(model, optimizer, scaler, train_data, config: Config, precision: str
 def train(config: Config, world: World, signals: Signals) -> None:
     """Train to the last step, from the start or the newest checkpoint. All ranks run this; rank 0 writes and prints."""
     share_batch(config, world)
-    run = Run(config, world)  # checks --output_dir; nothing is written before run.start()
+    run = Run(config, world)  # checks --output_dir; a new run writes nothing before run.start()
     device = select_device()
-    precision = world.on_main(partial(resolve_precision, config.precision, device))
-    world.check_precision(precision)
+    precision = world.resolve_precision(config.precision, device)
 
     # Text -> tokens -> blocks. The first rank of each node fills the caches, and the others read them.
     with world.local_main_first():
@@ -217,7 +219,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
         model_config = load_config(config, tokenizer, config.block_size, bool(config.lora_rank))
     num_steps, warmup_steps = count_steps(config, train_data)
 
-    # The run that is already there goes on, or it is finished.
+    # Resume from the newest checkpoint, unless the run is finished.
     saved = run.find_checkpoint(identity(config, model_config, tokenizer, train_data, eval_blocks))
     state = saved.state
     if run.is_finished(saved, num_steps):
@@ -227,8 +229,8 @@ def train(config: Config, world: World, signals: Signals) -> None:
     transformers.set_seed(config.seed)
     make_deterministic()
     model = build_model(config, model_config, tokenizer, world, device, precision, num_steps, saved.compiled)
-    run.check_frozen_weights(model.frozen_sha256, saved)
     optimizer = make_optimizer(model, config.weight_decay)
+    run.require_same_model(saved, model.frozen_sha256, type(optimizer).__name__)
     # Gradients are of a sum over the tokens of a step: with its usual scale, for a mean, fp16 would overflow at first.
     scale = 2.0 ** (16 - round(math.log2(config.batch_size * config.block_size)))
     scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16")

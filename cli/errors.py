@@ -16,9 +16,11 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 
+MAKE_ROOM = "Run again after making room; train.py goes on with --resume."
+
 
 class UserError(ValueError):
-    """The input is wrong. The message names the value, what is wrong and what to do, one line per mistake."""
+    """The input is wrong. The message names the value, the fault and the remedy, one line per mistake."""
 
     exit_code = 2
 
@@ -109,8 +111,11 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if out_of_memory(error):
+        return UserError(f"out of memory ({root_cause(error)}). Use a smaller batch, shorter text or a smaller model.")
+    if isinstance(error, RuntimeError) and "DTensor" in str(error):
         return UserError(
-            f"out of memory ({root_cause(error)}). Lower --micro_batch_size or --block_size, or use a smaller model."
+            f"--strategy fsdp: an operation does not support sharded tensors ({root_cause(error)}). "
+            "Use --strategy ddp, or another optimizer."
         )
     # The compiler takes a second to import. Until then it cannot have raised.
     if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
@@ -120,5 +125,5 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG, ENOTDIR):
         return UserError(f"{error.filename}: {error.strerror}. Use another path, or change its permissions.")
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EROFS, EIO):
-        return SaveError(f"{error.filename or 'the output'}: {error.strerror}. Make room, then use --resume.")
+        return SaveError(f"{error.filename or 'the output'}: {error.strerror}. {MAKE_ROOM}")
     return None

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
+import shlex
 import sys
 from argparse import HelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Range:
     below: float | None = None
 
     def broken_by(self, value: float) -> str | None:
-        """Return what is wrong with ``value`` and what to do, or None."""
+        """Return the fault of ``value`` and its remedy, or None."""
         bounds = (
             (self.least, lambda bound: value >= bound, "at least", "larger"),
             (self.above, lambda bound: value > bound, "above", "larger"),
@@ -65,9 +66,9 @@ def flag(default: Any, help: str) -> Any:
 def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tuple[T, Path | None]:
     """Return a filled ``kind`` and the path given with ``--config``, if any.
 
-    Precedence: defaults < ``--config FILE.yaml`` < flags. Raise UserError for an unknown flag or key, for a value of
-    the wrong type, and, all at once, for values out of their `Range` or against the ``rules`` of any base class. A rule
-    is a pair: does it hold, and what to say if not.
+    Precedence: defaults < ``--config FILE.yaml`` < flags. Raise UserError for a value of the wrong type. Raise it, all
+    faults at once, for unknown flags, values out of their `Range`, and broken ``rules`` of any base class. A rule is a
+    pair: whether it holds, and the message if it does not.
     """
     argv = sys.argv[1:] if argv is None else argv
     usage = "%(prog)s [--flag value ...]"  # the whole list would be a screen of brackets
@@ -79,13 +80,13 @@ def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tup
     *parts, _, unknown = parser.parse_args_into_dataclasses(
         flags + argv, look_for_args_file=False, return_remaining_strings=True
     )
-    if unknown:  # only the name is shown: what follows may be a secret
-        raise UserError(_unknown(unknown[0].partition("=")[0], list(fields)))
+    # Only the names are shown: a value may be a secret.
+    unknown = [given.partition("=")[0] for given in unknown if given.startswith("--")] or unknown[:1]
     config = kind(**{name: value for part in parts for name, value in vars(part).items()})
     rules = [*_ranges(config)]
     for part in kind.__mro__:
         rules += vars(part)["rules"](config) if "rules" in vars(part) else []
-    broken = [message for holds, message in rules if not holds]
+    broken = [_unknown(given, list(fields)) for given in unknown] + [message for holds, message in rules if not holds]
     require(not broken, "\n".join(broken))
     return config, Path(path) if path else None
 
@@ -124,8 +125,13 @@ class _Formatter(RawDescriptionHelpFormatter):
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse would print the whole usage first; one line is what a person can act on.
+        # argparse would print the whole usage first. One line is enough to act on.
         message = re.sub(r"argument (--\w+)(/--[\w-]+)?", r"\1", message)
+        if found := re.fullmatch(r"(--\w+): invalid (int|float) value: '(.*)'", message, re.DOTALL):
+            kind = "a whole number" if found[2] == "int" else "a number"
+            raise UserError(f"{found[1]} {shlex.quote(found[3])}: must be {kind}. Set one, such as 1.")
+        if found := re.fullmatch(r"(--\w+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message, re.DOTALL):
+            raise UserError(f"{found[1]} {shlex.quote(found[2])}: unknown. Use one of {found[3]}.")
         raise UserError(f"{message}. Run with --help to see all flags.")
 
 
@@ -179,7 +185,7 @@ def _yaml_flags(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
 
 
 def _unknown(given: str, names: list[str]) -> str:
-    """Return what to say about an unknown flag or key."""
+    """Return the message about an unknown flag or key."""
     name, prefix = given.lstrip("-").replace("-", "_"), "--" if given.startswith("-") else ""
     if name in REMOVED:
         return f"{given}: no longer a flag. {REMOVED[name]}."

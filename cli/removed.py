@@ -1,8 +1,8 @@
-"""Flags of earlier versions, each with what replaces it."""
+"""Flags of earlier versions, each with its replacement."""
 
 REMOVED = {
-    "grad_accum_steps": "Use --batch_size for the blocks of one update, and --micro_batch_size for those at once",
-    "oom": "Lower --micro_batch_size, which leaves the updates as they are",
+    "grad_accum_steps": "Use --batch_size for the blocks of a step, and --micro_batch_size for those at once",
+    "oom": "Lower --micro_batch_size, which leaves the steps as they are",
     "text_template": "Pass the template to --text_column",
     "model_revision": "Pass --model ID@REVISION",
     "dataset_revision": "Pass --dataset ID@REVISION",

@@ -100,7 +100,7 @@ def load_table(
     except UserError:
         raise
     except (ConnectionError, OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
-        fix = "Use another id, split or revision, check login and network, or pass local files with --train_files."
+        fix = "Use another id, split or revision, check login and network, or pass local files."
         if "scripts are no longer supported" in str(error):
             fix = "Use a copy in Parquet (for ELI5: dany0407/eli5_category) or --train_files."
         raise UserError(f"{flag_name} {name}: cannot be loaded ({root_cause(error)}). {fix}") from error

@@ -57,7 +57,7 @@ class Strategy:
         return device
 
     def parallelize(self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int) -> None:
-        """Copy or shard rank 0's weights to all ranks, and run the passes of one update.
+        """Copy or shard rank 0's weights to all ranks, and run the passes of one step.
 
         Raise UserError if this strategy does not support the model.
         """
@@ -78,7 +78,7 @@ class Strategy:
         """Bring rank 0's weights to all ranks. ``ids`` (1, block_size) are a batch to probe the model with."""
 
     def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, precision: str) -> None:
-        """Run the forward and backward passes of an update, and drop the gradients."""
+        """Run the forward and backward passes of a step, and drop the gradients."""
         try:
             for is_last in (True, False, True):
                 with self.sync_gradients(model, is_last):

@@ -135,7 +135,7 @@ class Peers:
             self._raise_first(known)
         traceback.print_exception(error)
         self.exit_all(1)
-        os._exit(1)  # Gloo's threads could block Python's own exit: see `cli.errors.run`
+        os._exit(1)  # Gloo's threads could block Python's own exit: see `cli.errors.run_script`
 
     def _raise_first(self, error: UserError) -> None:
         """Raise the error on the first rank that fails. The other ranks exit with the same exit code."""

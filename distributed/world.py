@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Annotated, Literal, TypeVar
 
@@ -31,6 +32,7 @@ from cli.flags import Range, flag
 from distributed import parallel
 from distributed.torchrun import Peers, RankError, first_line, is_under_torchrun
 from modeling.loss import next_token_nll
+from modeling.precision import resolve_precision
 
 T = TypeVar("T")
 
@@ -112,8 +114,9 @@ class World:
 
     # The model.
 
-    def check_precision(self, precision: str) -> None:
-        """Raise UserError if the strategy does not support the precision."""
+    def resolve_precision(self, wanted: str, device: torch.device) -> str:
+        """Return rank 0's precision for all ranks. Raise UserError if the strategy does not support it."""
+        return resolve_precision(wanted, device)
 
     def load_device(self, device: torch.device) -> torch.device:
         """Return the device on which rank 0 holds the model before `parallelize`."""
@@ -225,8 +228,10 @@ class TorchrunWorld(World):
             with self._peers.after(leader):
                 pass
 
-    def check_precision(self, precision: str) -> None:
+    def resolve_precision(self, wanted: str, device: torch.device) -> str:
+        precision = self.on_main(partial(resolve_precision, wanted, device))
         self._strategy.check_precision(precision)
+        return precision
 
     def load_device(self, device: torch.device) -> torch.device:
         return self._strategy.load_device(device)
@@ -266,8 +271,12 @@ def join_world(config: DistributedConfig) -> World:
             lost = "the first node is lost" if isinstance(error, dist.DistError) else "a rank is lost"
             fix = "Run again with --resume after you fix the errors of the other ranks."
             raise RankError(f"the ranks did not connect: {lost} ({first_line(error)}). {fix}") from error
-    if config.strategy != "ddp":
-        warn(f"--strategy {config.strategy}: ignored, because this run has one process. Use torchrun to start more.")
+    changed = [
+        name for name in ("strategy", "rank_timeout") if getattr(config, name) != getattr(DistributedConfig, name)
+    ]
+    if changed:
+        flags = ", ".join(f"--{name} {getattr(config, name)}" for name in changed)
+        warn(f"{flags}: ignored, because this run has one process. Use torchrun to start more.")
     return World()
 
 

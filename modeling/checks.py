@@ -66,7 +66,10 @@ def check_causal(model: PreTrainedModel, block_size: int) -> None:
         fix = {
             "cpmant": "Use another architecture; this one has no causal switch.",
             "reformer": "Use --model_config to train it from scratch; its hashing attends to later tokens.",
-        }.get(model.config.model_type, "Set --model_overrides '{\"is_decoder\": true}', or use a causal architecture.")
+        }.get(
+            model.config.model_type,
+            "Use a causal architecture, or set is_decoder in the model's config (train.py: --model_overrides).",
+        )
         raise UserError(
             f"{model.config.model_type} is not causal: a change of later tokens moves earlier logits by {leak:.1e} "
             f"of their size, so its loss would be worthless. {fix}"

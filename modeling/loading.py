@@ -70,7 +70,7 @@ def load_tokenizer_by_name(name: str, flag_name: str) -> PreTrainedTokenizerBase
     Raise UserError, which begins with ``flag_name`` and ``name``, if there is none.
     """
     repo_id, revision = split_revision(name)
-    fix = "Pass --tokenizer: a Hub id, a local directory, or train:8192."
+    fix = "Use a directory or Hub id with tokenizer.json, or in train.py --tokenizer."
     with loading(f"{flag_name} {name}", "tokenizer", fix):
         tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision, trust_remote_code=False)
     # If its vocabulary file is missing, a tokenizer loads without an error, with its special tokens alone.

@@ -42,16 +42,16 @@ def test_sliding_windows_predict_each_token_once(rows, tokenizer):
             assert all(start == block_size - stride for start in starts)
 
 
-@pytest.mark.parametrize("grad_accum_steps", [1, 3])
-def test_each_epoch_uses_each_block_once_and_resumes_anywhere(rows, tokenizer, grad_accum_steps):
+@pytest.mark.parametrize("micro_batches_per_step", [1, 3])
+def test_each_epoch_uses_each_block_once_and_resumes_anywhere(rows, tokenizer, micro_batches_per_step):
     blocks = group_texts(tokenize(rows, tokenizer), 32)
     whole = blocks.stream[:]
 
     def updates(position, count):
-        batches = TrainingData(blocks, 7).batches(4, 4 * grad_accum_steps, position)
+        batches = TrainingData(blocks, 7).batches(4, 4 * micro_batches_per_step, position)
         return [next(batches) for _ in range(count)]
 
-    per_epoch = math.ceil(math.ceil(len(blocks) / 4) / grad_accum_steps)
+    per_epoch = math.ceil(math.ceil(len(blocks) / 4) / micro_batches_per_step)
     two_epochs = updates(Position(), 2 * per_epoch)
     assert two_epochs[per_epoch - 1][1] == Position(1) and two_epochs[-1][1] == Position(2)
     epochs = []

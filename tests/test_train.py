@@ -231,7 +231,7 @@ def test_out_of_memory_in_the_optimizer_is_not_the_micro_batch_size(blocks, toke
 
 def test_out_of_memory_names_the_flag_to_pass():
     for size, words in (
-        (5, r"^--micro_batch_size 5: out of memory. Pass --micro_batch_size 2, which leaves the updates as they are.$"),
+        (5, r"^--micro_batch_size 5: out of memory. Pass --micro_batch_size 2, which leaves the steps as they are.$"),
         (1, r"^--block_size 32: out of memory with one block at once. Lower --block_size"),
     ):
         config = SimpleNamespace(micro_batch_size=size, block_size=32)
@@ -247,6 +247,10 @@ def test_an_update_without_anything_to_predict_changes_nothing(blocks, tokenizer
     one = {key: tensor[:, :1] for key, tensor in collate([blocks[0]]).items()}
     loss, norm, tokens, _ = train_step(model, optimizer, no_scaler(), [one], 1e-3)
     assert (loss.item(), norm.item(), tokens) == (0, 0, 0) and torch.equal(model.lm_head.weight, before)
+    scaler = torch.amp.GradScaler("cpu")
+    for batch, changes in ((one, False), (collate([blocks[0]]), True)):  # in fp16 training goes on as well
+        train_step(model, optimizer, scaler, [batch], 1e-3, 1.0, "fp16")
+        assert torch.equal(model.lm_head.weight, before) != changes
 
 
 OPTIMIZERS = {

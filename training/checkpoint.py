@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli.errors import SaveError, UserError, root_cause, warn
+from cli.errors import MAKE_ROOM, SaveError, UserError, root_cause, warn
 
 MANIFEST = "manifest.json"
 WRITING, REPLACED = ".being-written", ".being-replaced"  # suffixes of names that exist only during a save
@@ -75,7 +75,7 @@ def newest(directory: Path) -> Path | None:
 
 
 def verify(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Return the damage of a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in {"state.json": {}, **manifest}.items():
@@ -120,7 +120,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     path = Path(os.path.realpath(path))  # it may be a symbolic link to a larger disk
     temporary = path.with_name(f".{path.name}{WRITING}")
     with _saving(path, num_bytes):
-        remove_partial_writes(path.parent)
+        remove_partial_writes(path.parent, path.name)
         temporary.mkdir(parents=True)
         write(temporary)
         umask = os.umask(0)
@@ -151,22 +151,22 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
     except Exception as error:  # the tokenizers library raises a plain Exception
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
-        remove_partial_writes(path.parent)
+        remove_partial_writes(path.parent, path.name)
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
             f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
-            f"{shutil.disk_usage(home).free:,} are free. Make room, then use --resume."
+            f"{shutil.disk_usage(home).free:,} are free. {MAKE_ROOM}"
         ) from error
     finally:
-        remove_partial_writes(path.parent)  # the old content of `path` goes as well
+        remove_partial_writes(path.parent, path.name)  # the old content of `path` goes as well
 
 
-def remove_partial_writes(directory: Path) -> None:
-    """Remove the files of an interrupted save from ``directory``."""
-    for old in directory.glob(f".*{REPLACED}"):
+def remove_partial_writes(directory: Path, name: str = "*") -> None:
+    """Remove the files of an interrupted save of ``name``, a glob pattern, from ``directory``."""
+    for old in directory.glob(f".{name}{REPLACED}"):
         path = old.with_name(old.name[1:].removesuffix(REPLACED))
         remove(old) if path.exists() else old.rename(path)
-    for leftover in directory.glob(f".*{WRITING}"):
+    for leftover in directory.glob(f".{name}{WRITING}"):
         remove(leftover)
 
 

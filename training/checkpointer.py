@@ -18,7 +18,10 @@ from training.state import TrainState, training_state
 
 
 class Checkpointer:
-    """Save checkpoints/step-N: tensors, state, and what `--resume` compares. All ranks call `save`; rank 0 writes."""
+    """Save checkpoints/step-N: tensors, state, and the settings that `--resume` compares.
+
+    All ranks call `save`; rank 0 writes.
+    """
 
     def __init__(
         self,

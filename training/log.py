@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from cli.errors import SaveError, drop_output, root_cause, warn
+from cli.errors import MAKE_ROOM, SaveError, drop_output, root_cause, warn
 from training.checkpoint import write_file
 from training.state import TrainState
 
@@ -81,7 +81,7 @@ class RunLog:
     def training(
         self, state: TrainState, result: Any, learning_rate: float, epoch: float, speed: dict[str, float]
     ) -> None:
-        """Log the `StepResult` of the last step. ``speed`` is what `Throughput.since_last_log` returned."""
+        """Log the `StepResult` of the last step. ``speed`` comes from `Throughput.since_last_log`."""
         if state.skipped_in_a_row:  # a step that was not finite is logged as such
             return
         speed, seconds_left = dict(speed), speed["seconds_left"]
@@ -167,7 +167,7 @@ class RunLog:
             yield
         except OSError as error:
             problem = f"{self._run_dir}: the log cannot be written ({root_cause(error)})"
-            raise SaveError(f"{problem}. Make room, then use --resume.") from error
+            raise SaveError(f"{problem}. {MAKE_ROOM}") from error
 
 
 class NoLog:

@@ -74,7 +74,7 @@ Mean negative log-likelihood in nats per predicted token on the held-out text, a
 
 ## Hyperparameters
 
-AdamW, linear warmup and linear decay, {facts["max_steps"]} steps, precision {facts["precision"]}.
+{facts["max_steps"]} steps, precision {facts["precision"]}.
 
 | flag | value |
 | --- | --- |

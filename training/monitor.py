@@ -1,4 +1,4 @@
-"""Results of steps, looked at once per log interval; throughput, memory, and what to do when memory runs out."""
+"""Results of steps, looked at once per log interval; throughput, memory, and the remedy when memory runs out."""
 
 import math
 import resource
@@ -126,7 +126,7 @@ class Throughput:
 
 @contextmanager
 def memory_advice(problem: str, fix: str) -> Iterator[None]:
-    """Turn "out of memory", whoever raises it, into a UserError that says what to do."""
+    """Turn "out of memory", whoever raises it, into a UserError with a remedy."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -141,7 +141,7 @@ def micro_batch_memory(config: Any) -> Any:
     if size > 1:
         return memory_advice(
             f"--micro_batch_size {size}: out of memory",
-            f"Pass --micro_batch_size {size // 2}, which leaves the updates as they are",
+            f"Pass --micro_batch_size {size // 2}, which leaves the steps as they are",
         )
     fix = "Lower --block_size, pass --gradient_checkpointing, or use a smaller model"
     return memory_advice(f"--block_size {config.block_size}: out of memory with one block at once", fix)

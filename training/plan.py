@@ -1,4 +1,4 @@
-"""What a run is about to do: its steps, and the lines that say so before the first one."""
+"""The plan of a run: its steps, and the lines that are printed before the first one."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cli.errors import require
+from cli.errors import require, warn
 from distributed.world import World
 from modeling.architectures import flops_per_token, position_limit
 from modeling.precision import device_name
@@ -16,13 +16,15 @@ from training.state import TrainState
 
 
 def share_batch(config: Any, world: World) -> None:
-    """Set the default of --micro_batch_size: a rank's share of the update, which is also its maximum.
+    """Set the default of --micro_batch_size: a rank's share of the step, which is also its maximum.
 
     Raise UserError if there are more ranks than blocks.
     """
     few = f"--batch_size {config.batch_size}: there are {world.size} ranks. Set at least {world.size}."
     require(config.batch_size >= world.size, few)
     share = math.ceil(config.batch_size / world.size)
+    if (config.micro_batch_size or 0) > share:
+        warn(f"--micro_batch_size {config.micro_batch_size}: a rank has {share} blocks per step, so {share} is used")
     config.micro_batch_size = min(config.micro_batch_size or share, share)
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, what is resumed, what is written first and said last."""
+"""The directory of a run: its owner, its checkpoint to resume from, its first write and its last words."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_bu
 SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
 SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_steps", "weight_decay")
 
-ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # what config.yaml must not repeat
+ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # config.yaml must not repeat these
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RunConfig:
     push_to_hub: str | None = flag(
         None, "Hub id to upload the model to, private; log in with `hf auth login` or HF_TOKEN"
     )
-    dry_run: bool = flag(False, "print the plan, run one full forward and backward pass, write nothing")
+    dry_run: bool = flag(False, "print the plan, make one step with a learning rate of 0, write nothing")
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Saved:
 
 
 class Run:
-    """The run in ``config.output_dir``. Nothing is written before `start`. Only rank 0 writes and prints."""
+    """The run in ``config.output_dir``. A new run writes nothing before `start`. Only rank 0 writes and prints."""
 
     def __init__(self, config: Any, world: World):
         self.config, self.world = config, world
@@ -80,7 +80,7 @@ class Run:
         if config.push_to_hub and not config.dry_run:
             world.on_main(lambda: check_login(config.push_to_hub))
 
-    # What is there already
+    # The run that is there already
 
     def find_checkpoint(self, identity: dict[str, Any]) -> Saved:
         """Return the newest intact checkpoint with --resume, or an empty one.
@@ -139,9 +139,12 @@ class Run:
             print(f"{self.directory}: the run there was stopped before its first checkpoint; starting over")
         return False
 
-    def check_frozen_weights(self, sha256: str | None, saved: Saved) -> None:
-        """Raise UserError if the frozen weights have changed since the run began. No checkpoint holds them."""
-        self.identity["frozen weights"] = sha256
+    def require_same_model(self, saved: Saved, frozen_sha256: str | None, optimizer: str) -> None:
+        """Add frozen weights and optimizer to the identity. Raise UserError if they changed since the run began.
+
+        No checkpoint holds frozen weights. The moments of one optimizer mean nothing to another.
+        """
+        self.identity |= {"frozen weights": frozen_sha256, "optimizer": optimizer}
         if saved.path:
             self._require_same_run(saved.content["identity"])
 
@@ -178,7 +181,7 @@ class Run:
             before, after = (torch.tensor(loss, dtype=torch.float64).exp() for loss in (first["loss"], state.best_loss))
             print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {state.best_step})")
             if state.best_loss >= first["loss"]:
-                print("warning: training did not improve on the model it started from; try another --learning_rate")
+                warn("training did not improve on the model it started from. Use another --learning_rate.")
         if signaled:  # everything is saved, and an upload may take long
             sys.exit(signaled)
         if self.world.is_main:
@@ -201,7 +204,7 @@ class Run:
         return log
 
     def _finish(self) -> None:
-        """Upload if asked to, and print where everything is."""
+        """Upload if asked to, and print the paths of model and curves."""
         model = self.directory / "model"
         if self.config.push_to_hub:
             print(f"uploaded  {push(model, self.config.push_to_hub)}")
@@ -215,13 +218,13 @@ class Run:
         """Return whether the directory holds a run. Raise UserError if a new one must not go there."""
         path, config = self.directory, self.config
         if path.is_symlink():
-            raise UserError(f"--output_dir {path}: is a symbolic link. Pass what it leads to: {os.readlink(path)}.")
+            raise UserError(f"--output_dir {path}: is a symbolic link. Pass its target: {os.readlink(path)}.")
         there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
         require(there.is_dir(), f"--output_dir {path}: {there} is a file. Pass a directory.")
         require(os.access(there, os.W_OK), f"--output_dir {path}: {there} is read-only. Pass another directory.")
         present = [name for name in RUN_CONTENT if os.path.lexists(path / name)]
         is_run = "metrics.jsonl" in present or any((path / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}"))
-        if present and not is_run:  # --overwrite must never delete what no run has made
+        if present and not is_run:  # --overwrite must never delete the files of others
             raise UserError(f"--output_dir {path}: holds {', '.join(present)}, but no run. Pass another directory.")
         if present and not (config.resume or config.overwrite or config.dry_run):
             fix = "Pass --resume to go on, --overwrite to delete it, or another directory"
@@ -242,7 +245,7 @@ class Run:
         for name in [name for name in before if name in self.identity]:  # another transformers may know other settings
             if before[name] != self.identity[name] and name not in ("model's transformers_version", "model's dtype"):
                 was, now = (str(value)[:60] for value in (before[name], self.identity[name]))
-                fix = f"Pass what is in {self.directory}/config.yaml, another --output_dir, or --overwrite"
+                fix = f"Pass the value of {self.directory}/config.yaml, another --output_dir, or --overwrite"
                 raise UserError(f"--resume: {name} was {was} and is now {now}, so this is another run. {fix}.")
 
     def _note_changes(self, before: dict[str, Any]) -> None:
@@ -255,7 +258,7 @@ class Run:
 def identity(
     config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
 ) -> dict[str, Any]:
-    """Return what makes this run what it is: with another value, resuming would be another run."""
+    """Return the values that must not change when a run resumes: with another one it would be another run."""
     base = Path(config.model or config.model_config)
     return {
         "model": base.name if base.exists() else str(base),  # a directory may have moved
@@ -280,5 +283,5 @@ def lock_directory(run_dir: Path) -> None:
     try:
         fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        fix = "Wait for its end, or pass another directory"
+        fix = "Use another directory, or run again after its end"
         raise UserError(f"--output_dir {run_dir}: a run is under way there. {fix}.") from error

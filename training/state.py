@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its files: where the run stands, and the tensors of model and optimizer."""
+"""The state of a run between two steps, and the tensors of its checkpoint."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,11 +14,11 @@ from distributed.world import World
 
 @dataclass
 class TrainState:
-    """Where a run stands between two steps."""
+    """The place of a run between two steps."""
 
-    step: int = 0  # optimizer updates made
+    step: int = 0  # steps made
     position: Position = field(default_factory=Position)  # in the training text
-    tokens_seen: int = 0
+    tokens_seen: int = 0  # with a label: prompts without loss do not count
     last_eval_step: int = -1
     best_step: int | None = None  # whose weights are in model/
     best_loss: float = 0.0  # and their evaluation loss
@@ -64,7 +64,7 @@ def training_state(
 def restore_state(
     tensors: dict[str, dict[str, torch.Tensor]], model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
-    """Load what `training_state` returned on rank 0 into model and optimizer. All ranks must call this."""
+    """Load the tensors that `training_state` returned on rank 0 into model and optimizer. All ranks must call this."""
     for name, weight in _trained_weights(model).items():
         world.load_tensor(weight, tensors["weights"][name] if tensors else None)
     parameters = dict(model.named_parameters())

@@ -49,16 +49,16 @@ def test_precedence_and_yaml_types(tmp_path):
     [
         (["--bach_size", "2"], None, ["--bach_size", "Use --batch_size"]),
         (["--batch", "2"], None, ["--batch"]),  # no abbreviations: a later flag could make them mean something else
-        (["--batch_size", "two"], None, ["--batch_size", "'two'"]),
+        (["--batch_size", "two"], None, ["--batch_size two: must be a whole number"]),
         (["--batch_size", "0"], None, ["--batch_size 0", "at least 1"]),
         (["--max_steps", "-1"], None, ["--max_steps -1", "at least 1"]),
         (["--learning_rate", "nan"], None, ["--learning_rate nan", "above 0"]),
         (["--learning_rate", "1"], None, ["--learning_rate 1.0", "below 1"]),
-        (["--compile", "maybe"], None, ["--compile", "'maybe'"]),
+        (["--compile", "maybe"], None, ["--compile maybe: unknown. Use one of"]),
         (["--batch_size", "13"], None, ["unlucky"]),
         (["stray"], None, ["stray: unknown"]),
         ([], "bach_size: 2", ["c.yaml", "bach_size: unknown", "Use batch_size"]),
-        ([], "batch_size: two", ["--batch_size", "'two'"]),
+        ([], "batch_size: two", ["--batch_size two: must be a whole number"]),
         ([], "batch_size: [", ["c.yaml", "not valid YAML"]),
         ([], "- batch_size", ["c.yaml", "mapping"]),
         (["--config", "missing.yaml"], None, ["missing.yaml", "No such file"]),
@@ -76,6 +76,13 @@ def test_all_bad_values_are_named_at_once():
     with pytest.raises(UserError) as error:
         read("--batch_size", "0", "--learning_rate", "-1")
     assert [line.split()[0] for line in str(error.value).splitlines()] == ["--batch_size", "--learning_rate"]
+
+
+def test_unknown_flags_are_named_with_the_bad_values():
+    with pytest.raises(UserError) as error:
+        read("--foo", "1", "--oom", "x", "--batch_size", "0")
+    said = str(error.value).splitlines()
+    assert [line.partition(":")[0] for line in said] == ["--foo", "--oom", "--batch_size 0"]
 
 
 def test_help_names_each_flag_and_default_once(capsys):

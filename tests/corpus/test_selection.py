@@ -60,7 +60,7 @@ def test_repeated_text_is_reported_and_dropped(tmp_path, tokenizer, capsys):
     assert 0 < len(left) < len(group_texts(eval_blocks.stream, 16)) < many
     assert not any(f",{','.join(map(str, ids))}," in whole for ids in left if len(ids) == 16)
     for evaluation, settings in (([known], {"deduplicate": True}), ([""], {})):
-        with pytest.raises(UserError, match="no token of the evaluation text has a loss"):
+        with pytest.raises(UserError, match="none of its tokens has a loss"):
             blocks_of(tmp_path, tokenizer, train, evaluation, **settings)
     capsys.readouterr()
     blocks_of(tmp_path, tokenizer, [other], [known])

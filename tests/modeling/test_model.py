@@ -312,7 +312,7 @@ def test_a_trained_tokenizer_writes_any_text(text_file, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "--model: is missing"),
+        ({}, "--model: missing"),
         ({"model": "a", "model_config": "b"}, "exclude each other"),
         ({"model": "a", "tokenizer": "train:256"}, "between 257"),
         ({"model": "a", "tokenizer": "train:many"}, "between 257"),
@@ -331,7 +331,7 @@ def test_models_that_cannot_be_loaded(tmp_path, tokenizer):
     tiny_gpt2(300).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load(ModelConfig(model=str(tmp_path)), tokenizer)
-    with pytest.raises(UserError, match="--tokenizer: a Hub id"):
+    with pytest.raises(UserError, match="Use a directory or Hub id with tokenizer.json"):
         load_tokenizer(ModelConfig(model=str(tmp_path)), None)
 
 

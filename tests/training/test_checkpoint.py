@@ -100,6 +100,20 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
     assert (target / "a").read_text() == "new" and os.listdir(tmp_path) == ["model"]
 
 
+def test_two_writers_in_one_directory_leave_each_other_alone(tmp_path):
+    def write(directory):
+        (directory / "a").write_text("1")
+        write_directory(tmp_path / "other", lambda other: (other / "b").write_text("2"), 1)
+        (directory / "c").write_text("3")
+
+    write_directory(tmp_path / "one", write, 1)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "one/a",
+        "one/c",
+        "other/b",
+    ]
+
+
 def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     """After a power cut a renamed directory may be all that is left: first what it holds is synced, then its parent."""
     order, fsync, rename = [], os.fsync, Path.rename

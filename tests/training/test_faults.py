@@ -166,7 +166,8 @@ def test_a_full_disk_ends_the_run_with_a_line_and_loses_nothing(directory, undis
     assert process.stderr.count("\n") == 1, process.stderr
     assert re.match(
         rf"train\.py: error: {name}/(model|checkpoints/step-00000.): cannot be saved \(.*File too large.*\); "
-        r"it needs \d+,\d+ bytes and [\d,]+ are free\. Make room, then use --resume\.\n",
+        r"it needs \d+,\d+ bytes and [\d,]+ are free\. Run again after making room; train\.py "
+        r"goes on with --resume\.\n",
         process.stderr,
     )
     assert os.listdir(name / "checkpoints") == ["step-000004"] and verify(name / "checkpoints/step-000004") is None

@@ -98,4 +98,4 @@ def test_a_dataset_that_is_a_script_and_no_network(hub, tmp_path):
     away = client(hub, tmp_path / "empty", HF_HUB_OFFLINE="1")
     done = run_script("train.py", *FLAGS, cwd=tmp_path, env=away)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "network" in done.stderr and "--train_files" in done.stderr
+    assert "network" in done.stderr and "local files" in done.stderr
