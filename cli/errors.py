@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
@@ -112,7 +113,8 @@ def as_user_error(error: Exception) -> UserError | None:
         return error
     if out_of_memory(error):
         return UserError(f"out of memory ({root_cause(error)}). Use a smaller batch, shorter text or a smaller model.")
-    if isinstance(error, RuntimeError) and "DTensor" in str(error):
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and "torch/distributed/tensor/" in frames[-1].filename:
         return UserError(
             f"--strategy fsdp: an operation does not support sharded tensors ({root_cause(error)}). "
             "Use --strategy ddp, or another optimizer."

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
+from conftest import ROOT, make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
 from safetensors.torch import load_file
 
 from cli.errors import UserError
@@ -243,3 +243,22 @@ def test_a_model_that_leaves_weights_unused_is_trained(world_of_one, tokenizer):
     optimizer, scaler = make_optimizer(model, 0), torch.amp.GradScaler("cpu", enabled=False)
     losses = [train_step(model, optimizer, scaler, [batch], 1e-2, world=world_of_one).loss for _ in range(3)]
     assert losses[2] < losses[0]
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_does_not_know_shards_is_one_line(cwd, tmp_path):
+    """Adafactor changes in place what has another placement than its result: a failure of DTensor, not of ours."""
+    for part in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
+        (shutil.copytree if part.is_dir() else shutil.copy2)(part, tmp_path / part.name)
+    text = (tmp_path / "train.py").read_text()
+    adamw = 'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)'
+    (tmp_path / "train.py").write_text(text.replace(adamw, "torch.optim.Adafactor(groups)"))
+    (rank,) = start_ranks(
+        1,
+        *flags(tmp_path / "run", strategy="fsdp"),
+        cwd=cwd,
+        env={"TORCHELASTIC_RUN_ID": "x"},
+        script=tmp_path / "train.py",
+    )
+    assert rank.wait(60) == 2 and rank.stderr.count("\n") == 1, rank.stderr
+    assert "--strategy fsdp: an operation does not support sharded tensors" in rank.stderr
