@@ -218,7 +218,7 @@ def build_model(
     with world.main_first():
         model = load_model(config, settings, tokenizer, empty=not world.is_main)
         if world.is_main:
-            model = model.to(world.load_device(device))
+            model = model.to(torch.device("cpu") if world.shards else device)
             check_model(model, tokenizer, config.block_size, config.pack == "documents", precision)
 
     # Train all weights, all but the frozen ones, or adapters.

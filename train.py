@@ -23,14 +23,15 @@ from cli.errors import run_script
 from cli.flags import Count, Range, Seed, flag, parse
 from corpus.flags import DataConfig
 from data import Batch, load_data, load_documents, make_loader, rank_batches
-from distributed.world import DistributedConfig, World, join_world, silence_other_ranks
+from distributed.parallel import total_norm
+from distributed.world import DistributedConfig, World, silence_other_ranks
 from generate import SamplingConfig, generate
 from model import ModelConfig, build_model, load_config, load_tokenizer
 from modeling.adapters import LoraConfig
 from modeling.architectures import position_limit
 from modeling.compile import needs_same_shape, uncompiled
 from modeling.linear_cross_entropy import IGNORED_LABEL
-from modeling.precision import Precision, autocast, make_deterministic, select_device
+from modeling.precision import Precision, autocast, make_deterministic, resolve_precision, select_device
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
 from training.monitor import StepMonitor, StepResult, memory_advice, micro_batch_memory, peak_memory_gib
@@ -146,7 +147,7 @@ def train_step(
         divisor, scale = num_predicted.clamp_min(1), scaler.get_scale()
         with memory_advice("out of memory in the optimizer", "Use a smaller model, --lora_rank 8 or --strategy fsdp"):
             scaler.unscale_(optimizer)
-            loss, grad_norm = nll_sum / divisor, (world.grad_norm(model) / divisor).float()
+            loss, grad_norm = nll_sum / divisor, (total_norm(model) / divisor).float()
             clipping = ((grad_norm + 1e-6) / (max_grad_norm or math.inf)).clamp_min(1)  # as in clip_grad_norm_
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, (divisor * clipping).float())
             for group in optimizer.param_groups:
@@ -209,7 +210,8 @@ def train(config: Config, world: World, signals: Signals) -> None:
     share_batch(config, world)
     run = Run(config, world)  # checks --output_dir; a new run writes nothing before run.start()
     device = select_device()
-    precision = world.resolve_precision(config.precision, device)
+    precision = world.on_main(partial(resolve_precision, config.precision, device))
+    world.check_precision(precision)
 
     # Text -> tokens -> blocks. The first rank of each node fills the caches, and the others read them.
     with world.local_main_first():
@@ -311,7 +313,7 @@ def main() -> None:
     signals = Signals()
     config, config_file = parse(Config, __doc__)
     config.output_dir = config.output_dir or f"runs/{config_file.stem if config_file else 'train'}"
-    with join_world(config) as world:
+    with World(config) as world:
         signals.world = world
         train(config, world, signals)
 

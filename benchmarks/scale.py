@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.bench import ROOT, Contender, heading, short, shown
 from benchmarks.formulas import DOCUMENT, gpt2, shape_of, state_bytes, table, with_table
-from distributed.world import DistributedConfig, World, join_world
+from distributed.world import DistributedConfig, World
 from modeling.precision import keep_freed_memory
 
 RESULTS = ROOT / "benchmarks" / "SCALE.md"
@@ -82,7 +82,7 @@ def work(o: dict[str, Any]) -> None:
     waited, facts, empty = count_waiting(), {}, 0
     if o["keeps_memory"]:
         keep_freed_memory()
-    with join_world(DistributedConfig(o["strategy"])) as world:
+    with World(DistributedConfig(o["strategy"])) as world:
         torch.manual_seed(world.rank)
         shape, device = (o["layers"], o["width"], o["width"] // 64, o["vocabulary"], o["length"]), torch.device("cpu")
         ids = torch.randint(o["vocabulary"], (o["batch"], o["length"]))
@@ -115,8 +115,8 @@ def work(o: dict[str, Any]) -> None:
             world.all_reduce(torch.zeros(1))  # all have made them
             elapsed = time.perf_counter() - started
             if "held" not in facts:  # before there is another model
-                facts["held"] = world.gather(held_bytes(model, optimizer))
-                facts["grown"] = world.gather(resident(peak=True) - empty)
+                facts["held"] = world.on_all(lambda: held_bytes(model, optimizer))
+                facts["grown"] = world.on_all(lambda: resident(peak=True) - empty)
                 facts["sent"] = collectives(ours) if o["counts"] else []
             if world.is_main:
                 print(json.dumps({"seconds": elapsed, "waited": waited[0], **facts}), file=answers, flush=True)

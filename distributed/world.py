@@ -1,9 +1,9 @@
-"""Connect the processes of a run.
+"""Connect the processes of a run. torchrun starts, watches, ends and restarts them; NCCL or Gloo connect them.
 
     torchrun --nproc_per_node=8 train.py ...                       # DDP: the whole model on each rank
     torchrun --nproc_per_node=8 train.py --strategy fsdp ...       # FSDP2: a shard of the model on each rank
 
-with join_world(config) as world:                    # without torchrun, a world of one process
+with World(config) as world:                         # without torchrun, a world of one process
     model = world.parallelize(model, device, precision, block_size)
     with world.sync_gradients(model, is_last):       # all-reduce after the last micro-batch of a step alone
         world.next_token_nll(model, **batch).backward()
@@ -14,12 +14,14 @@ that no host waits for its device.
 """
 
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from datetime import timedelta
 from types import TracebackType
 from typing import Annotated, Literal, TypeVar
 
@@ -27,14 +29,17 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from cli.errors import warn
+from cli.errors import UserError, as_user_error, out_of_memory, require, warn
 from cli.flags import Range, flag
 from distributed import parallel
-from distributed.torchrun import Peers, RankError, first_line, is_under_torchrun
+from modeling.checks import PROBED_ATTRIBUTES, has_unused_weights
+from modeling.loading import materialize
 from modeling.loss import next_token_nll
-from modeling.precision import resolve_precision
+from modeling.precision import autocast
 
 T = TypeVar("T")
+
+ALONE_TIMEOUT = timedelta(days=1)  # for the work of one rank that the others wait for, such as tokenizing
 
 
 @dataclass
@@ -42,15 +47,56 @@ class DistributedConfig:
     title = "ranks"
 
     strategy: Literal["ddp", "fsdp"] = flag("ddp", "under torchrun: the whole model on each device, or a shard of it")
-    rank_timeout: Annotated[int, Range(least=1)] = flag(
-        600, "seconds without a sign of life until a rank counts as lost"
-    )
+    rank_timeout: Annotated[int, Range(least=1)] = flag(600, "under torchrun: seconds to wait for another rank")
+
+
+class RankError(UserError):
+    """The connection to another rank is lost."""
+
+    exit_code = 6
 
 
 class World:
-    """Connect the processes of a run. ``World()`` is a run of one process."""
+    """The processes of a run. ``World()`` is one process. All ranks must call the collectives."""
 
-    rank, local_rank, size = 0, 0, 1
+    rank, local_rank, size, hosts = 0, 0, 1, None
+
+    def __init__(self, config: DistributedConfig | None = None):
+        """Connect the ranks that torchrun started. Raise RankError if one does not connect in time."""
+        self.strategy, self._ddp, self._parts = "", None, []
+        if config and is_under_torchrun():
+            self._connect(config)
+        elif config:
+            names = ("strategy", "rank_timeout")
+            changed = [name for name in names if getattr(config, name) != getattr(DistributedConfig, name)]
+            if changed:
+                flags = ", ".join(f"--{name} {getattr(config, name)}" for name in changed)
+                warn(f"{flags}: ignored, because this run has one process. Use torchrun to start more.")
+
+    def _connect(self, config: DistributedConfig) -> None:
+        limit, has_gpu = timedelta(seconds=config.rank_timeout), torch.cuda.is_available()
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        if has_gpu:
+            num_gpus, num_started = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            wrong = f"torchrun --nproc_per_node={num_started}: this node has {num_gpus} GPUs"
+            require(num_started <= num_gpus, f"{wrong}. Use --nproc_per_node={num_gpus}.")
+            torch.cuda.set_device(self.local_rank)
+        try:
+            dist.init_process_group("nccl" if has_gpu else "gloo", timeout=limit)
+            self.hosts = dist.new_group(backend="gloo", timeout=limit)
+            self._alone = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
+        except RuntimeError as error:
+            sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
+            fix = "Run again with --resume after you fix the errors of the other ranks."
+            raise RankError(f"the ranks did not connect ({first_line(error)}). {fix}") from error
+        self.rank, self.size, self.strategy = dist.get_rank(), dist.get_world_size(), config.strategy
+        if self.rank:
+            sys.stderr = sys.stdout  # from here on rank 0 reports the errors that all ranks have
+
+    @property
+    def shards(self) -> bool:
+        """Return whether each rank holds a shard of the model."""
+        return self.strategy == "fsdp"
 
     @property
     def is_main(self) -> bool:
@@ -61,223 +107,173 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Leave the world. An error on one rank ends all ranks."""
+        """Report an error of this rank. Its exit closes the connections, which ends the other ranks."""
+        if self.size == 1 or not isinstance(error, Exception):
+            return
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+        sys.stderr, known = sys.__stderr__, as_user_error(error)
+        if is_connection_error(error):
+            fix = "Run again with --resume; torchrun --max-restarts=3 does this automatically."
+            lost = f"rank {self.rank}: the connection to another rank is lost ({first_line(error)}). {fix}"
+            raise RankError(lost) from error
+        if known is None:
+            traceback.print_exception(error)
+            os._exit(1)  # Gloo's threads could block Python's own exit
+        if self.rank:
+            time.sleep(2)  # if rank 0 fails as well, it reports the error, and torchrun ends this rank meanwhile
+            raise type(known)(f"rank {self.rank}: {known}") from error
 
     def __str__(self) -> str:
         """Return the text before the device's name in the summary of a run."""
-        return ""
+        return f"{self.size} ranks ({self.strategy}), each on " if self.strategy else ""
 
-    def has_started(self) -> bool:
-        """Return whether torchrun restarted these ranks after `mark_started`, because one of them was lost."""
-        return False
-
-    def mark_started(self) -> None:
-        """Record that the run's directory belongs to this run."""
-
-    def exit_all(self, code: int) -> None:
-        """End all other ranks with this exit code. If another rank failed first, exit here with its code."""
-
-    # Collectives: all ranks must call them.
+    # Collectives
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` over all ranks in place, on the device, and return them."""
+        if self.size > 1:
+            dist.all_reduce(values)
         return values
-
-    def synchronize(self) -> None:
-        """Wait until the device is idle. Raise RankError on a timeout, which a host blocked in CUDA would miss."""
 
     def union(self, numbers: list[int]) -> list[int]:
         """Return the numbers from 0 to 63 that any rank has, sorted, and empty ``numbers``."""
-        return sorted({numbers.pop() for _ in range(len(numbers))})  # a signal handler may append at any moment
-
-    def broadcast(self, value: T) -> T:
-        """Return rank 0's ``value``."""
-        return value
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks on rank 0, an empty list on the other ranks."""
-        return [value]
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on rank 0, and return its result on all ranks."""
-        with self.main_first():
-            value = work() if self.is_main else None
-        return self.broadcast(value)
-
-    def main_first(self) -> AbstractContextManager:
-        """Run the body on rank 0 first, for as long as it takes. The body must not call a collective."""
-        return nullcontext()
-
-    def local_main_first(self) -> AbstractContextManager:
-        """Run the body on local rank 0 of each node first. The other ranks then find its files in the caches."""
-        return nullcontext()
-
-    # The model.
-
-    def resolve_precision(self, wanted: str, device: torch.device) -> str:
-        """Return rank 0's precision for all ranks. Raise UserError if the strategy does not support it."""
-        return resolve_precision(wanted, device)
-
-    def load_device(self, device: torch.device) -> torch.device:
-        """Return the device on which rank 0 holds the model before `parallelize`."""
-        return device
-
-    def parallelize(
-        self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int
-    ) -> PreTrainedModel:
-        """Bring rank 0's weights to ``device`` on all ranks. On the other ranks, ``model`` may be on device meta.
-
-        Raise UserError if the strategy does not support the model.
-        """
-        return model.to(device)
-
-    def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
-        """Return `modeling.loss.next_token_nll` of this rank's batch. Its gradients are averaged over the ranks."""
-        return next_token_nll(model, **batch)
-
-    def sync_gradients(self, model: PreTrainedModel, is_last: bool) -> AbstractContextManager:
-        """Run a forward and a backward pass in this context. Gradients are averaged if ``is_last``."""
-        return nullcontext()
-
-    def grad_norm(self, model: PreTrainedModel) -> torch.Tensor:
-        """Return the L2 norm of all gradients."""
-        return parallel.grad_norm(model)
-
-    def reshard(self, model: PreTrainedModel) -> None:
-        """Free the weights of other ranks' shards, which a forward pass leaves in memory."""
-
-    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the tensor with all its shards on rank 0, None on the other ranks."""
-        return tensor
-
-    def full_model(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        """Return the model with all its weights on rank 0, None on the other ranks. Save it, do not run it."""
-        return model
-
-    def load_tensor(self, target: torch.Tensor, full: torch.Tensor | None) -> None:
-        """Copy rank 0's ``full`` tensor to ``target`` on all ranks. A sharded ``target`` gets its shard."""
-        with torch.no_grad():
-            target.copy_(full)
-
-
-class TorchrunWorld(World):
-    """Connect the processes that torchrun started, with NCCL between GPUs or Gloo between CPUs."""
-
-    def __init__(self, config: DistributedConfig):
-        self._peers = Peers(config.rank_timeout)
-        self.rank, self.local_rank, self.size = self._peers.rank, self._peers.local_rank, self._peers.size
-        self._hosts = self._peers.hosts
-        self._strategy = (parallel.FSDP if config.strategy == "fsdp" else parallel.DDP)(self.broadcast)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception):
-            self._peers.fail(error)
-        self._peers.leave()
-
-    def __str__(self) -> str:
-        return f"{self.size} ranks ({self._strategy.name}), each on "
-
-    def has_started(self) -> bool:
-        # torchrun's restart count does not answer this: it differs between nodes, and a run may fail before it starts.
-        return self.on_main(self._peers.has_started)
-
-    def mark_started(self) -> None:
-        self._peers.mark_started()
-
-    def exit_all(self, code: int) -> None:
-        self._peers.exit_all(code)
-
-    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(values)
-        return values
-
-    def synchronize(self) -> None:
-        if torch.cuda.is_available():
-            done, deadline = torch.cuda.Event(), time.monotonic() + self._peers.timeout.total_seconds()
-            done.record()
-            while not done.query():
-                if time.monotonic() > deadline:
-                    raise self._peers.find_lost()
-                time.sleep(1e-3)
-
-    def union(self, numbers: list[int]) -> list[int]:
+        mine = {numbers.pop() for _ in range(len(numbers))}  # a signal handler may append at any moment
+        if self.size == 1:
+            return sorted(mine)
         bits = torch.zeros(64, dtype=torch.uint8)
-        bits[super().union(numbers)] = 1
-        dist.all_reduce(bits, dist.ReduceOp.MAX, group=self._hosts)
+        bits[list(mine)] = 1
+        dist.all_reduce(bits, dist.ReduceOp.MAX, group=self.hosts)
         return bits.nonzero().flatten().tolist()
 
     def broadcast(self, value: T) -> T:
+        """Return rank 0's ``value``."""
         values = [value]
-        dist.broadcast_object_list(values, 0, group=self._hosts)
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0, group=self.hosts)
         return values[0]
 
-    def gather(self, value: T) -> list[T]:
-        values = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values, 0, group=self._hosts)
-        return values or []
+    def on_all(self, work: Callable[[], T], alone: bool = False) -> list[T]:
+        """Call ``work`` on all ranks, and return the results of all ranks on each one.
 
-    def main_first(self) -> AbstractContextManager:
-        return self._peers.after(0)
+        If it raises an error that a user can act on, on any rank, rank 0 raises the first one, and the other ranks
+        exit with its exit code. A rank waits for the others for --rank_timeout seconds, with ``alone`` for a day.
+        """
+        if self.size == 1:
+            return [work()]
+        result, error, outcomes = None, None, [None] * self.size
+        try:
+            result = work()
+        except Exception as raised:
+            if (error := as_user_error(raised)) is None:
+                raise
+        dist.all_gather_object(outcomes, (result, error), group=self._alone if alone else self.hosts)
+        failed = [(rank, error) for rank, (_, error) in enumerate(outcomes) if error]
+        if failed and not self.is_main:
+            sys.exit(failed[0][1].exit_code)
+        if failed:
+            rank, error = failed[0]
+            raise type(error)(f"rank {rank}: {error}" if rank else str(error))
+        return [result for result, _ in outcomes]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0, for as long as it takes, and return its result on all ranks."""
+        return self.on_all(lambda: work() if self.is_main else None, alone=True)[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on rank 0 first, for as long as it takes. The body must not call a collective."""
+        with self._first(self.is_main):
+            yield
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
-        with self._peers.after(self.rank - self.local_rank):
+        """Run the body on local rank 0 of each node first. The other ranks then find its files in the caches."""
+        with self._first(self.local_rank == 0):
             yield
-        # Wait for every node here, without a time limit. The next collective has one.
-        for leader in self._peers.leaders:
-            with self._peers.after(leader):
-                pass
 
-    def resolve_precision(self, wanted: str, device: torch.device) -> str:
-        precision = self.on_main(partial(resolve_precision, wanted, device))
-        self._strategy.check_precision(precision)
-        return precision
+    @contextmanager
+    def _first(self, is_first: bool) -> Iterator[None]:
+        if self.size > 1 and not is_first:
+            dist.barrier(self._alone)
+        try:
+            yield
+        finally:  # after an error, too: the other ranks find it themselves
+            if self.size > 1 and is_first:
+                dist.barrier(self._alone)
+        if self.size > 1:
+            dist.barrier(self._alone)
 
-    def load_device(self, device: torch.device) -> torch.device:
-        return self._strategy.load_device(device)
+    # The model
+
+    def check_precision(self, precision: str) -> None:
+        """Raise UserError if the strategy does not support the precision."""
+        wrong = "--strategy fsdp: it does not scale the gradients of float16"
+        require(not (self.shards and precision == "fp16"), f"{wrong}. Use --precision bf16 or fp32.")
 
     def parallelize(
         self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int
     ) -> PreTrainedModel:
-        self._strategy.parallelize(model, device, precision, block_size)
+        """Bring rank 0's weights to ``device`` on all ranks, and run the passes of one step.
+
+        On the other ranks, ``model`` may be on device meta. Raise UserError if the strategy does not support the model.
+        """
+        if self.size == 1 and not self.shards:
+            return model.to(device)
+        model.train()  # the warm-up passes must be the passes of training
+        drops = [name for name, value in model.config.to_dict().items() if name.endswith("layerdrop") and value]
+        wrong = f"--strategy {self.strategy}: each rank would drop different layers"
+        require(not drops, f"{wrong}. Set {', '.join(drops)} to 0 with --model_overrides, or use one process.")
+        # Loading and checking leave these attributes on rank 0 alone.
+        for name, value in self.broadcast({name: vars(model).get(name) for name in PROBED_ATTRIBUTES}).items():
+            if value is not None:
+                setattr(model, name, value)
+        ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
+        if self.shards:
+            parallel.shard(model, device, precision)
+        else:
+            materialize(model, device)
+            unused = self.broadcast(self.is_main and has_unused_weights(model, ids, precision))
+            self._ddp = parallel.wrap_in_ddp(model, unused)
+        self._warm_up(model, ids, precision)
         return model
 
+    def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, precision: str) -> None:
+        """Run the forward and backward passes of a step, and drop the gradients.
+
+        In its first backward pass DDP reorders its buckets, which changes the order of sums. Done before step 0, this
+        leaves the bits of a resumed run as they are.
+        """
+        try:
+            for is_last in (True, False, True):
+                with self.sync_gradients(model, is_last):
+                    with autocast(ids.device, precision):
+                        nll = self.next_token_nll(model, input_ids=ids, labels=ids)
+                    nll.backward()
+                if is_last:
+                    self._parts = parallel.trained_parts(model)
+                    model.zero_grad()
+        except (RuntimeError, AttributeError, TypeError) as error:
+            if out_of_memory(error) or is_connection_error(error):
+                raise
+            wrong = f"--strategy {self.strategy}: {model.config.model_type} fails with it ({first_line(error)[:100]})"
+            fix = "Use --strategy ddp." if self.shards else "Use one process."
+            raise UserError(f"{wrong}. {fix}") from error
+
     def next_token_nll(self, model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
-        return self._strategy.next_token_nll(model, **batch)
+        """Return `modeling.loss.next_token_nll` of this rank's batch. Its gradients are averaged over the ranks."""
+        return self._ddp(**batch) if self._ddp else next_token_nll(model, **batch)
 
     def sync_gradients(self, model: PreTrainedModel, is_last: bool) -> AbstractContextManager:
-        return self._strategy.sync_gradients(model, is_last)
-
-    def reshard(self, model: PreTrainedModel) -> None:
-        self._strategy.reshard(model)
-
-    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        return parallel.full_tensor(tensor)
-
-    def full_model(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        return self._strategy.full_model(model)
-
-    def load_tensor(self, target: torch.Tensor, full: torch.Tensor | None) -> None:
-        parallel.load_tensor(target, full)
+        """Run a forward and a backward pass in this context. Gradients are averaged if ``is_last``."""
+        for part in self._parts:
+            part.set_requires_gradient_sync(is_last, recurse=False)
+        return self._ddp.no_sync() if self._ddp and not is_last else nullcontext()
 
 
-def join_world(config: DistributedConfig) -> World:
-    """Return the world that torchrun started, or ``World()``. Raise RankError if the ranks do not connect."""
-    if is_under_torchrun():
-        try:
-            return TorchrunWorld(config)
-        except RuntimeError as error:
-            sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
-            lost = "the first node is lost" if isinstance(error, dist.DistError) else "a rank is lost"
-            fix = "Run again with --resume after you fix the errors of the other ranks."
-            raise RankError(f"the ranks did not connect: {lost} ({first_line(error)}). {fix}") from error
-    changed = [
-        name for name in ("strategy", "rank_timeout") if getattr(config, name) != getattr(DistributedConfig, name)
-    ]
-    if changed:
-        flags = ", ".join(f"--{name} {getattr(config, name)}" for name in changed)
-        warn(f"{flags}: ignored, because this run has one process. Use torchrun to start more.")
-    return World()
+def is_under_torchrun() -> bool:
+    """Return whether torchrun, or a launcher that sets its variables, started this process."""
+    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return "LOCAL_RANK" in os.environ and (not is_one or "TORCHELASTIC_RUN_ID" in os.environ)
 
 
 def silence_other_ranks() -> None:
@@ -286,3 +282,13 @@ def silence_other_ranks() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 open as long as the process
         if int(os.environ["LOCAL_RANK"]):
             sys.stderr = sys.stdout
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Return whether an exception means that another rank cannot be reached."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a C++ error message. The lines after it are a C++ stack trace."""
+    return str(error).splitlines()[0][:200]

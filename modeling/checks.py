@@ -103,3 +103,11 @@ def check_isolated(model: PreTrainedModel, block_size: int) -> None:
     raise UserError(
         f"--pack documents: {model.config.model_type} attends across document boundaries. Use --pack stream."
     )
+
+
+def has_unused_weights(model: PreTrainedModel, ids: torch.Tensor, precision: str) -> bool:
+    """Return whether a backward pass leaves a trained weight without a gradient. DDP would wait for it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with autocast(ids.device, precision):
+        nll = next_token_nll(model, ids, ids)
+    return any(gradient is None for gradient in torch.autograd.grad(nll, trained, allow_unused=True))

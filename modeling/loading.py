@@ -174,3 +174,15 @@ def import_peft(source: str) -> Any:
         fix = "Run pip install -r requirements-lora.txt."
         raise UserError(f"{source}: an adapter needs peft, which is not installed. {fix}") from error
     return peft
+
+
+def materialize(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a module to ``device``. A weight on device meta gets uninitialized memory, a tied weight only once."""
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                made.setdefault(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
+                setattr(part, name, made[parameter])
+    module.to(device)

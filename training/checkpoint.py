@@ -1,11 +1,12 @@
 """Directories and files that are complete or absent: atomic save, verified load, retention.
 
-    save(path := run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100})
+    save(path := run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100}, world=world)
     prune(run_dir / "checkpoints", keep=2, newest=path)
-    state, tensors = load(newest(run_dir / "checkpoints"))
+    state, stream = load(path := newest(run_dir / "checkpoints", world))
+    load_tensors(path / "weights", weights, world)
 
-A checkpoint holds safetensors and JSON only, so that loading one can run no code. Its manifest holds the size and the
-SHA-256 of each file, so that damage is noticed.
+`torch.distributed.checkpoint` (DCP) writes and reads the shards of all ranks. A checkpoint holds safetensors and JSON
+only, so that loading one can run no code. Its manifest holds size and SHA-256 of each file, so that damage is noticed.
 """
 
 import ctypes
@@ -15,19 +16,28 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from cli.errors import MAKE_ROOM, SaveError, UserError, root_cause, warn
+from distributed.world import World
 
-MANIFEST = "manifest.json"
+MANIFEST, STREAM = "manifest.json", "stream.safetensors"
+FILES, LARGE_BYTES = 8, 64 << 20  # a rank writes so many files of a group that is larger
 WRITING, REPLACED = ".being-written", ".being-replaced"  # suffixes of names that exist only during a save
+
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so in one process
 
 
 class NoCheckpointError(UserError):
@@ -36,36 +46,96 @@ class NoCheckpointError(UserError):
     exit_code = 3
 
 
-def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-    """Write ``tensors`` as one safetensors file per group, and ``state`` as JSON. Afterwards ``path`` is complete."""
+def save(
+    path: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    world: World,
+    stream: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write each group of ``tensors`` as safetensors files, and ``state`` as JSON. Afterwards ``path`` is complete.
 
-    def write(directory: Path) -> None:
-        for group, content in tensors.items():
-            save_file(
-                {name: tensor.contiguous() for name, tensor in content.items()}, directory / f"{group}.safetensors"
-            )
-        (directory / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in directory.iterdir()}
-        (directory / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    All ranks must call this. Each writes and hashes its own shards; rank 0 alone writes ``state`` and ``stream``. Raise
+    SaveError, and leave no trace, if writing fails on a rank.
+    """
+    path = Path(os.path.realpath(path))  # it may be a symbolic link to a larger disk
+    temporary = path.with_name(f".{path.name}{WRITING}")
+    num_bytes = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
 
-    write_directory(path, write, sum(tensor.nbytes for content in tensors.values() for tensor in content.values()))
+    def begin() -> None:
+        with _saving(path, num_bytes):
+            remove_partial_writes(path.parent, path.name)
+            for group, content in tensors.items():
+                if content:
+                    (temporary / group).mkdir(parents=True)
+
+    def write() -> dict[str, dict[str, Any]]:
+        with _saving(path, num_bytes):
+            for group, content in tensors.items():
+                if content:
+                    _write_shards(content, temporary / group, world)
+            own = f"*/shard-{world.rank + 1:05}-*"
+            return {file.relative_to(temporary).as_posix(): _described(file) for file in sorted(temporary.glob(own))}
+
+    def finish() -> None:
+        with _saving(path, num_bytes):
+            if stream:
+                save_file({name: tensor.contiguous() for name, tensor in stream.items()}, temporary / STREAM)
+            (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+            own = {file.name: _described(file) for file in temporary.iterdir() if file.is_file()}
+            files = {name: entry for part in (*written, own) for name, entry in part.items()}
+            (temporary / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+            _put(temporary, path)
+
+    try:
+        world.on_main(begin)
+        written = world.on_all(write)
+        world.on_main(finish)
+    finally:
+        if world.is_main:
+            remove_partial_writes(path.parent, path.name)
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Return (state, tensors by group) of a verified checkpoint, with tensors on the CPU."""
-    listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    tensors = {Path(name).stem: load_file(path / name) for name in listed if name.endswith(".safetensors")}
-    return json.loads((path / "state.json").read_text(encoding="utf-8")), tensors
+def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the state of a verified checkpoint, and the tensors of streamed text on the CPU."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return state, load_file(path / STREAM) if (path / STREAM).exists() else {}
 
 
-def newest(directory: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, or None if there is none at all.
+def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Fill ``tensors`` in place from the shards in ``directory``, whatever the number of ranks that wrote them."""
+    if tensors:
+        reader = HuggingFaceStorageReader(str(directory))
+        _checkpointing(dcp.load, tensors, storage_reader=reader, world=world)
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], directory: Path, world: World) -> None:
+    """Write this rank's part. DCP builds each file in memory, so a large part goes to about `FILES` files."""
+    total, before, files = sum(tensor.nbytes for tensor in tensors.values()), 0, {}
+    for name, tensor in tensors.items():
+        files[name] = 1 + (before * FILES // total if total > LARGE_BYTES else 0)
+        before += tensor.nbytes
+    writer = HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
+    _checkpointing(dcp.save, tensors, storage_writer=writer, world=world)
+
+
+def _checkpointing(work: Callable, tensors: dict[str, torch.Tensor], world: World, **options: Any) -> None:
+    """Call `torch.distributed.checkpoint` on all ranks. Raise the error of the first rank that failed."""
+    try:
+        work(tensors, process_group=world.hosts, no_dist=world.size == 1, **options)
+    except CheckpointException as error:  # a BaseException
+        raise error.failures[min(error.failures)][0] from None
+
+
+def newest(directory: Path, world: World) -> Path | None:
+    """Return the newest checkpoint that verifies, or None if there is none at all. The ranks divide the hashing.
 
     Warn about each newer one that is damaged. Raise NoCheckpointError if all are.
     """
-    paths = _checkpoints(directory)
+    paths = world.broadcast(_checkpoints(directory))
     for path in reversed(paths):
-        damage = verify(path)
+        damages = filter(None, world.on_all(partial(verify, path, world.rank, world.size)))
+        damage = next(damages, None)
         if damage is None:
             return path
         warn(f"{path}: {damage}; trying the checkpoint before it")
@@ -74,11 +144,14 @@ def newest(directory: Path) -> Path | None:
     return None
 
 
-def verify(path: Path) -> str | None:
-    """Return the damage of a checkpoint, or None."""
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Return the damage of a checkpoint, or None. A rank looks at its part of the files."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in {"state.json": {}, **manifest}.items():
+        present = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
+        if foreign := sorted(present - manifest.keys()):  # which would be loaded as well
+            return f"{foreign[0]} is not in {MANIFEST}"
+        for name, entry in sorted({"state.json": {}, **manifest}.items())[rank::ranks]:
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(path / name) != entry["sha256"]:
@@ -119,29 +192,40 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     """
     path = Path(os.path.realpath(path))  # it may be a symbolic link to a larger disk
     temporary = path.with_name(f".{path.name}{WRITING}")
-    with _saving(path, num_bytes):
-        remove_partial_writes(path.parent, path.name)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~umask)
-            _sync(file)
-        _sync(temporary)
-        swap_into_place(temporary, path)
-        _sync(path.parent)
+    try:
+        with _saving(path, num_bytes):
+            remove_partial_writes(path.parent, path.name)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            _put(temporary, path)
+    finally:
+        remove_partial_writes(path.parent, path.name)  # the old content of `path` goes as well
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Sync a complete directory, and put it in the place of ``path``."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+        _sync(file)
+    _sync(temporary)
+    swap_into_place(temporary, path)
+    _sync(path.parent)
 
 
 def write_file(path: Path, text: str) -> None:
     """Replace a file in one step."""
     temporary = path.with_name(f".{path.name}{WRITING}")
-    with _saving(path, len(text.encode())):
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.rename(path)
-        _sync(path.parent)
+    try:
+        with _saving(path, len(text.encode())):
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            temporary.rename(path)
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -151,14 +235,11 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
     except Exception as error:  # the tokenizers library raises a plain Exception
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
-        remove_partial_writes(path.parent, path.name)
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
             f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
             f"{shutil.disk_usage(home).free:,} are free. {MAKE_ROOM}"
         ) from error
-    finally:
-        remove_partial_writes(path.parent, path.name)  # the old content of `path` goes as well
 
 
 def remove_partial_writes(directory: Path, name: str = "*") -> None:
@@ -195,6 +276,12 @@ def _checkpoints(directory: Path) -> list[Path]:
     """Return all checkpoints, oldest first, ordered by number: names of a million steps are longer."""
     found = {int(path.name[5:]): path for path in directory.glob("step-*/") if path.name[5:].isdecimal()}
     return [found[step] for step in sorted(found)]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Return the manifest's entry of a file that was just written, after syncing it."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

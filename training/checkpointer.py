@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import UserError
+from distributed.parallel import full_tensor, reshard
+from modeling.saving import FILE_SIZE, save_sharded
 from training import checkpoint
 from training.log import RunLog, evaluations
 from training.model_card import model_card
 from training.monitor import StepMonitor
 from training.run import Run
-from training.state import TrainState, training_state
+from training.state import TrainState, describe, moments, trained_weights
 
 
 class Checkpointer:
@@ -58,23 +61,19 @@ class Checkpointer:
         self.log.sync()
         world, directory = self._run.world, self._run.directory / "checkpoints"
         path = directory / f"step-{self.state.step:06}"
-        tensors = training_state(self._model, self._optimizer, world)
-        data_states = world.gather(self._data.state(world.rank, world.size))
-
-        def write() -> None:
-            data_state, data_tensors = self._data.joined(data_states)
-            state = {
-                "train_state": self.state.to_json(),
-                "data": data_state,
-                "scaler": self._scaler.state_dict(),
-                "identity": self._run.identity,
-                "settings": self._run.settings,
-                "compiled": self._model.is_compiled,
-            }
-            checkpoint.save(path, tensors | data_tensors, state)
-            checkpoint.prune(directory, self._run.config.keep_checkpoints, path)
-
-        world.on_main(write)
+        tensors = {"weights": trained_weights(self._model), "optimizer": moments(self._model, self._optimizer)}
+        data_state, data_tensors = self._data.joined(world.on_all(partial(self._data.state, world.rank, world.size)))
+        state = {
+            "train_state": self.state.to_json(),
+            "moments": describe(tensors["optimizer"]),
+            "data": data_state,
+            "scaler": self._scaler.state_dict(),
+            "identity": self._run.identity,
+            "settings": self._run.settings,
+            "compiled": self._model.is_compiled,
+        }
+        checkpoint.save(path, tensors, state, world, data_tensors.get("stream"))
+        world.on_main(lambda: checkpoint.prune(directory, self._run.config.keep_checkpoints, path))
 
 
 class BestModel:
@@ -87,8 +86,7 @@ class BestModel:
         """Save the model, but never at step 0: it would be the one that training started from."""
         is_better = self._run.config.keep == "last" or state.best_step is None or loss < state.best_loss
         if state.step and is_better:
-            model = self._run.world.full_model(self._model)
-            self._run.world.on_main(lambda: self._save(model))
+            self._save()
             state.best_step, state.best_loss = state.step, loss
 
     def write_card(self) -> None:
@@ -98,11 +96,23 @@ class BestModel:
     def _card(self) -> Any:
         return model_card(self._run.settings, self._facts, evaluations(self._run.directory))
 
-    def _save(self, model: PreTrainedModel) -> None:
+    def _save(self) -> None:
+        model, world, path = self._model, self._run.world, self._run.directory / "model"
+
         def write(directory: Path) -> None:
-            model.save_pretrained(directory)
+            if world.shards:
+                save_sharded(model, directory, full_tensor, writes=True)
+            else:
+                model.save_pretrained(directory, max_shard_size=FILE_SIZE)
             self._tokenizer.save_pretrained(directory)
             self._card().save(directory / "README.md")
 
-        num_bytes = 4 * model.num_parameters(only_trainable=bool(self._run.config.lora_rank))
-        checkpoint.write_directory(self._run.directory / "model", write, num_bytes)
+        def save() -> None:
+            if world.is_main:
+                num_bytes = 4 * model.num_parameters(only_trainable=bool(self._run.config.lora_rank))
+                checkpoint.write_directory(path, write, num_bytes)
+            elif world.shards:
+                save_sharded(model, path, full_tensor, writes=False)
+
+        reshard(model)
+        world.on_all(save, alone=True)

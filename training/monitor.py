@@ -57,7 +57,6 @@ class StepMonitor:
         """
         if not self._pending:
             return
-        self._world.synchronize()
         values = torch.stack([value.double() for *_, result in self._pending for value in result]).view(-1, 4).tolist()
         for (step, epoch, blocks, _), (loss, grad_norm, _, num_tokens) in zip(self._pending, values, strict=True):
             self._state.tokens_seen += int(num_tokens)

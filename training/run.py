@@ -19,7 +19,7 @@ from distributed.world import World
 from training import checkpoint
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished
 from training.model_card import check_login, push, versions
-from training.state import TrainState, restore_state
+from training.state import TrainState, make_moments, trained_weights
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
@@ -56,7 +56,7 @@ class Saved:
     path: Path | None = None
     state: TrainState = field(default_factory=TrainState)
     content: dict[str, Any] = field(default_factory=dict)  # of its state.json
-    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # on rank 0
+    stream: dict[str, torch.Tensor] = field(default_factory=dict)  # the state of streamed text
 
     @property
     def compiled(self) -> bool | None:
@@ -70,8 +70,9 @@ class Run:
     def __init__(self, config: Any, world: World):
         self.config, self.world = config, world
         self.directory = Path(config.output_dir)
-        if world.has_started():  # torchrun has restarted these ranks
-            config.resume, config.overwrite = True, False
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) if world.size > 1 else 0
+        wrong = f"--resume: torchrun --max-restarts={restarts} starts this command again when a rank is lost"
+        require(not restarts or (config.resume and not config.overwrite), f"{wrong}. Pass --resume, not --overwrite.")
         self.settings = dict(vars(config))
         self.identity: dict[str, Any] = {}
         self._require_same_on_all_ranks(self.settings)
@@ -91,18 +92,18 @@ class Run:
         self.identity = identity
         saved = Saved()
 
-        def load() -> tuple[Path | None, dict[str, Any], bool]:
+        def lock() -> bool:
             lock_directory(self.directory)
             for directory in (self.directory, self.directory / "checkpoints", self.directory / "model"):
                 checkpoint.remove_partial_writes(directory)
-            path = checkpoint.newest(self.directory / "checkpoints")
-            content, saved.tensors = checkpoint.load(path) if path else ({}, {})
-            return path, content, (self.directory / "model").is_dir()
+            return (self.directory / "model").is_dir()
 
         if self._resumes:
-            saved.path, saved.content, has_model = self.world.on_main(load)
+            has_model = self.world.on_main(lock)
+            saved.path = checkpoint.newest(self.directory / "checkpoints", self.world)
         if saved.path:
-            known = "train_state" in saved.content
+            saved.content, saved.stream = checkpoint.load(saved.path)
+            known = "moments" in saved.content
             fix = "Use --overwrite, or another --output_dir"
             require(known, f"--resume: {saved.path} was made by an earlier version of this program. {fix}.")
             self._require_same_run(saved.content["identity"])
@@ -153,7 +154,6 @@ class Run:
     def start(self, saved: Saved, num_steps: int) -> RunLog:
         """Make the directory this run's own and open its log. The first write of the run."""
         log = self._start(saved, num_steps) if self.world.is_main else NoLog()
-        self.world.mark_started()
         return log
 
     def restore(
@@ -164,13 +164,14 @@ class Run:
         scaler: torch.amp.GradScaler,
         data: Any,
     ) -> None:
-        """Load the checkpoint, if there is one, and let go of its tensors."""
+        """Load the checkpoint, if there is one."""
         if saved.path:
-            restore_state(saved.tensors, model, optimizer, self.world)
-            data.restore(saved.content["data"], self.world.broadcast(saved.tensors.get("stream", {})))
+            moments = make_moments(model, optimizer, saved.content["moments"])
+            checkpoint.load_tensors(saved.path / "weights", trained_weights(model), self.world)
+            checkpoint.load_tensors(saved.path / "optimizer", moments, self.world)
+            data.restore(saved.content["data"], saved.stream)
             scaler.load_state_dict(saved.content["scaler"])
             print(f"resuming from {saved.path} at step {saved.state.step}")
-        saved.tensors.clear()
 
     def finish(self, state: TrainState, log: RunLog, signaled: int | None) -> None:
         """Mark the run as finished and print the result. Exit with the code ``signaled`` if a signal came meanwhile."""

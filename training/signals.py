@@ -50,7 +50,6 @@ class Signals:
     def _receive(self, number: int, frame: Any) -> None:
         if number != signal.SIGUSR1:
             if not self._deferred:
-                self.world.exit_all(128 + number)
                 with suppress(Exception):
                     sys.stdout.flush()
                 os._exit(128 + number)  # an exception could be caught by the code that it interrupts

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from corpus.position import Position
-from distributed.world import World
+from distributed.parallel import reshard
 
 
 @dataclass
@@ -42,44 +42,46 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     transformers.set_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def training_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the tensors of a checkpoint on rank 0: {"weights": by name, "optimizer": by "parameter name:moment"}.
+def trained_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return trained parameters and persistent buffers by name; tied ones once, under their first name.
 
-    Frozen weights are left out. All ranks must call this.
+    With FSDP2 each rank gets its shards. Frozen weights are left out.
     """
-    world.reshard(model)
+    reshard(model)
+    once = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    once |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in once}
+
+
+def moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the tensors of the optimizer's state by "parameter name:moment". With FSDP2 each rank gets its shards."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[parameter]}:{key}": world.full_tensor(value)
+    return {
+        f"{names[parameter]}:{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if torch.is_tensor(value)  # SGD without momentum stores None
     }
-    weights = {name: world.full_tensor(weight) for name, weight in _trained_weights(model).items()}
-    return {"weights": weights, "optimizer": moments}
 
 
-def restore_state(
-    tensors: dict[str, dict[str, torch.Tensor]], model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World
-) -> None:
-    """Load the tensors that `training_state` returned on rank 0 into model and optimizer. All ranks must call this."""
-    for name, weight in _trained_weights(model).items():
-        world.load_tensor(weight, tensors["weights"][name] if tensors else None)
-    parameters = dict(model.named_parameters())
-    moments = {key: (value.shape, value.dtype) for key, value in tensors["optimizer"].items()} if tensors else {}
-    for key, (shape, dtype) in world.broadcast(moments).items():
+def describe(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return [dtype, shape] of each tensor, over all shards, as JSON."""
+    return {key: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for key, tensor in tensors.items()}
+
+
+def make_moments(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, described: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Give the optimizer zeros for moments that `describe` described, and return them by name.
+
+    A moment has the shape, and thus the shards, of its parameter, or it is a tensor of its own.
+    """
+    parameters, made = dict(model.named_parameters()), {}
+    for key, (dtype, shape) in described.items():
         name, _, moment = key.rpartition(":")
-        like = torch.zeros_like(parameters[name])
-        # A moment has the shape, and thus the shards, of its parameter, or it is a tensor of its own.
-        state = like if shape == like.shape else torch.zeros(shape, dtype=dtype, device=like.device)
-        world.load_tensor(state, tensors["optimizer"][key] if tensors else None)
-        optimizer.state[parameters[name]][moment] = state
-
-
-def _trained_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return trained parameters and persistent buffers by name; tied ones once, under their first name."""
-    once = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    once |= {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in once}
+        parameter, options = parameters[name], {"dtype": getattr(torch, dtype)}
+        same = list(parameter.shape) == shape
+        zeros = torch.zeros_like if same else torch.zeros
+        made[key] = zeros(parameter, **options) if same else zeros(shape, device=parameter.device, **options)
+        optimizer.state[parameter][moment] = made[key]
+    return made
