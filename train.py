@@ -3,8 +3,7 @@
     python train.py --config configs/quickstart.yaml
     python train.py --model distilgpt2 --train_files 'notes/*.txt' --max_steps 500
     python train.py --model_config configs/gpt2-small.json --tokenizer train:8192 --train_files corpus.jsonl
-    python train.py --config configs/quickstart.yaml --resume               # go on after a stop
-    python train.py --config configs/quickstart.yaml --dry_run              # print the plan, try one step
+    python train.py --config configs/quickstart.yaml --resume               # go on; --dry_run: the plan and one step
     torchrun --nproc_per_node=8 train.py --config configs/eli5.yaml         # on many devices: docs/scale.md
 
 Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
@@ -210,8 +209,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     share_batch(config, world)
     run = Run(config, world)  # checks --output_dir; a new run writes nothing before run.start()
     device = select_device()
-    precision = world.on_main(partial(resolve_precision, config.precision, device))
-    world.check_precision(precision)
+    precision = world.on_main(partial(resolve_precision, config.precision, device, world.shards))
 
     # Text -> tokens -> blocks. The first rank of each node fills the caches, and the others read them.
     with world.local_main_first():

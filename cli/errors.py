@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -74,6 +75,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         known = as_user_error(error)
         if known is None:
             raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # if rank 0 fails as well, it reports the error, and torchrun ends this rank meanwhile
         with suppress(OSError):
             for line in str(known).splitlines():
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)

@@ -16,7 +16,6 @@ that no host waits for its device.
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -114,14 +113,11 @@ class World:
         sys.stderr, known = sys.__stderr__, as_user_error(error)
         if is_connection_error(error):
             fix = "Run again with --resume; torchrun --max-restarts=3 does this automatically."
-            lost = f"rank {self.rank}: the connection to another rank is lost ({first_line(error)}). {fix}"
-            raise RankError(lost) from error
+            known = RankError(f"the connection to another rank is lost ({first_line(error)}). {fix}")
         if known is None:
             traceback.print_exception(error)
             os._exit(1)  # Gloo's threads could block Python's own exit
-        if self.rank:
-            time.sleep(2)  # if rank 0 fails as well, it reports the error, and torchrun ends this rank meanwhile
-            raise type(known)(f"rank {self.rank}: {known}") from error
+        raise type(known)(f"rank {self.rank}: {known}" if self.rank else str(known)) from error
 
     def __str__(self) -> str:
         """Return the text before the device's name in the summary of a run."""
@@ -205,11 +201,6 @@ class World:
 
     # The model
 
-    def check_precision(self, precision: str) -> None:
-        """Raise UserError if the strategy does not support the precision."""
-        wrong = "--strategy fsdp: it does not scale the gradients of float16"
-        require(not (self.shards and precision == "fp16"), f"{wrong}. Use --precision bf16 or fp32.")
-
     def parallelize(
         self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int
     ) -> PreTrainedModel:
@@ -217,7 +208,7 @@ class World:
 
         On the other ranks, ``model`` may be on device meta. Raise UserError if the strategy does not support the model.
         """
-        if self.size == 1 and not self.shards:
+        if not self.strategy:
             return model.to(device)
         model.train()  # the warm-up passes must be the passes of training
         drops = [name for name, value in model.config.to_dict().items() if name.endswith("layerdrop") and value]

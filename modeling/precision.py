@@ -41,17 +41,19 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> str:
+def resolve_precision(precision: Precision, device: torch.device, shards: bool = False) -> str:
     """Return fp32, bf16 or fp16; ``auto`` becomes the fastest one that the device computes natively.
 
-    Raise UserError for fp16 on a CPU.
+    Raise UserError for fp16 on a CPU, or if the model is sharded.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: a CPU has no fast float16. Use bf16, fp32 or auto.")
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and shards:
+        raise UserError("--strategy fsdp: it does not scale the gradients of float16. Use --precision bf16 or fp32.")
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "fp32"
 

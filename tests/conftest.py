@@ -17,6 +17,8 @@ os.environ.pop("HF_TOKEN", None)
 import processes  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint import HuggingFaceStorageReader  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from corpus.documents import TextFiles  # noqa: E402
@@ -75,6 +77,24 @@ def start_ranks(
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load_shards(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the whole tensors of a part of a checkpoint, such as step-000008/weights."""
+    reader = HuggingFaceStorageReader(str(directory))
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def checkpoint_bytes(path: Path) -> dict[tuple[str, str], bytes]:
+    """Return the bits of all tensors of a checkpoint. The order of its files' metadata is random."""
+    return {
+        (group, name): tensor.numpy().tobytes()
+        for group in ("weights", "optimizer")
+        for name, tensor in load_shards(path / group).items()
+    }
 
 
 def tiny_gpt2(vocab_size: int, dropout: float = 0.0, n_positions: int = 64) -> GPT2LMHeadModel:

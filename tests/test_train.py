@@ -20,8 +20,9 @@ from generate import SamplingConfig, generate
 from modeling.compile import compile_layers, should_compile, uncompiled
 from perplexity import evaluate
 from train import learning_rate_at, make_optimizer, train_step
+from training import checkpoint
 from training.monitor import memory_advice, micro_batch_memory
-from training.state import restore_state, seed_step, training_state
+from training.state import describe, make_moments, moments, seed_step, trained_weights
 
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
 
@@ -267,12 +268,23 @@ OPTIMIZERS = {
 }
 
 
+def save(path, model, optimizer):
+    tensors = {"weights": trained_weights(model), "optimizer": moments(model, optimizer)}
+    checkpoint.save(path, tensors, {"moments": describe(tensors["optimizer"])}, World())
+
+
+def restore(path, model, optimizer):
+    state, _ = checkpoint.load(path)
+    checkpoint.load_tensors(path / "optimizer", make_moments(model, optimizer, state["moments"]), World())
+    checkpoint.load_tensors(path / "weights", trained_weights(model), World())
+
+
 def parameter_groups(model):
     return [{"params": list(model.parameters()), "weight_decay": DECAY}]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, tokenizer, name):
+def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, tokenizer, name, tmp_path):
     """A gradient is poisoned at the first step and at a later one; the optimizer's state survives a checkpoint."""
     model, batch = tiny_gpt2(len(tokenizer)), collate([blocks[0]])
     optimizer = OPTIMIZERS[name](parameter_groups(model))
@@ -297,7 +309,8 @@ def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, to
 
     again = tiny_gpt2(len(tokenizer))
     fresh = OPTIMIZERS[name](parameter_groups(again))
-    restore_state(training_state(model, optimizer, World()), again, fresh, World())
+    save(tmp_path / "step", model, optimizer)
+    restore(tmp_path / "step", again, fresh)
     losses = [train_step(*pair, no_scaler(), [batch], 1e-3).loss for pair in ((model, optimizer), (again, fresh))]
     assert losses[0] == losses[1] and torch.equal(model.lm_head.weight, again.lm_head.weight)
 
@@ -346,7 +359,7 @@ def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tok
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision):
+def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision, tmp_path):
     """With dropout: a restored model and optimizer go on exactly as the ones they were saved from."""
 
     def start():
@@ -363,15 +376,12 @@ def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision):
 
     model, optimizer = start()
     position = go_on(model, optimizer, Position(), 4)
-    saved = {
-        group: {name: tensor.clone() for name, tensor in content.items()}
-        for group, content in training_state(model, optimizer, World()).items()
-    }
+    save(tmp_path / "step", model, optimizer)
     go_on(model, optimizer, position, 4)
     again, again_optimizer = start()
     torch.manual_seed(99)
-    restore_state(saved, again, again_optimizer, World())
+    restore(tmp_path / "step", again, again_optimizer)
     go_on(again, again_optimizer, position, 4)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert "lm_head.weight" not in saved["weights"]  # tied to the embedding, saved once
+    assert "lm_head.weight" not in trained_weights(model)  # tied to the embedding, saved once

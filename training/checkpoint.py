@@ -65,9 +65,10 @@ def save(
     def begin() -> None:
         with _saving(path, num_bytes):
             remove_partial_writes(path.parent, path.name)
+            temporary.mkdir(parents=True)
             for group, content in tensors.items():
                 if content:
-                    (temporary / group).mkdir(parents=True)
+                    (temporary / group).mkdir()
 
     def write() -> dict[str, dict[str, Any]]:
         with _saving(path, num_bytes):

@@ -240,7 +240,7 @@ class Run:
     def _require_same_on_all_ranks(self, mine: dict[str, Any]) -> None:
         different = [name for name, value in self.world.broadcast(mine).items() if mine.get(name) != value]
         fix = "Pass the same command, and use the same files, on all nodes"
-        require(not different, f"{', '.join(different)}: differs from rank 0. {fix}.")
+        self.world.on_all(lambda: require(not different, f"{', '.join(different)}: differs from rank 0. {fix}."))
 
     def _require_same_run(self, before: dict[str, Any]) -> None:
         for name in [name for name in before if name in self.identity]:  # another transformers may know other settings

@@ -17,6 +17,7 @@ from corpus import tokenize as tokenize_module
 from corpus.flags import DataConfig
 from corpus.position import Position
 from data import collate
+from distributed.world import World
 from training import checkpoint
 
 
@@ -118,11 +119,11 @@ def test_resumes_exactly_from_any_step(kind, pack, corpus, tokenizer, tmp_path, 
             break
     assert len(updates) > 10
     for i, (position, state, tensors) in enumerate(states[:-1]):
-        checkpoint.save(tmp_path / "step", tensors, json.loads(json.dumps(state)))
+        checkpoint.save(tmp_path / "step", {}, json.loads(json.dumps(state)), World(), tensors["stream"])
         other = streamed(config, tokenizer)
-        state, tensors = checkpoint.load(tmp_path / "step")
-        other.restore(state, tensors["stream"])
-        assert same([tensors["stream"]], [saved(other)[1]["stream"]])
+        state, stream = checkpoint.load(tmp_path / "step")
+        other.restore(state, stream)
+        assert same([stream], [saved(other)[1]["stream"]])
         rest = [update for update, _ in zip(other.batches(4, 8, position), updates[i:], strict=False)]
         assert [update[1:] for update in rest] == [update[1:] for update in updates[i:]]
         assert all(same(update[0], true[0]) for update, true in zip(rest, updates[i:], strict=True))

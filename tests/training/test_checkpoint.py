@@ -9,22 +9,35 @@ import torch
 from crashes import crash_in_save
 
 from cli.errors import SaveError
+from distributed.world import World
 from training import checkpoint
-from training.checkpoint import NoCheckpointError, load, newest, prune, save, verify, write_directory
+from training.checkpoint import NoCheckpointError, load, load_tensors, prune, verify, write_directory
 
 TENSORS = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)},
     "optimizer": {"a:step": torch.ones(())},
+    "nothing": {},
 }
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+WEIGHTS, OPTIMIZER = f"weights/{SHARD}", f"optimizer/{SHARD}"
+
+
+def save(path, tensors, state):
+    checkpoint.save(path, tensors, state, World())
+
+
+def newest(directory):
+    return checkpoint.newest(directory, World())
 
 
 def test_what_was_saved_is_loaded(tmp_path):
     save(tmp_path / "step-000010", TENSORS, {"step": 10, "loss": 0.1 + 0.2})
-    state, tensors = load(tmp_path / "step-000010")
-    assert state == {"step": 10, "loss": 0.1 + 0.2}
-    assert tensors.keys() == TENSORS.keys()
+    state, stream = load(tmp_path / "step-000010")
+    assert state == {"step": 10, "loss": 0.1 + 0.2} and not stream
     for group, content in TENSORS.items():
-        assert all(torch.equal(tensors[group][name], tensor) for name, tensor in content.items())
+        loaded = {name: torch.zeros_like(tensor) for name, tensor in content.items()}
+        load_tensors(tmp_path / "step-000010" / group, loaded, World())
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in content.items())
     assert verify(tmp_path / "step-000010") is None
     assert os.listdir(tmp_path) == ["step-000010"]
 
@@ -35,10 +48,12 @@ def test_file_modes_follow_the_umask(tmp_path):
         save(tmp_path / "step-000001", TENSORS, {})
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "step-000001").iterdir()} == {0o640}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "step-000001").rglob("*") if path.is_file()} == {
+        0o640
+    }
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "zero", "delete"])
 def test_damage_is_noticed_and_the_checkpoint_before_it_taken(name, damage, tmp_path, capsys):
     for step in (1, 2):
@@ -129,9 +144,9 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     save(tmp_path / "step-000001", TENSORS, {})
-    files = {"weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
-    assert set(order[:4]) == files
-    assert order[4:] == [".step-000001.being-written", "rename to step-000001", tmp_path.name]
+    assert {SHARD, "weights", "optimizer", "state.json", "manifest.json"} <= set(order[:-3])
+    assert order.index("weights") > order.index(SHARD) and order.index("manifest.json") > order.index(SHARD)
+    assert order[-3:] == [".step-000001.being-written", "rename to step-000001", tmp_path.name]
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

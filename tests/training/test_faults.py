@@ -15,7 +15,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import ROOT, make_text, read_jsonl, write_jsonl
+from conftest import ROOT, checkpoint_bytes, load_shards, make_text, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,12 +74,11 @@ def result(run_dir):
     """What must not depend on interruptions: the last weights and optimizer, the best model, all records."""
     last = run_dir / "checkpoints" / f"step-{STEPS:06}"
     assert verify(last) is None
-    files = [last / "weights.safetensors", last / "optimizer.safetensors", run_dir / "model/model.safetensors"]
     records = [
         {key: value for key, value in record.items() if key not in ("tokens_per_second", "memory_gib")}
         for record in read_jsonl(run_dir / "metrics.jsonl")
     ]
-    return [file.read_bytes() for file in files], records
+    return checkpoint_bytes(last), (run_dir / "model/model.safetensors").read_bytes(), records
 
 
 def curve(run_dir, name):
@@ -307,8 +306,8 @@ def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
     again = run(directory, name, "--resume")
     assert again.returncode == 0 and "warning" in again.stderr and f"after (step {STEPS})" in again.stdout
     kept, last = (
-        load_file(path)["transformer.wte.weight"]
-        for path in (name / "model/model.safetensors", name / f"checkpoints/step-{STEPS:06}/weights.safetensors")
+        load_shards(path)["transformer.wte.weight"]
+        for path in (name / "model", name / f"checkpoints/step-{STEPS:06}/weights")
     )
     assert torch.equal(kept, last)
     assert curve(name, "eval/loss") == [0, 6, 12]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cli.errors import UserError
-from distributed.world import DistributedConfig, World, join_world
+from distributed.world import DistributedConfig, World
 from training.plan import share_batch
 
 
@@ -26,7 +26,7 @@ def test_a_micro_batch_above_the_share_of_a_step_is_lowered_with_a_warning(capsy
 
 def test_flags_of_ranks_are_ignored_in_one_process_with_a_warning(capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    join_world(DistributedConfig(strategy="fsdp", rank_timeout=9))
+    World(DistributedConfig(strategy="fsdp", rank_timeout=9))
     assert "--strategy fsdp, --rank_timeout 9: ignored" in capsys.readouterr().err
-    join_world(DistributedConfig())
+    World(DistributedConfig())
     assert capsys.readouterr().err == ""

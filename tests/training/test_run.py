@@ -1,6 +1,5 @@
 """train.py as people run it: a process, a run directory, TensorBoard, interruption and resumption."""
 
-import hashlib
 import json
 import math
 import os
@@ -17,8 +16,7 @@ import processes
 import pytest
 import torch
 import yaml
-from conftest import read_jsonl, run_script
-from safetensors.torch import load_file
+from conftest import checkpoint_bytes, load_shards, read_jsonl, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, pipeline
 
@@ -52,9 +50,8 @@ def flags(model_dir, jsonl_file, **changes):
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 
-def weights_sha256(run_dir):
-    path = run_dir / "checkpoints" / f"step-{STEPS:06}"
-    return [hashlib.sha256((path / f"{n}.safetensors").read_bytes()).hexdigest() for n in ("weights", "optimizer")]
+def bits_of(run_dir):
+    return checkpoint_bytes(run_dir / "checkpoints" / f"step-{STEPS:06}")
 
 
 @pytest.fixture(scope="module")
@@ -184,28 +181,28 @@ def test_the_model_is_usable_everywhere(finished, tokenizer):
     ):
         assert words in card
     assert (path / "model.safetensors").exists() and not list(path.glob("*.bin"))
-    best = load_file(cwd / f"runs/small/checkpoints/step-{STEPS:06}/weights.safetensors")
+    best = load_shards(cwd / f"runs/small/checkpoints/step-{STEPS:06}/weights")
     assert torch.equal(model.transformer.wte.weight, best["transformer.wte.weight"])  # the last evaluation was the best
 
 
 def test_checkpoints_are_kept_as_asked(finished):
     cwd, _ = finished
     assert sorted(os.listdir(cwd / "runs/small/checkpoints")) == ["step-000018", "step-000024"]
-    files = set(os.listdir(cwd / "runs/small/checkpoints/step-000024"))
-    assert {name.rpartition(".")[2] for name in files} == {"safetensors", "json"}  # nothing that unpickles
+    files = (cwd / "runs/small/checkpoints/step-000024").rglob("*")
+    assert {path.suffix for path in files if path.is_file()} == {".safetensors", ".json"}  # nothing that unpickles
 
 
 def test_a_finished_run_is_neither_lost_nor_a_riddle(finished):
     cwd, _ = finished
     metrics = cwd / "runs/small/metrics.jsonl"  # by its date generate.py knows the newest run
-    before = weights_sha256(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns
+    before = bits_of(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns
     refused = run_script("train.py", "--config", "small.yaml", cwd=cwd)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "runs/small: holds another run" in refused.stderr and "--overwrite" in refused.stderr
     again = run_script("train.py", "--config", "small.yaml", "--resume", cwd=cwd)
     assert again.returncode == 0 and "this run is finished (24 of 24 steps" in again.stdout
     assert "generate.py --model runs/small/model" in again.stdout
-    assert (weights_sha256(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns) == before
+    assert (bits_of(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns) == before
 
 
 def test_the_written_config_repeats_the_run_bit_for_bit(finished):
@@ -214,7 +211,7 @@ def test_the_written_config_repeats_the_run_bit_for_bit(finished):
     assert written["learning_rate"] == 1e-3 and written["seed"] == 42 and written["output_dir"] == "runs/small"
     done = run_script("train.py", "--config", "runs/small/config.yaml", "--output_dir", "again", cwd=cwd)
     assert done.returncode == 0, done.stderr
-    assert weights_sha256(cwd / "again") == weights_sha256(cwd / "runs/small")
+    assert bits_of(cwd / "again") == bits_of(cwd / "runs/small")
     before, after = (
         [{k: v for k, v in r.items() if k not in ("tokens_per_second", "memory_gib")} for r in read_jsonl(path)]
         for path in (cwd / "runs/small/metrics.jsonl", cwd / "again/metrics.jsonl")
@@ -248,7 +245,7 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     done = run_script("train.py", *arguments, "--resume", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
-    assert weights_sha256(tmp_path / "cut") == weights_sha256(cwd / "runs/small")
+    assert bits_of(tmp_path / "cut") == bits_of(cwd / "runs/small")
     # One clean curve: no gap, no step twice, in metrics.jsonl and in TensorBoard.
     expected = [(r["step"], r["split"], r["loss"]) for r in read_jsonl(cwd / "runs/small/metrics.jsonl")]
     assert [(r["step"], r["split"], r["loss"]) for r in read_jsonl(tmp_path / "cut/metrics.jsonl")] == expected
@@ -390,7 +387,7 @@ def test_the_best_weights_are_kept_or_the_last(finished, tmp_path):
         step = {"best": best, "last": 6}[keep]
         assert f"(step {step})" in done.stdout
         kept, last = (
-            load_file(path)["transformer.wte.weight"]
-            for path in (run_dir / "model/model.safetensors", run_dir / "checkpoints/step-000006/weights.safetensors")
+            load_shards(path)["transformer.wte.weight"]
+            for path in (run_dir / "model", run_dir / "checkpoints/step-000006/weights")
         )
         assert torch.equal(kept, last) == (keep == "last")
