@@ -147,7 +147,7 @@ def test_two_nodes_equal_one_node(cwd, undisturbed, strategy):
 
 def test_two_nodes_come_back_after_one_has_lost_its_rank(cwd, undisturbed):
     with Agents() as agents:
-        nodes = two_nodes(agents, cwd, 1, *flags("nodes-back", "gpt2.json"))
+        nodes = two_nodes(agents, cwd, 1, *flags("nodes-back", "gpt2.json"), "--resume")
         agents.wait_for_step(cwd / "nodes-back", 12)
         os.kill(agents.rank(1), signal.SIGKILL)
         assert [node.wait(TIMEOUT) for node in nodes] == [0, 0], [node.stderr for node in nodes]
@@ -165,14 +165,14 @@ def test_nodes_that_were_told_different_things_do_not_train(cwd):
     assert not (cwd / "different").exists()
 
 
-def test_a_restart_takes_over_no_other_run(cwd, undisturbed):
-    """What was refused is refused again when torchrun tries once more."""
+@pytest.mark.parametrize("flag", [[], ["--resume", "--overwrite"]])
+def test_a_command_that_torchrun_may_start_again_needs_resume(cwd, undisturbed, flag):
     before = (undisturbed["ddp"] / "metrics.jsonl").read_bytes()
     with Agents() as agents:
         options = ("--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py")
-        agent = agents.start(cwd, *options, *flags("undisturbed-ddp", "gpt2.json", max_steps=30))
+        agent = agents.start(cwd, *options, *flags("undisturbed-ddp", "gpt2.json", max_steps=30), *flag)
         assert agent.wait(TIMEOUT) == 1
-    assert agent.stderr.count("train.py: error: --output_dir undisturbed-ddp: holds another run") == 2
+    assert agent.stderr.count("Pass --resume, not --overwrite") == 2  # it tries twice
     assert (undisturbed["ddp"] / "metrics.jsonl").read_bytes() == before
 
 
@@ -181,7 +181,7 @@ def test_torchrun_starts_the_group_again_to_the_same_weights(cwd, undisturbed, s
     out = f"restarted-{strategy}-{len(lost)}"
     with Agents() as agents:
         options = ("--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py")
-        agent = agents.start(cwd, *options, *flags(out, "gpt2.json", strategy=strategy))
+        agent = agents.start(cwd, *options, *flags(out, "gpt2.json", strategy=strategy), "--resume")
         agents.wait_for_step(cwd / out, 12)
         for pid in [agents.rank(number) for number in lost]:
             os.kill(pid, signal.SIGKILL)
@@ -205,7 +205,7 @@ def test_a_rank_that_hangs_is_named(cwd, undisturbed, strategy):
         for rank in ranks:
             rank.kill()
     (line,) = ranks[1 - lost].stderr.splitlines()[-1:]
-    assert re.fullmatch(rf"train\.py: error: .*rank {lost}\b.* --resume.*", line)
+    assert line.startswith("train.py: error: the connection to another rank is lost (") and "--resume" in line
     ranks[lost].wait(10)
     run_ranks(cwd, *arguments, "--resume")
     assert_same(cwd / out, undisturbed[strategy], 0)
@@ -214,12 +214,12 @@ def test_a_rank_that_hangs_is_named(cwd, undisturbed, strategy):
 WAITING = """
 import time
 from cli.errors import run_script
-from distributed.world import DistributedConfig, join_world
+from distributed.world import DistributedConfig, World
 from train import Signals
 
 def main():
     signals = Signals()
-    with join_world(DistributedConfig(rank_timeout=2)) as signals.world:
+    with World(DistributedConfig(rank_timeout=2)) as signals.world:
         signals.world.on_main(lambda: time.sleep(3))
         print("no hang, however long it takes", flush=True)
         signals.world.on_main(lambda: time.sleep(60))
@@ -228,13 +228,14 @@ run_script(main)
 """
 
 
+LOST = r"waiting\.py: error: rank 1: the connection to another rank is lost \(.*"
+
+
 @pytest.mark.parametrize(
     ("ended", "number", "codes", "said"),
     [
-        (0, signal.SIGSTOP, [-9, 6], r"waiting\.py: error: rank 0 .* does not answer\. .*"),
-        (0, signal.SIGKILL, [-9, 6], r"waiting\.py: error: rank 0 .* has died\. .*"),
-        (0, signal.SIGTERM, [143, 143], ""),
-        (1, signal.SIGTERM, [143, 143], ""),
+        (0, signal.SIGKILL, [-9, 6], LOST),
+        (0, signal.SIGTERM, [143, 6], LOST),
     ],
 )
 def test_ranks_notice_the_end_of_another_also_while_one_works_alone(tmp_path, ended, number, codes, said):
@@ -246,7 +247,7 @@ def test_ranks_notice_the_end_of_another_also_while_one_works_alone(tmp_path, en
         since = time.monotonic()
         ranks[ended].send_signal(number)
         code = ranks[1 - ended].wait(30)
-        assert time.monotonic() - since < 2 + 2
+        assert time.monotonic() - since < 2 + 3  # two of them so that rank 0 may report first
         ranks[ended].kill()
         assert [ranks[ended].wait(10), code] == codes
     finally:
@@ -259,11 +260,11 @@ def test_ranks_notice_the_end_of_another_also_while_one_works_alone(tmp_path, en
 def test_torchrun_ends_a_first_rank_that_hangs_and_starts_the_group_again(cwd, undisturbed):
     with Agents() as agents:
         options = ("--standalone", "--nproc_per_node=2", "--max-restarts=1", ROOT / "train.py")
-        agent = agents.start(cwd, *options, *flags("hung-0", "gpt2.json", rank_timeout=10))
+        agent = agents.start(cwd, *options, *flags("hung-0", "gpt2.json", rank_timeout=10), "--resume")
         agents.wait_for_step(cwd / "hung-0", 8)
         os.kill(agents.rank(0), signal.SIGSTOP)
         assert agent.wait(TIMEOUT) == 0, agent.stderr
-    assert re.search(r"^train\.py: error: rank 0 \(process .* does not answer\. .*", agent.stderr, re.MULTILINE)
+    assert "train.py: error: rank 1: the connection to another rank is lost" in agent.stderr
     assert "resuming from" in agent.stdout
     assert_same(cwd / "hung-0", undisturbed["ddp"], 0)
 
