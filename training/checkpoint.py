@@ -158,7 +158,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
             if _sha256(path / name) != entry["sha256"]:
                 return f"{name} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
-        return f"{Path(error.filename or '').name} cannot be read: {error.strerror}"
+        return f"{os.path.relpath(error.filename or path, path)} cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None
