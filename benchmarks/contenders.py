@@ -66,7 +66,7 @@ from perplexity import evaluate
 from training import checkpoint
 from training.log import RunLog
 from training.monitor import StepMonitor, Throughput, micro_batch_memory, peak_flops, peak_memory_gib
-from training.state import TrainState, seed_step, training_state
+from training.state import TrainState, moments, seed_step, trained_weights
 
 BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6
 PROMPTS = ["The with statement is used to", "A list comprehension", "To open a file for reading,", "In Python, a class"]
@@ -483,7 +483,7 @@ def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    return training_state(model, optimizer, World())
+    return {"weights": trained_weights(model), "optimizer": moments(model, optimizer)}
 
 
 def our_checkpoint(turns: Turns, o: Options) -> None:
@@ -492,7 +492,7 @@ def our_checkpoint(turns: Turns, o: Options) -> None:
     turns.between = lambda: shutil.rmtree(path, ignore_errors=True)
     while True:
         turns.boundary()
-        checkpoint.save(path, tensors, {"step": 1})
+        checkpoint.save(path, tensors, {"step": 1}, World())
 
 
 def plain_checkpoint(turns: Turns, o: Options) -> None:

@@ -36,7 +36,6 @@ MANIFEST, STREAM = "manifest.json", "stream.safetensors"
 FILES, LARGE_BYTES = 8, 64 << 20  # a rank writes so many files of a group that is larger
 WRITING, REPLACED = ".being-written", ".being-replaced"  # suffixes of names that exist only during a save
 
-
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so in one process
 
 
@@ -60,21 +59,20 @@ def save(
     """
     path = Path(os.path.realpath(path))  # it may be a symbolic link to a larger disk
     temporary = path.with_name(f".{path.name}{WRITING}")
+    tensors = {group: content for group, content in tensors.items() if content}
     num_bytes = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
 
     def begin() -> None:
         with _saving(path, num_bytes):
             remove_partial_writes(path.parent, path.name)
             temporary.mkdir(parents=True)
-            for group, content in tensors.items():
-                if content:
-                    (temporary / group).mkdir()
+            for group in tensors:
+                (temporary / group).mkdir()
 
     def write() -> dict[str, dict[str, Any]]:
         with _saving(path, num_bytes):
             for group, content in tensors.items():
-                if content:
-                    _write_shards(content, temporary / group, world)
+                _write_shards(content, temporary / group, world)
             own = f"*/shard-{world.rank + 1:05}-*"
             return {file.relative_to(temporary).as_posix(): _described(file) for file in sorted(temporary.glob(own))}
 
@@ -124,8 +122,11 @@ def _checkpointing(work: Callable, tensors: dict[str, torch.Tensor], world: Worl
     """Call `torch.distributed.checkpoint` on all ranks. Raise the error of the first rank that failed."""
     try:
         work(tensors, process_group=world.hosts, no_dist=world.size == 1, **options)
-    except CheckpointException as error:  # a BaseException
-        raise error.failures[min(error.failures)][0] from None
+    except CheckpointException as error:  # a BaseException, which all ranks raise
+        rank, (cause, _) = min(error.failures.items())
+        if rank and isinstance(cause, OSError):
+            cause.strerror = f"{cause.strerror} on rank {rank}"
+        raise cause from None
 
 
 def newest(directory: Path, world: World) -> Path | None:
@@ -135,8 +136,7 @@ def newest(directory: Path, world: World) -> Path | None:
     """
     paths = world.broadcast(_checkpoints(directory))
     for path in reversed(paths):
-        damages = filter(None, world.on_all(partial(verify, path, world.rank, world.size)))
-        damage = next(damages, None)
+        damage = next(filter(None, world.on_all(partial(verify, path, world.rank, world.size))), None)
         if damage is None:
             return path
         warn(f"{path}: {damage}; trying the checkpoint before it")
@@ -158,7 +158,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
             if _sha256(path / name) != entry["sha256"]:
                 return f"{name} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
-        return f"{Path(error.filename or '').name} cannot be read: {error.strerror}"
+        return f"{os.path.relpath(error.filename or path, path)} cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None
@@ -261,8 +261,7 @@ def swap_into_place(temporary: Path, path: Path) -> None:
     if sys.platform == "darwin":
         failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
     else:
-        here = -100  # AT_FDCWD
-        failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
+        failed = libc.renameat2(-100, names[0], -100, names[1], 2)  # in AT_FDCWD, RENAME_EXCHANGE
     if failed and ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         # NFS cannot exchange names: two steps. `remove_partial_writes` repairs a crash between them.
         old = path.with_name(f".{path.name}{REPLACED}")

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import load, newest, prune, remove_partial_writes, save, verify, write_directory
+from distributed.world import World
+from training.checkpoint import load, load_tensors, newest, prune, remove_partial_writes, save, verify, write_directory
 
-OLD, NEW = (torch.full((3,), value) for value in (1.0, 2.0))
+WORLD = World()
+OLD, NEW = (
+    {"weights": {"w": torch.full((3,), value)}, "optimizer": {"w:step": torch.tensor(value)}} for value in (1.0, 2.0)
+)
+STREAM = {"stream": torch.arange(3)}
 
 
 def crash_in_save(directory: Path, lines: int) -> str:
@@ -20,7 +25,7 @@ def crash_in_save(directory: Path, lines: int) -> str:
     """
     checkpoints, model = directory / "checkpoints", directory / "model"
     for step in (1, 2):
-        save(checkpoints / f"step-{step:06}", {"weights": {"w": OLD}}, {"step": step})
+        save(checkpoints / f"step-{step:06}", OLD, {"step": step}, WORLD, STREAM)
     write_directory(model, lambda path: [(path / name).write_text("old") for name in "ab"], 6)
     child = os.fork()
     if child == 0:
@@ -38,8 +43,8 @@ def crash_in_save(directory: Path, lines: int) -> str:
 
         try:
             sys.settrace(trace)
-            save(checkpoints / "step-000003", {"weights": {"w": NEW}}, {"step": 3})
-            save(checkpoints / "step-000002", {"weights": {"w": NEW}}, {"step": 2})  # in the place of another
+            save(checkpoints / "step-000003", NEW, {"step": 3}, WORLD, STREAM)
+            save(checkpoints / "step-000002", NEW, {"step": 2}, WORLD, STREAM)  # in the place of another
             prune(checkpoints, 1, checkpoints / "step-000003")
             write_directory(model, lambda path: [(path / name).write_text("new") for name in "ab"], 6)
             sys.settrace(None)
@@ -50,17 +55,21 @@ def crash_in_save(directory: Path, lines: int) -> str:
     assert code in (0, 9), code
     for path in (directory, checkpoints):
         remove_partial_writes(path)
-    found = newest(checkpoints)
-    state, tensors = load(found)
+    found = newest(checkpoints, WORLD)
+    state, stream = load(found)
     assert found.name == f"step-{state['step']:06}" and state["step"] in (2, 3)
-    assert torch.equal(tensors["weights"]["w"], NEW if state["step"] == 3 else OLD)
+    assert torch.equal(stream["stream"], STREAM["stream"])
+    for group, expected in (NEW if state["step"] == 3 else OLD).items():
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+        load_tensors(found / group, tensors, WORLD)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     second = checkpoints / "step-000002"
     assert not second.exists() or verify(second) is None or state["step"] == 3
     texts = {(model / name).read_text() for name in "ab"}
     assert len(texts) == 1 and set(os.listdir(model)) == {"a", "b"}
     assert {path.name for path in directory.iterdir()} == {"checkpoints", "model"}
     assert not list(checkpoints.glob(".*"))
-    save(checkpoints / "step-000003", {"weights": {"w": NEW}}, {"step": 3})  # and the next save works
+    save(checkpoints / "step-000003", NEW, {"step": 3}, WORLD)  # and the next save works
     prune(checkpoints, 1, checkpoints / "step-000003")
     assert os.listdir(checkpoints) == ["step-000003"] and verify(checkpoints / "step-000003") is None
     return "ended" if code == 0 else "new" if texts == {"new"} else "old"

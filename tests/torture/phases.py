@@ -77,14 +77,13 @@ def main() -> None:
     import model
     import perplexity
     from corpus import sources
-    from modeling import checks
-    from training import checkpoint, log
+    from training import checkpoint, log, run
 
     phases = Phases(path + os.environ.get("RANK", ""))
     for owner, name, phase in (
         (sources, "load_documents", "preparation"),  # the first thing that ranks do after they have met
         (model, "load_model", "loading"),
-        (checks, "check_model", "loading"),
+        (model, "check_model", "loading"),
         (data.TrainingData, "batches", "training"),
         (perplexity, "evaluate", "evaluation"),
         (generate, "generate", "sampling"),
@@ -92,7 +91,7 @@ def main() -> None:
         (checkpoint, "prune", "saving"),
         (checkpoint, "write_directory", "saving"),
         (log.RunLog, "sync", "saving"),
-        (log, "mark_finished", "end"),
+        (run, "mark_finished", "end"),
     ):
         setattr(owner, name, phases.within(phase, getattr(owner, name)))
     script = str(Path(__file__).resolve().parent.parent.parent / script)

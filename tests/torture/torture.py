@@ -5,8 +5,9 @@
     make torture ARGS="--ranks 24 --only ranks"
 
 One run of `train.py` is left alone, and of two ranks one with each strategy. Every other one, whatever was done to it,
-must end with the same SHA-256 of weights, optimizer and model, and with the same curves: dropout is on, so its random
-numbers are the same as well. Runs are real processes. Moments are random, and repeat with --seed as far as a machine
+must end with the same SHA-256 of each tensor of weights and optimizer, of its bits rather than its file, whose metadata
+safetensors writes in any order; with the same model, and with the same curves: dropout is on, so its random numbers are
+the same as well. Runs are real processes. Moments are random, and repeat with --seed as far as a machine
 repeats itself. Exits with 1 where anything did not hold.
 """
 
@@ -39,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # One thread a run and two runs at once; and what `phases.py`, in another directory than the scripts, imports from.
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 import processes  # noqa: E402
-from conftest import make_text, read_jsonl  # noqa: E402  sets the environment of a test
+from conftest import checkpoint_bytes, make_text, read_jsonl  # noqa: E402  sets the environment of a test
 
 processes.prepare()
 processes.prepare(root=ROOT / "tests/torture")
@@ -51,6 +52,7 @@ from phases import PHASES, Phases  # noqa: E402
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from distributed.world import World  # noqa: E402
 from training import checkpoint  # noqa: E402
 
 TIMEOUT = 120  # seconds a process
@@ -125,6 +127,7 @@ class Runs:
         self.directory, self.fast, self.table, self.seed = directory, fast, table, seed
         self.started: list[processes.Process] = []
         self.plain, self.plain_lock = None, threading.Lock()
+        self.pairs: dict[str, tuple[dict[str, object], Phases]] = {}
         (directory / "gpt2.json").write_text(json.dumps(GPT2))
         (directory / "plain.json").write_text(json.dumps({**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}))
         texts = (json.dumps({"text": make_text(60 + i, i)}) + "\n" for i in range(45))
@@ -282,30 +285,35 @@ class Runs:
             time.sleep(0.0005)
         process.send_signal(signal.SIGTERM)
         self.end(process)
-        newest = max((stopped / "checkpoints").iterdir())
-        kinds, names = ("truncate", "zero-fill", "flip a bit in", "delete"), sorted(os.listdir(newest))
+        path = newest(stopped)
+        kinds, names = ("truncate", "zero-fill", "flip a bit in", "delete"), files(path)
         pairs = [(kind, name) for kind in kinds for name in names]
-        self.trials((f"{k} a file of the newest checkpoint", self.damage_one, newest, k, n) for k, n in pairs)
+        jobs = [(f"{kind} a file of the newest checkpoint", kind, name) for kind, name in pairs]
+        jobs += [("delete a directory of the newest checkpoint", "delete", name) for name in ("weights", "optimizer")]
+        jobs.append(("add a file of tensors to the newest checkpoint", "add", "weights/more.safetensors"))
+        self.trials((row, self.damage_one, path, kind, name) for row, kind, name in jobs)
         self.table.trial("all checkpoints damaged: exit 3, nothing changed", self.damage_all, stopped)
-        small = self.fast / "step-000001"
-        checkpoint.save(small, {"weights": {"w": torch.arange(2.0)}}, {"step": 1})
-        for path in sorted(small.iterdir()):
-            self.table.trial("flip each bit of each file of a small checkpoint", flip_each_bit, path)
+        small, stream = self.fast / "step-000001", {"stream": torch.arange(2)}
+        checkpoint.save(small, {"weights": {"w": torch.arange(2.0)}}, {"step": 1}, World(), stream)
+        for name in files(small):
+            self.table.trial("flip each bit of each file of a small checkpoint", flip_each_bit, small, name)
 
-    def damage_one(self, newest: Path, kind: str, name: str) -> None:
-        run_dir = self.directory / f"{kind}-{name}"
-        shutil.copytree(newest.parent.parent, run_dir)
-        spoil(run_dir / "checkpoints" / newest.name / name, kind, self.draw(kind, name))
+    def damage_one(self, path: Path, kind: str, name: str) -> None:
+        run_dir = self.directory / f"{kind}-{name.replace('/', '-')}"
+        shutil.copytree(path.parent.parent, run_dir)
+        spoil(run_dir / "checkpoints" / path.name / name, kind, self.draw(kind, name))
         done = self.train(run_dir, "--resume")
-        named = r"\S+" if name == checkpoint.MANIFEST else re.escape(name)  # a flipped bit in a name looks for another
-        said = rf"warning: .*{newest.name}: {named} .*; trying the checkpoint before it\n"
+        named = rf"{re.escape(name)}\S*"
+        if name == checkpoint.MANIFEST:
+            named = r"\S+"  # a flipped bit in a name looks for another
+        said = rf"warning: .*{path.name}: {named} .*; trying the checkpoint before it\n"
         expect(re.fullmatch(said, done.stderr), f"stderr: {done.stderr}")
-        expect("resuming from" in done.stdout and f"{newest.name} at step" not in done.stdout, done.stdout[-1000:])
+        expect("resuming from" in done.stdout and f"{path.name} at step" not in done.stdout, done.stdout[-1000:])
         self.same(run_dir)
 
     def damage_all(self, stopped: Path) -> None:
         for path in (stopped / "checkpoints").iterdir():
-            spoil(path / "weights.safetensors", "truncate", self.draw("all"))
+            spoil(next(path.glob("weights/*")), "truncate", self.draw("all"))
         before = content(stopped)
         lines = self.train(stopped, "--resume", code=3).stderr.splitlines()
         expect([line.partition(": ")[0] for line in lines] == ["warning", "warning", "train.py"], str(lines))
@@ -320,7 +328,13 @@ class Runs:
             ("the log", 0, "checkpoints/step-*"),
         ):
             self.table.trial(f"disk full at {place}", self.full_disk, place, room, sign)
-        self.trials(("disk full at any moment, with any room", self.full_disk_anywhere, i) for i in range(20))
+        jobs = [("disk full at any moment, with any room", self.full_disk_anywhere, i) for i in range(20)]
+        self.leave_pairs_alone()
+        for strategy in self.pairs:
+            for rank in (0, 1):
+                row = f"2 ranks ({strategy}), disk full for rank {rank} alone: both exit with 5, --resume"
+                jobs += [(row, self.full_disk_of_rank, strategy, rank, number) for number in range(2)]
+        self.trials(jobs)
 
     def full_disk(self, place: str, room: int, sign: str) -> tuple[str, float]:
         with Disk(self.directory / f"disk-{place.split()[-1]}") as disk:
@@ -337,8 +351,8 @@ class Runs:
             expect(self.end(process) == 5, f"exit code {process.returncode}: {process.stderr}")
             expect(re.fullmatch(rf"train\.py: error: {message}", process.stderr), f"stderr: {process.stderr}")
             expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
-            newest = max((run_dir / "checkpoints").iterdir())
-            expect(checkpoint.verify(newest) is None, f"{newest} does not verify")
+            last = newest(run_dir)
+            expect(checkpoint.verify(last) is None, f"{last} does not verify")
             if at_log and disk.mounted:  # a limit on files would be one on stderr too
                 before = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
                 process, _ = self.start(run_dir, "--resume")
@@ -369,6 +383,23 @@ class Runs:
                 self.train(run_dir, "--resume")
             self.same(run_dir)
             return f"exit {code}", 0.0
+
+    def full_disk_of_rank(self, strategy: str, full: int, number: int) -> tuple[str, float]:
+        """One rank can no longer write its shard of the next checkpoint. The other, and its messages, have room."""
+        wanted, draw = LOOP[number % 2], self.draw("disk of rank", strategy, full, number)
+        started, _, run_dir = self.ranks_in(strategy, f"disk-{full}-{number}", wanted, draw)
+        hard = resource.prlimit(started[full].pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(started[full].pid, resource.RLIMIT_FSIZE, (100_000, hard))
+        codes = self.end_ranks(started)
+        expect(codes == [5, 5], f"ended with {codes}: {said_by(started)}")
+        said = started[0].stderr + started[1].stderr
+        who = r".*\brank 1\b.*" if full else ".*"
+        expect(re.fullmatch(rf"train\.py: error: \S*: cannot be saved {who}\n", said), f"said {said_by(started)}")
+        expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
+        damaged = [path.name for path in (run_dir / "checkpoints").glob("*") if checkpoint.verify(path)]
+        expect(not damaged, f"do not verify: {damaged}")
+        self.resume_ranks(strategy, run_dir)
+        return f"in {wanted}", 0.0
 
     def signals(self, args: argparse.Namespace) -> None:
         names = ("SIGTERM", "SIGINT", "SIGINT twice", "SIGUSR1")
@@ -412,10 +443,11 @@ class Runs:
         return f"exit {code}", seconds
 
     def ranks(self, args: argparse.Namespace) -> None:
-        """Two ranks, one of which is killed, stopped or asked to end, or both are, at any moment."""
-        self.pairs: dict[str, tuple[dict[str, object], Phases]] = {}
-        for strategy in ("ddp", "fsdp"):
-            self.table.trial(f"2 ranks ({strategy}), left alone", self.leave_ranks_alone, strategy)
+        """Two ranks, one of which is killed, stopped or asked to end, or both are, at any moment.
+
+        A stop is noticed in the loop alone: before it, a rank may work alone for as long as a day.
+        """
+        self.leave_pairs_alone()
         deeds = []
         for strategy in self.pairs:
             # What, to whom, and the phases of rank 0 in which it may happen; of torchrun's, imports are the "start".
@@ -425,11 +457,12 @@ class Runs:
                 deeds.append((row, self.kill_under_agent, strategy, who, moments))
             deeds.append((f"{pair} SIGKILL of both, --resume", self.kill_ranks, strategy, "both", LOOP))
             for who in ("rank 0", "rank 1"):
+                early = f"SIGTERM to {who} before the first step: it exits with 143, the other with 6"
                 for name, work, moments in (
                     (f"SIGKILL of {who}: the other exits with 6", self.kill_ranks, (*EARLY, *LOOP)),
                     (f"SIGTERM to {who}: both exit with 143", self.end_ranks_by, LOOP),
-                    (f"SIGTERM to {who} before the first step: both exit with 143", self.end_ranks_early, EARLY),
-                    (f"SIGSTOP of {who}: the other exits with 6", self.stop_rank, (*EARLY, *LOOP)),
+                    (early, self.end_ranks_early, EARLY),
+                    (f"SIGSTOP of {who}: the other exits with 6", self.stop_rank, LOOP),
                 ):
                     deeds.append((f"{pair} {name}, --resume", work, strategy, who, moments))
         jobs = []
@@ -472,6 +505,11 @@ class Runs:
         expect(codes == [0, 0], f"--resume ended with {codes}: {said_by(started)}")
         self.same(run_dir, alone=self.pairs[strategy][0])
 
+    def leave_pairs_alone(self) -> None:
+        for strategy in ("ddp", "fsdp"):
+            if strategy not in self.pairs:
+                self.table.trial(f"2 ranks ({strategy}), left alone", self.leave_ranks_alone, strategy)
+
     def leave_ranks_alone(self, strategy: str) -> None:
         run_dir = self.directory / f"alone-{strategy}"
         started, phases = self.start_ranks(strategy, run_dir)
@@ -499,7 +537,7 @@ class Runs:
         draw, notes, run_dir = self.draw("agent", number), self.notes(), self.directory / f"agent-{number}"
         phases = Phases(notes + "0")
         script = ("--nproc_per_node=2", "--max-restarts=1", ROOT / "tests/torture/phases.py", notes, "train.py")
-        flags, torchrun = self.rank_flags(strategy, run_dir), Path(sys.executable).with_name("torchrun")
+        flags, torchrun = self.rank_flags(strategy, run_dir, "--resume"), Path(sys.executable).with_name("torchrun")
         agent = processes.start(torchrun, "--standalone", *script, *flags, cwd=self.directory)
         self.started.append(agent)
         while agent.returncode is None and len(ranks_of(agent)) < 2:
@@ -543,13 +581,15 @@ class Runs:
         return f"in {phase}", 0.0
 
     def is_missed(self, started: list[processes.Process], codes: list[int], lost: int, code: int, when: str) -> None:
-        """The other rank has ended with 6 and a last line that names the lost one; torch may warn before that."""
+        """The other rank has ended with 6 and one line that says so; torch may warn before that."""
         other = 1 - lost
         said = started[other].stderr.splitlines()[-1:] or [""]
         expect(codes[lost] == code, f"rank {lost} ended with {codes[lost]}")
         expect(codes[other] == 6, f"rank {other} ended with {codes[other]} {when}: {said_by(started)}")
-        named = re.fullmatch(rf"train\.py: error: .*\brank {lost}\b.*", said[0])
-        expect(named, f"{when} rank {other} said {started[other].stderr}")
+        who, lines = ("", "rank 1: ")[other], started[other].stderr.count("train.py: error: ")
+        line = rf"train\.py: error: {who}the connection to another rank is lost \(.*\)\. Run again with --resume; .*"
+        said_so = re.fullmatch(line, said[0]) and lines == 1
+        expect(said_so, f"{when} rank {other} said {started[other].stderr}")
 
     def end_ranks_by(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
         started, phases, run_dir = self.ranks_in(strategy, f"term-{number}", wanted, self.draw("term", number))
@@ -570,10 +610,11 @@ class Runs:
     def end_ranks_early(self, strategy: str, who: str, wanted: str, number: int) -> tuple[str, float]:
         draw, flags = self.draw("early", number), ("--rank_timeout", RANK_TIMEOUT)
         started, _, run_dir = self.ranks_in(strategy, f"early-{number}", wanted, draw, *flags)
-        since = time.monotonic()
-        started[int(who[-1])].send_signal(signal.SIGTERM)
+        since, rank = time.monotonic(), int(who[-1])
+        started[rank].send_signal(signal.SIGTERM)
         codes, seconds = self.end_ranks(started), time.monotonic() - since
-        expect(codes == [143, 143], f"ended with {codes} after SIGTERM in {wanted}: {said_by(started)}")
+        self.is_missed(started, codes, rank, 143, f"after SIGTERM in {wanted}")
+        expect(seconds < 5, f"ended only after {seconds:.1f} seconds")
         expect(not run_dir.exists(), "something was written")
         self.resume_ranks(strategy, run_dir)
         return "ended", seconds
@@ -594,6 +635,25 @@ class Runs:
         self.resume_ranks(strategy, run_dir)
         return f"--rank_timeout {RANK_TIMEOUT}: ended", seconds
 
+    def save_again(self, run_dir: Path, size: int, *flags: object) -> None:
+        """A copy of a run loads its last checkpoint on another number of ranks, and saves at once: the same bits."""
+        copy = run_dir.with_name(f"{run_dir.name}-again")
+        shutil.copytree(run_dir, copy)
+        before, step = checkpoint_bytes(newest(copy)), int(newest(copy).name[5:])
+        manifest = (newest(copy) / checkpoint.MANIFEST).read_bytes()
+        codes = self.end_ranks(self.start_any(size, copy, *flags, "--resume", "--max_steps", step)[0])
+        expect(set(codes) == {0}, f"saving at once ended with {codes}")
+        expect((newest(copy) / checkpoint.MANIFEST).read_bytes() != manifest, "the checkpoint was not saved again")
+        expect(checkpoint_bytes(newest(copy)) == before, "loaded and saved at once, the tensors differ")
+        shutil.rmtree(copy)
+
+    def start_any(self, size: int, run_dir: Path, *flags: object) -> tuple[list[processes.Process], Phases]:
+        """One process, or two ranks: 0, or 1 with ddp and 2 with fsdp."""
+        if size:
+            return self.start_ranks(("", "ddp", "fsdp")[size], run_dir, *flags)
+        process, phases = self.start(run_dir, *flags)
+        return [process], phases
+
     def go_on_with(self, first: int, then: int) -> tuple[str, float]:
         """Without dropout, whose random numbers are those of a rank, the losses are those of a single process."""
         flags = ("--model_config", "plain.json", "--learning_rate", 5e-5)
@@ -604,16 +664,14 @@ class Runs:
         run_dir = self.directory / f"sizes-{first}-{then}"
         for size, code in ((first, 143), (then, 0)):
             resume = ("--resume",) if size == then else ()
-            if size:
-                started, phases = self.start_ranks(("", "ddp", "fsdp")[size], run_dir, *flags, *resume)
-            else:
-                process, phases = self.start(run_dir, *flags, *resume)
-                started = [process]
+            started, phases = self.start_any(size, run_dir, *flags, *resume)
             if code:
                 self.wait_for(started[0], phases, "training", self.draw("size", first, then), 0.6)
                 started[0].send_signal(signal.SIGTERM)
             codes = self.end_ranks(started)
             expect(set(codes) == {code}, f"ended with {codes}: {said_by(started)}")
+            if code:
+                self.save_again(run_dir, then, *flags)
         found = read_jsonl(run_dir / "metrics.jsonl")
         places = [[(r["step"], r["split"], r["tokens"]) for r in records] for records in (found, self.plain)]
         expect(places[0] == places[1], f"other steps: {places}")
@@ -730,31 +788,42 @@ def content(directory: Path) -> dict[str, str]:
     return {str(path): sha256(path) for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+def newest(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").iterdir())
+
+
+def files(path: Path) -> list[str]:
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+
+
 def leftovers(run_dir: Path) -> list[str]:
     return [str(path.relative_to(run_dir)) for path in run_dir.rglob(".*")]
 
 
 def outcome(run_dir: Path) -> dict[str, object]:
     """All that must not depend on what was done to a run."""
-    last = max((run_dir / "checkpoints").iterdir())
-    files = [last / f"{name}.safetensors" for name in ("weights", "optimizer")]
+    last = newest(run_dir)
+    tensors = {" ".join(name): hashlib.sha256(bits).hexdigest() for name, bits in checkpoint_bytes(last).items()}
     # As TensorBoard's server reads them, which drops what a killed process had written beyond its last checkpoint.
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     names = [name for name in events.Tags()["tensors"] if not name.endswith(MEASURED) and "_hparams_" not in name]
     board = {name: [(e.step, e.tensor_proto.SerializeToString()) for e in events.Tensors(name)] for name in names}
     records = read_jsonl(run_dir / "metrics.jsonl")
     return {
-        **{str(path.relative_to(run_dir)): sha256(path) for path in (*files, run_dir / "model/model.safetensors")},
+        **tensors,
+        "model": sha256(run_dir / "model/model.safetensors"),
         "curves in metrics.jsonl": [{k: v for k, v in record.items() if k not in MEASURED} for record in records],
         "curves in TensorBoard": board,
-        "names": sorted(os.listdir(run_dir)) + leftovers(run_dir),
+        "names": sorted(os.listdir(run_dir)) + leftovers(run_dir) + files(last),
     }
 
 
 def spoil(path: Path, kind: str, draw: random.Random) -> None:
-    data = bytearray(path.read_bytes())
     if kind == "delete":
-        return path.unlink()
+        return checkpoint.remove(path)
+    if kind == "add":
+        return shutil.copyfile(next(path.parent.iterdir()), path)
+    data = bytearray(path.read_bytes())
     if kind == "truncate":
         del data[draw.randrange(len(data)) :]
     elif kind == "zero-fill":
@@ -764,17 +833,18 @@ def spoil(path: Path, kind: str, draw: random.Random) -> None:
     path.write_bytes(data)
 
 
-def flip_each_bit(path: Path) -> tuple[str, float]:
+def flip_each_bit(directory: Path, name: str) -> tuple[str, float]:
+    path = directory / name
     whole, missed = path.read_bytes(), []
     for bit in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        if checkpoint.verify(path.parent) is None:
+        if checkpoint.verify(directory) is None:
             missed.append(bit)
     path.write_bytes(whole)
-    expect(not missed, f"{path.name}: not noticed at bits {missed[:20]}")
-    return f"{path.name}: {8 * len(whole):,} bits", 0.0
+    expect(not missed, f"{name}: not noticed at bits {missed[:20]}")
+    return f"{name}: {8 * len(whole):,} bits", 0.0
 
 
 def children(pid: int) -> list[int]:
