@@ -32,8 +32,9 @@ def count_steps(config: Any, train_data: Any) -> tuple[int, int]:
     """Return the number of steps and of warmup steps. Raise UserError if the warmup is not shorter."""
     num_steps = config.max_steps or math.ceil(train_data.steps_per_epoch(config.batch_size) * config.num_epochs)
     warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(num_steps * config.warmup_steps)
-    given = f"--warmup_steps {config.warmup_steps:g}"
-    require(warmup_steps < num_steps, f"{given}: the run has only {num_steps} steps. Set fewer.")
+    given = f"--warmup_steps {config.warmup_steps:.15g}"
+    long = f"the warmup has {warmup_steps:.0f} steps, and the run {num_steps}"
+    require(warmup_steps < num_steps, f"{given}: {long}. Set a smaller value.")
     return num_steps, int(warmup_steps)
 
 
