@@ -1,6 +1,7 @@
 """The directory of a run: its owner, its checkpoint to resume from, its first write and its last words."""
 
 import fcntl
+import glob
 import json
 import os
 import sys
@@ -229,7 +230,19 @@ class Run:
         if present and not (config.resume or config.overwrite or config.dry_run):
             fix = "Pass --resume to go on, --overwrite to delete it, or another directory"
             raise UserError(f"--output_dir {path}: holds another run. {fix}.")
+        if present and config.overwrite:
+            self._require_sources_elsewhere()
         return bool(present)
+
+    def _require_sources_elsewhere(self) -> None:
+        """Raise UserError if --overwrite would delete a path among the settings, such as the model to start from."""
+        content = {(self.directory / name).resolve() for name in RUN_CONTENT}
+        for name, given in self.settings.items():
+            for value in map(str, given if isinstance(given, list) else [given]):
+                paths = glob.glob(value, recursive=True) or glob.glob(value.rpartition(":")[0], recursive=True)
+                for path in map(Path.resolve, map(Path, paths)):  # the second glob: a source of --mix with its weight
+                    inside = f"--{name} {value}: lies in --output_dir {self.directory}, which --overwrite deletes"
+                    require(content.isdisjoint([path, *path.parents]), f"{inside}. Use another --output_dir.")
 
     def _saved_every(self) -> int:
         """Return the --save_every of the run that is there: past this step it had a checkpoint."""
