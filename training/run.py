@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from cli.errors import UserError, require, warn
+from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import Count, flag
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
@@ -32,7 +32,7 @@ SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_bu
 SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
 SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_steps", "weight_decay")
 
-ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # config.yaml must not repeat these
+ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # of a command, not settings of the run
 
 
 @dataclass
@@ -73,9 +73,9 @@ class Run:
         self.directory = Path(config.output_dir)
         if world.has_started():  # torchrun has restarted these ranks
             config.resume, config.overwrite = True, False
-        self.settings = dict(vars(config))
+        self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         self.identity: dict[str, Any] = {}
-        self._require_same_on_all_ranks(self.settings)
+        self._require_same_on_all_ranks(vars(config))
         self._exists = world.on_main(self._check_directory)
         self._resumes = self._exists and config.resume and not config.overwrite and not config.dry_run
         if config.push_to_hub and not config.dry_run:
@@ -198,7 +198,7 @@ class Run:
         if not saved.path:
             remove_run(self.directory)
         log = RunLog(self.directory, saved.state, num_steps)
-        kept = {key: value for key, value in self.settings.items() if key not in ONCE and value not in (None, [])}
+        kept = {key: value for key, value in self.settings.items() if value not in (None, [])}
         made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
         text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
         checkpoint.write_file(self.directory / "config.yaml", f"# made with {made_with}\n{text}")
