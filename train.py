@@ -34,8 +34,8 @@ from modeling.precision import Precision, autocast, make_deterministic, select_d
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
 from training.monitor import StepMonitor, StepResult, memory_advice, micro_batch_memory, peak_memory_gib
-from training.plan import Plan, count_steps, share_batch
-from training.run import Run, RunConfig, identity
+from training.plan import Plan, count_steps, identity, share_batch
+from training.run import Run, RunConfig
 from training.signals import Signals
 from training.state import seed_step
 
@@ -169,9 +169,7 @@ def update_if_finite(
     if scaler.is_enabled():  # fp16: the scaler itself skips gradients that overflowed
         if num_predicted > 0:
             scaler.step(optimizer)
-        scaler.update(
-            None if num_predicted > 0 else scaler.get_scale()
-        )  # the end of a step, also of one without tokens
+        scaler.update(None if num_predicted > 0 else scaler.get_scale())  # ends a step, also one without tokens
     elif optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~is_finite).float()
         optimizer.step()
@@ -208,6 +206,8 @@ def train(config: Config, world: World, signals: Signals) -> None:
     """Train to the last step, from the start or the newest checkpoint. All ranks run this; rank 0 writes and prints."""
     share_batch(config, world)
     run = Run(config, world)  # checks --output_dir; a new run writes nothing before run.start()
+    if run.is_uploaded():
+        return
     device = select_device()
     precision = world.resolve_precision(config.precision, device)
 

@@ -64,6 +64,8 @@ class RunLog:
         step, evaluated = state.step, state.last_eval_step == state.step
         records = [record for record in read_metrics(run_dir) if record["step"] <= step]
         records = [r for r in records if r["step"] < step or r["split"] != "eval" or evaluated]
+        for record in records:  # a finished run that goes on is not finished
+            record.pop("final", None)
         _rewrite(run_dir, records)
         self._run_dir, self._num_steps = run_dir, num_steps
         self._file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 open as long as the run

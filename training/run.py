@@ -2,7 +2,6 @@
 
 import fcntl
 import glob
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -11,11 +10,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import Count, flag
-from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from training import checkpoint
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished
@@ -23,10 +20,6 @@ from training.model_card import check_login, push, versions
 from training.state import TrainState, restore_state
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
-
-# Settings that must not change when a run resumes: with another value it would be another run.
-SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
-SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer")
 
 # Settings that may change, and change the numbers from there on.
 SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
@@ -83,6 +76,15 @@ class Run:
 
     # The run that is there already
 
+    def is_uploaded(self) -> bool:
+        """Upload a finished run with the same settings, if asked to: that needs no text."""
+        if not (self._resumes and self.config.push_to_hub and self.world.on_main(self._is_done)):
+            return False
+        if self.world.is_main:
+            lock_directory(self.directory)
+            self._finish()
+        return True
+
     def find_checkpoint(self, identity: dict[str, Any]) -> Saved:
         """Return the newest intact checkpoint with --resume, or an empty one.
 
@@ -133,7 +135,7 @@ class Run:
             return True
         if saved.path:
             self._note_changes(saved.content["settings"])
-        elif done or self.world.on_main(lambda: last_step(self.directory) > self._saved_every()):
+        elif done or self.world.on_main(lambda: last_step(self.directory) > self._recorded().get("save_every", 0)):
             fix = "Use its model as it is, or pass --overwrite"
             raise checkpoint.NoCheckpointError(f"--resume: {self.directory} has no checkpoint left. {fix}.")
         else:
@@ -198,9 +200,8 @@ class Run:
         if not saved.path:
             remove_run(self.directory)
         log = RunLog(self.directory, saved.state, num_steps)
-        kept = {key: value for key, value in self.settings.items() if value not in (None, [])}
         made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
-        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self._given(), sort_keys=False, allow_unicode=True)
         checkpoint.write_file(self.directory / "config.yaml", f"# made with {made_with}\n{text}")
         return log
 
@@ -244,10 +245,19 @@ class Run:
                     inside = f"--{name} {value}: lies in --output_dir {self.directory}, which --overwrite deletes"
                     require(content.isdisjoint([path, *path.parents]), f"{inside}. Use another --output_dir.")
 
-    def _saved_every(self) -> int:
-        """Return the --save_every of the run that is there: past this step it had a checkpoint."""
+    def _given(self) -> dict[str, Any]:
+        """Return the settings that have a value."""
+        return {key: value for key, value in self.settings.items() if value not in (None, [])}
+
+    def _recorded(self) -> dict[str, Any]:
+        """Return the settings in config.yaml."""
         path = self.directory / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["save_every"] if path.exists() else 0
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _is_done(self) -> bool:
+        """Return whether the run that is there is finished and has these settings. Its directory may have moved."""
+        same = self._recorded() | {"output_dir": self.config.output_dir} == self._given()
+        return same and finished_step(self.directory) > 0
 
     def _require_same_on_all_ranks(self, mine: dict[str, Any]) -> None:
         different = [name for name, value in self.world.broadcast(mine).items() if mine.get(name) != value]
@@ -266,21 +276,6 @@ class Run:
             now = self.settings[name]
             if before.get(name, now) != now:
                 print(f"note: --{name} was {before[name]} and is {now} from here on")
-
-
-def identity(
-    config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
-) -> dict[str, Any]:
-    """Return the values that must not change when a run resumes: with another one it would be another run."""
-    base = Path(config.model or config.model_config)
-    return {
-        "model": base.name if base.exists() else str(base),  # a directory may have moved
-        **{f"model's {key}": value for key, value in json.loads(model_config.to_json_string()).items()},
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "training text": train_data.identity,
-        "evaluation text": eval_data.stream.sha256,
-        **{name: getattr(config, name) for name in SAME_RUN},
-    }
 
 
 def remove_run(run_dir: Path) -> None:
