@@ -204,7 +204,6 @@ def dry_run(model, optimizer, scaler, train_data, config: Config, precision: str
 
 def train(config: Config, world: World, signals: Signals) -> None:
     """Train to the last step, from the start or the newest checkpoint. All ranks run this; rank 0 writes and prints."""
-    share_batch(config, world)
     run = Run(config, world)  # checks --output_dir; a new run writes nothing before run.start()
     if run.is_uploaded():
         return
@@ -227,7 +226,6 @@ def train(config: Config, world: World, signals: Signals) -> None:
 
     # Seeded before the model, as its new weights are random. Later, each step is seeded by itself.
     transformers.set_seed(config.seed)
-    make_deterministic()
     model = build_model(config, model_config, tokenizer, world, device, precision, num_steps, saved.compiled)
     optimizer = make_optimizer(model, config.weight_decay)
     run.require_same_model(saved, model.frozen_sha256, type(optimizer).__name__)
@@ -313,6 +311,8 @@ def main() -> None:
     config.output_dir = config.output_dir or f"runs/{config_file.stem if config_file else 'train'}"
     with join_world(config) as world:
         signals.world = world
+        share_batch(config, world)
+        make_deterministic()
         train(config, world, signals)
 
 
