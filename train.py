@@ -220,7 +220,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
 
     # Resume from the newest checkpoint, unless the run is finished.
     saved = run.find_checkpoint(identity(config, model_config, tokenizer, train_data, eval_blocks))
-    state = saved.state
+    state, num_steps = saved.state, max(num_steps, saved.state.step)  # a smaller --max_steps undoes no step
     if run.is_finished(saved, num_steps):
         return
 

@@ -1,5 +1,6 @@
 """Save checkpoints, and the model with the best evaluation loss."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import UserError
 from training import checkpoint
-from training.log import RunLog, evaluations
+from training.log import EVALUATION, RunLog, evaluations
 from training.model_card import model_card
 from training.monitor import StepMonitor
 from training.run import Run
@@ -78,7 +79,10 @@ class Checkpointer:
 
 
 class BestModel:
-    """Keep in model/ the weights with the best evaluation loss, or with --keep last those of the last evaluation."""
+    """Keep in model/ the weights with the best evaluation loss, or with --keep last those of the last evaluation.
+
+    evaluation.json holds their step and loss.
+    """
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]):
         self._run, self._model, self._tokenizer, self._facts = run, model, tokenizer, facts
@@ -88,7 +92,7 @@ class BestModel:
         is_better = self._run.config.keep == "last" or state.best_step is None or loss < state.best_loss
         if state.step and is_better:
             model = self._run.world.full_model(self._model)
-            self._run.world.on_main(lambda: self._save(model))
+            self._run.world.on_main(lambda: self._save(model, {"step": state.step, "loss": loss}))
             state.best_step, state.best_loss = state.step, loss
 
     def write_card(self) -> None:
@@ -98,11 +102,12 @@ class BestModel:
     def _card(self) -> Any:
         return model_card(self._run.settings, self._facts, evaluations(self._run.directory))
 
-    def _save(self, model: PreTrainedModel) -> None:
+    def _save(self, model: PreTrainedModel, evaluation: dict[str, float]) -> None:
         def write(directory: Path) -> None:
             model.save_pretrained(directory)
             self._tokenizer.save_pretrained(directory)
             self._card().save(directory / "README.md")
+            (directory / EVALUATION).write_text(json.dumps(evaluation), encoding="utf-8")
 
         num_bytes = 4 * model.num_parameters(only_trainable=bool(self._run.config.lora_rank))
         checkpoint.write_directory(self._run.directory / "model", write, num_bytes)

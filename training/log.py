@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from training.checkpoint import write_file
 from training.state import TrainState
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
+EVALUATION = "evaluation.json"  # in model/: the step and the loss of its weights
 
 
 class TensorBoard:
@@ -209,6 +210,12 @@ def finished_step(run_dir: Path) -> int:
     """Return the last step of a finished run that has its model, and 0 for any other run."""
     records = read_metrics(run_dir)
     return records[-1]["step"] if records and records[-1].get("final") and (run_dir / "model").is_dir() else 0
+
+
+def model_step(run_dir: Path) -> int | None:
+    """Return the step of the weights in model/, or None if there are none."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads((run_dir / "model" / EVALUATION).read_text(encoding="utf-8"))["step"]
 
 
 def last_step(run_dir: Path) -> int:

@@ -15,7 +15,7 @@ from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import Count, flag
 from distributed.world import World
 from training import checkpoint
-from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished
+from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step
 from training.model_card import check_login, push, versions
 from training.state import TrainState, restore_state
 
@@ -94,25 +94,26 @@ class Run:
         self.identity = identity
         saved = Saved()
 
-        def load() -> tuple[Path | None, dict[str, Any], bool]:
+        def load() -> tuple[Path | None, dict[str, Any], int | None]:
             lock_directory(self.directory)
             for directory in (self.directory, self.directory / "checkpoints", self.directory / "model"):
                 checkpoint.remove_partial_writes(directory)
             path = checkpoint.newest(self.directory / "checkpoints")
             content, saved.tensors = checkpoint.load(path) if path else ({}, {})
-            return path, content, (self.directory / "model").is_dir()
+            return path, content, model_step(self.directory)
 
         if self._resumes:
-            saved.path, saved.content, has_model = self.world.on_main(load)
+            saved.path, saved.content, kept_step = self.world.on_main(load)
         if saved.path:
             known = "train_state" in saved.content
             fix = "Use --overwrite, or another --output_dir"
             require(known, f"--resume: {saved.path} was made by an earlier version of this program. {fix}.")
             self._require_same_run(saved.content["identity"])
             saved.state = TrainState.from_json(saved.content["train_state"])
-            if saved.state.best_step is not None and not has_model:
-                step = saved.state.best_step
-                warn(f"{self.directory}/model is gone, with the weights of step {step}; keeping later ones")
+            if saved.state.best_step != kept_step:  # the run was killed after a later evaluation, or model/ is gone
+                held, best = (f"of step {step}" if step else "none" for step in (kept_step, saved.state.best_step))
+                warn(f"{self.directory}/model: its weights are {held}, and the best up to the checkpoint are {best}. "
+                     "The next evaluation replaces them.")  # fmt: skip
                 saved.state.best_step, saved.state.last_eval_step = None, -1
         return saved
 
@@ -125,7 +126,7 @@ class Run:
             return False
         done = self.world.on_main(lambda: finished_step(self.directory))
         if saved.path:
-            done = saved.state.step if saved.state.last_eval_step >= num_steps else 0
+            done = saved.state.step if saved.state.last_eval_step == saved.state.step else 0
         if done >= num_steps:
             print(f"{self.directory}: this run is finished ({done} of {num_steps} steps). "
                   f"Pass a larger --max_steps to train longer, or --overwrite to start over.")  # fmt: skip
