@@ -34,8 +34,8 @@ from modeling.precision import Precision, autocast, make_deterministic, resolve_
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
 from training.monitor import StepMonitor, StepResult, memory_advice, micro_batch_memory, peak_memory_gib
-from training.plan import Plan, count_steps, share_batch
-from training.run import Run, RunConfig, identity
+from training.plan import Plan, count_steps, identity, share_batch
+from training.run import Run, RunConfig
 from training.signals import Signals
 from training.state import seed_step
 
@@ -169,9 +169,7 @@ def update_if_finite(
     if scaler.is_enabled():  # fp16: the scaler itself skips gradients that overflowed
         if num_predicted > 0:
             scaler.step(optimizer)
-        scaler.update(
-            None if num_predicted > 0 else scaler.get_scale()
-        )  # the end of a step, also of one without tokens
+        scaler.update(None if num_predicted > 0 else scaler.get_scale())  # ends a step, also one without tokens
     elif optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~is_finite).float()
         optimizer.step()
@@ -206,8 +204,9 @@ def dry_run(model, optimizer, scaler, train_data, config: Config, precision: str
 
 def train(config: Config, world: World, signals: Signals) -> None:
     """Train to the last step, from the start or the newest checkpoint. All ranks run this; rank 0 writes and prints."""
-    share_batch(config, world)
     run = Run(config, world)  # checks --output_dir; a new run writes nothing before run.start()
+    if run.is_uploaded():
+        return
     device = select_device()
     precision = world.on_main(partial(resolve_precision, config.precision, device, world.shards))
 
@@ -221,13 +220,12 @@ def train(config: Config, world: World, signals: Signals) -> None:
 
     # Resume from the newest checkpoint, unless the run is finished.
     saved = run.find_checkpoint(identity(config, model_config, tokenizer, train_data, eval_blocks))
-    state = saved.state
+    state, num_steps = saved.state, max(num_steps, saved.state.step)  # a smaller --max_steps undoes no step
     if run.is_finished(saved, num_steps):
         return
 
     # Seeded before the model, as its new weights are random. Later, each step is seeded by itself.
     transformers.set_seed(config.seed)
-    make_deterministic()
     model = build_model(config, model_config, tokenizer, world, device, precision, num_steps, saved.compiled)
     optimizer = make_optimizer(model, config.weight_decay)
     run.require_same_model(saved, model.frozen_sha256, type(optimizer).__name__)
@@ -313,6 +311,8 @@ def main() -> None:
     config.output_dir = config.output_dir or f"runs/{config_file.stem if config_file else 'train'}"
     with World(config) as world:
         signals.world = world
+        share_batch(config, world)
+        make_deterministic()
         train(config, world, signals)
 
 

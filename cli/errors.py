@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,14 +43,21 @@ def require(holds: bool, message: str) -> None:
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     with suppress(OSError):  # stderr may go to a full disk
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {without_credentials(text)}", file=sys.stderr)
+
+
+def without_credentials(value: Any) -> Any:
+    """Return a text, or the texts of a list, with user and password removed from URLs. Other values stay."""
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    return re.sub(r"(?<=://)[^/\s?#]*@", "", value) if isinstance(value, str) else value
 
 
 def root_cause(error: BaseException) -> str:
     """Return the innermost cause of an error as one line: libraries wrap it, except the Hub's."""
     while (cause := error.__cause__) is not None and not any(isinstance(e, HfHubHTTPError) for e in (error, cause)):
         error = cause
-    return " ".join(str(error).split())[:300]
+    return without_credentials(" ".join(str(error).split()))[:300]
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -78,7 +86,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # if rank 0 fails as well, it reports the error, and torchrun ends this rank meanwhile
         with suppress(OSError):
-            for line in str(known).splitlines():
+            for line in without_credentials(str(known)).splitlines():
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         if isinstance(known, SaveError):
             drop_output(sys.stdout, sys.stderr)

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
-from cli.errors import UserError, require, root_cause, warn
+from cli.errors import UserError, require, root_cause, warn, without_credentials
 from cli.hub import find_hub, split_revision
 from corpus.documents import ConcatenatedDocuments, Documents, text_files
 from corpus.flags import DataConfig, TextConfig
@@ -138,7 +138,8 @@ def find_files(
     first, *others = formats.values()
     if any(other != first for other in others):
         names = ", ".join(sorted({builder for builder, _ in formats.values()}))
-        raise UserError(f"{flag_name} {' '.join(paths)[:200]}: files of several formats ({names}). Use one format.")
+        shown = without_credentials(" ".join(paths))[:200]
+        raise UserError(f"{flag_name} {shown}: files of several formats ({names}). Use one format.")
     builder, options = first
     if builder == "text":
         unused = config.changed_columns() + [f"--filter {rule}" for rule in config.filter]

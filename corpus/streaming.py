@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import UserError, require, root_cause
+from cli.errors import UserError, require, root_cause, without_credentials
 from cli.hub import find_hub, split_revision
 from corpus.documents import Documents, Piece, text_files
 from corpus.flags import DataConfig
@@ -131,7 +131,7 @@ def load_documents(config: DataConfig, seed: int) -> tuple[Streamed, Documents]:
 
 def _stream_files(config: DataConfig) -> Streamed:
     paths, builder, options = find_files("--train_files", config.train_files, config, allow_urls=True)
-    name = f"--train_files {' '.join(paths)[:200]}"
+    name = f"--train_files {without_credentials(' '.join(paths))[:200]}"
     has_client = find_spec("aiohttp") or not any(path.startswith(("http:", "https:")) for path in paths)
     require(has_client, f"{name}: needs aiohttp. Run pip install aiohttp, or pass downloaded files.")
     if builder == "text":

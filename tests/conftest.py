@@ -4,6 +4,9 @@ import json
 import os
 import random
 import tempfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 # Before any Hugging Face library is imported: a cache of our own, and no network.
@@ -163,3 +166,13 @@ def corpus(tmp_path):
         "".join(json.dumps(row | {"text": make_text(8), "said": talk("a", "b")}) + "\n" for row in rows[:5])
     )
     return {"train_files": [f"{tmp_path}/[0-9].jsonl"], "eval_files": [f"{tmp_path}/eval.jsonl"], "block_size": 32}
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The address of the test's directory by HTTP."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

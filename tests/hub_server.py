@@ -222,8 +222,13 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/repos/create", token=True)
     def create(self) -> Answer:
-        """Create a repository; for one that exists, a 409 that the clients forgive under exist_ok."""
+        """Create a repository; for one that exists, a 409 that the clients forgive under exist_ok.
+
+        Nobody may create one under the name of another.
+        """
         wanted = json.loads(self.body)
+        if wanted.get("organization") not in (None, USER):
+            raise HubError(403, f"You don't have the rights to create a model under {wanted['organization']}")
         key = wanted.get("type") or "model", f"{wanted.get('organization') or USER}/{wanted['name']}"
         with self.hub.lock:
             status = 409 if key in self.hub.repos else 200

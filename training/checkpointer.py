@@ -1,5 +1,6 @@
 """Save checkpoints, and the model with the best evaluation loss."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from cli.errors import UserError
 from distributed.parallel import full_tensor, reshard
 from modeling.saving import FILE_SIZE, save_sharded
 from training import checkpoint
-from training.log import RunLog, evaluations
+from training.log import EVALUATION, RunLog, evaluations
 from training.model_card import model_card
 from training.monitor import StepMonitor
 from training.run import Run
@@ -77,7 +78,10 @@ class Checkpointer:
 
 
 class BestModel:
-    """Keep in model/ the weights with the best evaluation loss, or with --keep last those of the last evaluation."""
+    """Keep in model/ the weights with the best evaluation loss, or with --keep last those of the last evaluation.
+
+    evaluation.json holds their step and loss.
+    """
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]):
         self._run, self._model, self._tokenizer, self._facts = run, model, tokenizer, facts
@@ -86,7 +90,7 @@ class BestModel:
         """Save the model, but never at step 0: it would be the one that training started from."""
         is_better = self._run.config.keep == "last" or state.best_step is None or loss < state.best_loss
         if state.step and is_better:
-            self._save()
+            self._save({"step": state.step, "loss": loss})
             state.best_step, state.best_loss = state.step, loss
 
     def write_card(self) -> None:
@@ -96,7 +100,7 @@ class BestModel:
     def _card(self) -> Any:
         return model_card(self._run.settings, self._facts, evaluations(self._run.directory))
 
-    def _save(self) -> None:
+    def _save(self, evaluation: dict[str, float]) -> None:
         model, world, path = self._model, self._run.world, self._run.directory / "model"
 
         def write(directory: Path) -> None:
@@ -106,6 +110,7 @@ class BestModel:
                 model.save_pretrained(directory, max_shard_size=FILE_SIZE)
             self._tokenizer.save_pretrained(directory)
             self._card().save(directory / "README.md")
+            (directory / EVALUATION).write_text(json.dumps(evaluation), encoding="utf-8")
 
         def save() -> None:
             if world.is_main:

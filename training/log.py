@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from training.checkpoint import write_file
 from training.state import TrainState
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard
+EVALUATION = "evaluation.json"  # in model/: the step and the loss of its weights
 
 
 class TensorBoard:
@@ -64,6 +65,8 @@ class RunLog:
         step, evaluated = state.step, state.last_eval_step == state.step
         records = [record for record in read_metrics(run_dir) if record["step"] <= step]
         records = [r for r in records if r["step"] < step or r["split"] != "eval" or evaluated]
+        for record in records:  # a finished run that goes on is not finished
+            record.pop("final", None)
         _rewrite(run_dir, records)
         self._run_dir, self._num_steps = run_dir, num_steps
         self._file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 open as long as the run
@@ -207,6 +210,12 @@ def finished_step(run_dir: Path) -> int:
     """Return the last step of a finished run that has its model, and 0 for any other run."""
     records = read_metrics(run_dir)
     return records[-1]["step"] if records and records[-1].get("final") and (run_dir / "model").is_dir() else 0
+
+
+def model_step(run_dir: Path) -> int | None:
+    """Return the step of the weights in model/, or None if there are none."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads((run_dir / "model" / EVALUATION).read_text(encoding="utf-8"))["step"]
 
 
 def last_step(run_dir: Path) -> int:

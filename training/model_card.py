@@ -13,7 +13,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from cli.errors import UserError, root_cause
 from cli.hub import split_revision
-from training.checkpoint import write_file
 
 
 def versions() -> dict[str, str]:
@@ -21,7 +20,7 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
 
 
-NAME = "PATH_OR_ID"  # in the card, until the model is uploaded somewhere
+NAME = "PATH_OR_ID"  # in the card beside the model
 
 
 def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
@@ -102,17 +101,17 @@ def check_login(repo_id: str) -> None:
 def push(model_dir: Path, repo_id: str) -> str:
     """Upload model, tokenizer and card to a private repository. Return its address.
 
-    The token is that of the environment or of the saved login.
+    The token is that of the environment or of the saved login. The card names the repository on the Hub alone.
     """
-    card = model_dir / "README.md"
-    write_file(card, card.read_text(encoding="utf-8").replace(NAME, repo_id))
     try:
         api = HfApi()
         repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=model_dir, commit_message="Upload model, tokenizer and card")
+        card = (model_dir / "README.md").read_text(encoding="utf-8").replace(NAME, repo_id).encode()
+        api.upload_folder(repo_id=repo_id, folder_path=model_dir, ignore_patterns="README.md")
+        api.upload_file(repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md")
         return f"{api.endpoint}/{repo_id}"
     except Exception as error:
         raise UserError(
             f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "
-            f"Run `hf upload {repo_id} {model_dir}`."
+            f"Pass --resume --push_to_hub {repo_id} to try again."
         ) from error

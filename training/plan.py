@@ -1,18 +1,24 @@
-"""The plan of a run: its steps, and the lines that are printed before the first one."""
+"""The plan of a run: its steps, its identity, and the lines that are printed before the first step."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import require, warn
+from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from modeling.architectures import flops_per_token, position_limit
 from modeling.precision import device_name
 from training.monitor import Throughput, peak_flops
 from training.state import TrainState
+
+# Settings that must not change when a run resumes: with another value it would be another run.
+SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
+SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer")
 
 
 def share_batch(config: Any, world: World) -> None:
@@ -32,9 +38,25 @@ def count_steps(config: Any, train_data: Any) -> tuple[int, int]:
     """Return the number of steps and of warmup steps. Raise UserError if the warmup is not shorter."""
     num_steps = config.max_steps or math.ceil(train_data.steps_per_epoch(config.batch_size) * config.num_epochs)
     warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(num_steps * config.warmup_steps)
-    given = f"--warmup_steps {config.warmup_steps:g}"
-    require(warmup_steps < num_steps, f"{given}: the run has only {num_steps} steps. Set fewer.")
+    given = f"--warmup_steps {config.warmup_steps:.15g}"
+    long = f"the warmup has {warmup_steps:.0f} steps, and the run {num_steps}"
+    require(warmup_steps < num_steps, f"{given}: {long}. Set a smaller value.")
     return num_steps, int(warmup_steps)
+
+
+def identity(
+    config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
+) -> dict[str, Any]:
+    """Return the values that must not change when a run resumes: with another one it would be another run."""
+    base = Path(config.model or config.model_config)
+    return {
+        "model": base.name if base.exists() else str(base),  # a directory may have moved
+        **{f"model's {key}": value for key, value in json.loads(model_config.to_json_string()).items()},
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "training text": train_data.identity,
+        "evaluation text": eval_data.stream.sha256,
+        **{name: getattr(config, name) for name in SAME_RUN},
+    }
 
 
 class Plan:

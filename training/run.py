@@ -1,7 +1,7 @@
 """The directory of a run: its owner, its checkpoint to resume from, its first write and its last words."""
 
 import fcntl
-import json
+import glob
 import os
 import sys
 from dataclasses import dataclass, field
@@ -10,28 +10,22 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from cli.errors import UserError, require, warn
+from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import Count, flag
-from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from training import checkpoint
-from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished
+from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step
 from training.model_card import check_login, push, versions
 from training.state import TrainState, make_moments, trained_weights
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
 
-# Settings that must not change when a run resumes: with another value it would be another run.
-SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
-SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer")
-
 # Settings that may change, and change the numbers from there on.
 SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
 SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_steps", "weight_decay")
 
-ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # config.yaml must not repeat these
+ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # of a command, not settings of the run
 
 
 @dataclass
@@ -73,15 +67,24 @@ class Run:
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) if world.size > 1 else 0
         wrong = f"--resume: torchrun --max-restarts={restarts} starts this command again when a rank is lost"
         require(not restarts or (config.resume and not config.overwrite), f"{wrong}. Pass --resume, not --overwrite.")
-        self.settings = dict(vars(config))
+        self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         self.identity: dict[str, Any] = {}
-        self._require_same_on_all_ranks(self.settings)
+        self._require_same_on_all_ranks(vars(config))
         self._exists = world.on_main(self._check_directory)
         self._resumes = self._exists and config.resume and not config.overwrite and not config.dry_run
         if config.push_to_hub and not config.dry_run:
             world.on_main(lambda: check_login(config.push_to_hub))
 
     # The run that is there already
+
+    def is_uploaded(self) -> bool:
+        """Upload a finished run with the same settings, if asked to: that needs no text."""
+        if not (self._resumes and self.config.push_to_hub and self.world.on_main(self._is_done)):
+            return False
+        if self.world.is_main:
+            lock_directory(self.directory)
+            self._finish()
+        return True
 
     def find_checkpoint(self, identity: dict[str, Any]) -> Saved:
         """Return the newest intact checkpoint with --resume, or an empty one.
@@ -92,14 +95,14 @@ class Run:
         self.identity = identity
         saved = Saved()
 
-        def lock() -> bool:
+        def lock() -> int | None:
             lock_directory(self.directory)
             for directory in (self.directory, self.directory / "checkpoints", self.directory / "model"):
                 checkpoint.remove_partial_writes(directory)
-            return (self.directory / "model").is_dir()
+            return model_step(self.directory)
 
         if self._resumes:
-            has_model = self.world.on_main(lock)
+            kept_step = self.world.on_main(lock)
             saved.path = checkpoint.newest(self.directory / "checkpoints", self.world)
         if saved.path:
             saved.content, saved.stream = checkpoint.load(saved.path)
@@ -108,9 +111,10 @@ class Run:
             require(known, f"--resume: {saved.path} was made by an earlier version of this program. {fix}.")
             self._require_same_run(saved.content["identity"])
             saved.state = TrainState.from_json(saved.content["train_state"])
-            if saved.state.best_step is not None and not has_model:
-                step = saved.state.best_step
-                warn(f"{self.directory}/model is gone, with the weights of step {step}; keeping later ones")
+            if saved.state.best_step != kept_step:  # the run was killed after a later evaluation, or model/ is gone
+                held, best = (f"of step {step}" if step else "none" for step in (kept_step, saved.state.best_step))
+                warn(f"{self.directory}/model: its weights are {held}, and the best up to the checkpoint are {best}. "
+                     "The next evaluation replaces them.")  # fmt: skip
                 saved.state.best_step, saved.state.last_eval_step = None, -1
         return saved
 
@@ -123,7 +127,7 @@ class Run:
             return False
         done = self.world.on_main(lambda: finished_step(self.directory))
         if saved.path:
-            done = saved.state.step if saved.state.last_eval_step >= num_steps else 0
+            done = saved.state.step if saved.state.last_eval_step == saved.state.step else 0
         if done >= num_steps:
             print(f"{self.directory}: this run is finished ({done} of {num_steps} steps). "
                   f"Pass a larger --max_steps to train longer, or --overwrite to start over.")  # fmt: skip
@@ -133,7 +137,7 @@ class Run:
             return True
         if saved.path:
             self._note_changes(saved.content["settings"])
-        elif done or self.world.on_main(lambda: last_step(self.directory) > self._saved_every()):
+        elif done or self.world.on_main(lambda: last_step(self.directory) > self._recorded().get("save_every", 0)):
             fix = "Use its model as it is, or pass --overwrite"
             raise checkpoint.NoCheckpointError(f"--resume: {self.directory} has no checkpoint left. {fix}.")
         else:
@@ -198,9 +202,8 @@ class Run:
         if not saved.path:
             remove_run(self.directory)
         log = RunLog(self.directory, saved.state, num_steps)
-        kept = {key: value for key, value in self.settings.items() if key not in ONCE and value not in (None, [])}
         made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
-        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self._given(), sort_keys=False, allow_unicode=True)
         checkpoint.write_file(self.directory / "config.yaml", f"# made with {made_with}\n{text}")
         return log
 
@@ -230,12 +233,33 @@ class Run:
         if present and not (config.resume or config.overwrite or config.dry_run):
             fix = "Pass --resume to go on, --overwrite to delete it, or another directory"
             raise UserError(f"--output_dir {path}: holds another run. {fix}.")
+        if present and config.overwrite:
+            self._require_sources_elsewhere()
         return bool(present)
 
-    def _saved_every(self) -> int:
-        """Return the --save_every of the run that is there: past this step it had a checkpoint."""
+    def _require_sources_elsewhere(self) -> None:
+        """Raise UserError if --overwrite would delete a path among the settings, such as the model to start from."""
+        content = {(self.directory / name).resolve() for name in RUN_CONTENT}
+        for name, given in self.settings.items():
+            for value in map(str, given if isinstance(given, list) else [given]):
+                paths = glob.glob(value, recursive=True) or glob.glob(value.rpartition(":")[0], recursive=True)
+                for path in map(Path.resolve, map(Path, paths)):  # the second glob: a source of --mix with its weight
+                    inside = f"--{name} {value}: lies in --output_dir {self.directory}, which --overwrite deletes"
+                    require(content.isdisjoint([path, *path.parents]), f"{inside}. Use another --output_dir.")
+
+    def _given(self) -> dict[str, Any]:
+        """Return the settings that have a value."""
+        return {key: value for key, value in self.settings.items() if value not in (None, [])}
+
+    def _recorded(self) -> dict[str, Any]:
+        """Return the settings in config.yaml."""
         path = self.directory / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["save_every"] if path.exists() else 0
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _is_done(self) -> bool:
+        """Return whether the run that is there is finished and has these settings. Its directory may have moved."""
+        same = self._recorded() | {"output_dir": self.config.output_dir} == self._given()
+        return same and finished_step(self.directory) > 0
 
     def _require_same_on_all_ranks(self, mine: dict[str, Any]) -> None:
         different = [name for name, value in self.world.broadcast(mine).items() if mine.get(name) != value]
@@ -254,21 +278,6 @@ class Run:
             now = self.settings[name]
             if before.get(name, now) != now:
                 print(f"note: --{name} was {before[name]} and is {now} from here on")
-
-
-def identity(
-    config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
-) -> dict[str, Any]:
-    """Return the values that must not change when a run resumes: with another one it would be another run."""
-    base = Path(config.model or config.model_config)
-    return {
-        "model": base.name if base.exists() else str(base),  # a directory may have moved
-        **{f"model's {key}": value for key, value in json.loads(model_config.to_json_string()).items()},
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "training text": train_data.identity,
-        "evaluation text": eval_data.stream.sha256,
-        **{name: getattr(config, name) for name in SAME_RUN},
-    }
 
 
 def remove_run(run_dir: Path) -> None:

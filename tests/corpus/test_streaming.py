@@ -2,9 +2,6 @@
 
 import copy
 import json
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import pytest
@@ -127,16 +124,6 @@ def test_resumes_exactly_from_any_step(kind, pack, corpus, tokenizer, tmp_path, 
         rest = [update for update, _ in zip(other.batches(4, 8, position), updates[i:], strict=False)]
         assert [update[1:] for update in rest] == [update[1:] for update in updates[i:]]
         assert all(same(update[0], true[0]) for update, true in zip(rest, updates[i:], strict=True))
-
-
-@pytest.fixture
-def site(tmp_path):
-    """The address of the test's directory by HTTP."""
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])

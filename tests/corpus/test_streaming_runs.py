@@ -140,6 +140,22 @@ def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
             assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr
 
 
+def test_the_password_of_a_url_is_written_nowhere(model_dir, corpus, site, tmp_path):
+    pytest.importorskip("aiohttp")
+    url = f"{site}/0.jsonl".replace("://", "://me:pa55word@")
+    arguments = flags(model_dir, corpus | {"train_files": [url]}, max_steps=2)
+    done = run_script("train.py", *arguments, "--output_dir", "run", cwd=tmp_path)
+    assert done.returncode == 0 and f"streamed text of --train_files {site}/0.jsonl" in done.stdout, done.stderr
+    written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    names = [path.name for path, content in written.items() if f"{site}/0.jsonl".encode() in content]
+    assert {"config.yaml", "README.md", "state.json"} < set(names) and any("tfevents" in name for name in names)
+    assert not [path for path, content in written.items() if b"pa55word" in content]
+    assert "pa55word" not in done.stdout + done.stderr
+    (tmp_path / "0.jsonl").unlink()
+    lost = run_script("train.py", *arguments, "--output_dir", "other", cwd=tmp_path)
+    assert lost.returncode == 2 and f"{site}/0.jsonl" in lost.stderr and "pa55word" not in lost.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -159,7 +175,7 @@ def test_a_dataset_of_the_hub_is_streamed(model_dir, tmp_path):
         ({"train_files": "broken.jsonl"}, "broken.jsonl"),
         ({"train_files": "odd.jsonl"}, "odd.jsonl, --text_column text: record 150 contains"),
         ({"train_files": "none.jsonl"}, "no such file"),
-        ({"train_files": "http://127.0.0.1:9/a.txt"}, "http://127.0.0.1:9/a.txt: "),
+        ({"train_files": "http://me:p@ss@127.0.0.1:9/a.txt"}, "http://127.0.0.1:9/a.txt: "),
     ],
     ids=lambda value: str(value)[:50],
 )

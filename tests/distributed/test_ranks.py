@@ -232,11 +232,7 @@ LOST = r"waiting\.py: error: rank 1: the connection to another rank is lost \(.*
 
 
 @pytest.mark.parametrize(
-    ("ended", "number", "codes", "said"),
-    [
-        (0, signal.SIGKILL, [-9, 6], LOST),
-        (0, signal.SIGTERM, [143, 6], LOST),
-    ],
+    ("ended", "number", "codes", "said"), [(0, signal.SIGKILL, [-9, 6], LOST), (0, signal.SIGTERM, [143, 6], LOST)]
 )
 def test_ranks_notice_the_end_of_another_also_while_one_works_alone(tmp_path, ended, number, codes, said):
     (tmp_path / "waiting.py").write_text(WAITING)

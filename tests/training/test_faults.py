@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cli.errors import SaveError
 from training import checkpoint
 from training.checkpoint import verify
-from training.log import RunLog, read_metrics
+from training.log import RunLog, finished_step, read_metrics
 from training.signals import Signals
 from training.state import TrainState
 
@@ -311,6 +311,43 @@ def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
     )
     assert torch.equal(kept, last)
     assert curve(name, "eval/loss") == [0, 6, 12]
+
+
+def test_weights_from_after_the_checkpoint_are_replaced(directory, undisturbed, tmp_path):
+    """As after a kill between the evaluation at the end and its checkpoint. The run goes on with a ruinous rate."""
+    name = tmp_path / "run"
+    shutil.copytree(directory / "undisturbed", name)
+    kept = json.loads((name / "model/evaluation.json").read_text())
+    last = read_jsonl(name / "metrics.jsonl")[-1]
+    assert kept == {"step": last["step"], "loss": last["loss"]} and kept["step"] == STEPS
+    shutil.rmtree(name / f"checkpoints/step-{STEPS:06}")
+    again = run(directory, name, "--resume", "--learning_rate", 0.9)
+    assert again.returncode == 0 and f"(step {STEPS})" in again.stdout, again.stderr
+    assert f"warning: {name}/model: its weights are of step {STEPS}, and the best" in again.stderr
+    last = read_jsonl(name / "metrics.jsonl")[-1]
+    assert last["loss"] > kept["loss"]
+    assert json.loads((name / "model/evaluation.json").read_text()) == {"step": STEPS, "loss": last["loss"]}
+    weights, saved = (
+        load_file(path)["transformer.wte.weight"]
+        for path in (name / "model/model.safetensors", name / f"checkpoints/step-{STEPS:06}/weights.safetensors")
+    )
+    assert torch.equal(weights, saved)
+
+
+def test_a_run_that_has_more_steps_than_it_needs_ends_with_those_that_it_has(directory, tmp_path):
+    name = tmp_path / "run"
+    process = start(directory, name, "--max_steps", 1000, "--keep", "last", until="step 7/")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143, process.stderr
+    step = int(re.search(r"stopped by SIGTERM at step (\d+)", process.stdout)[1])
+    assert 6 < step < 12 and read_jsonl(name / "metrics.jsonl")[-1]["split"] == "train" and not finished_step(name)
+    flags = ("--resume", "--max_steps", 5, "--keep", "last")
+    again = run(directory, name, *flags)
+    assert again.returncode == 0 and again.stderr == "", again.stderr
+    assert f"step {step}: evaluation loss" in again.stdout and f"after (step {step})" in again.stdout
+    assert finished_step(name) == step == json.loads((name / "model/evaluation.json").read_text())["step"]
+    assert f"\n{step} steps, precision fp32" in (name / "model/README.md").read_text()
+    assert f"this run is finished ({step} of {step} steps)" in run(directory, name, *flags).stdout
 
 
 def test_a_run_that_was_made_meanwhile_is_not_deleted(directory, tmp_path):

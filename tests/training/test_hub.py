@@ -70,6 +70,33 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
+def test_a_finished_run_is_uploaded_without_its_text_and_under_the_name_that_it_has_there(hub, model_dir, tmp_path):
+    """The first name belongs to somebody else, and the second one is completed by the Hub."""
+    env, text = client(hub, tmp_path / "home", HF_TOKEN="hf_test"), write_jsonl(tmp_path / "notes.jsonl", 9)
+    flags = ["--model", model_dir, "--train_files", text.name, *FLAGS[4:], "--output_dir", "notes"]
+    resume = ("train.py", "--config", "notes/config.yaml", "--resume", "--push_to_hub")
+    with processes.prepare(env):
+        done = run_script("train.py", *flags, "--push_to_hub", "typo/name", cwd=tmp_path, env=env)
+        assert done.returncode == 2 and "Pass --resume --push_to_hub typo/name to try again" in done.stderr, done.stderr
+        text.unlink()
+        before = {path: path.read_bytes() for path in (tmp_path / "notes").rglob("*") if path.is_file()}
+        done = run_script(*resume, "notes", cwd=tmp_path, env=env)
+        assert done.returncode == 0 and f"uploaded  {hub.endpoint}/user/notes" in done.stdout, done.stderr
+        pushed = hub.files("user/notes")
+        assert b'model="user/notes"' in pushed["README.md"] and b"typo" not in pushed["README.md"]
+        assert pushed.keys() == {path.name for path in before if path.parent.name == "model"}
+        assert before == {path: path.read_bytes() for path in before}
+        # A run that is to go on, and one that went on and was killed, need the text.
+        longer = run_script(*resume, "notes", "--max_steps", 5, cwd=tmp_path, env=env)
+        assert longer.returncode == 2 and "notes.jsonl: no such file" in longer.stderr
+        write_jsonl(text, 9)
+        process = processes.start(*resume, "notes", "--max_steps", 900, cwd=tmp_path, env=env)
+        assert any(line.startswith("step 4/") for line in process.lines())
+        process.kill()
+        process.wait(10)
+        assert not any(record.get("final") for record in read_jsonl(tmp_path / "notes/metrics.jsonl"))
+
+
 def test_what_the_hub_refuses_is_said_before_training(hub, tmp_path):
     env = client(hub, tmp_path / "home")
     refusals = (
