@@ -37,6 +37,8 @@ def save_sharded(model: PreTrainedModel, directory: Path, full_tensor: Callable,
     split = split_torch_state_dict_into_shards(converted, filename_pattern=pattern, max_shard_size=FILE_SIZE)
     files = {name: set(names) for name, names in split.filename_to_tensors.items()}
 
+    if writes:
+        model.save_pretrained(directory, state_dict={})  # all files but the weights
     failure, held = None, {}
     for part in parts:
         tensors = {name: full_tensor(state[name]) for name in part}
@@ -49,12 +51,10 @@ def save_sharded(model: PreTrainedModel, directory: Path, full_tensor: Callable,
             failure = error
     if failure:
         raise failure
-    if writes:
-        model.save_pretrained(directory, state_dict={})  # all files but the weights
-        if split.is_sharded:
-            metadata = {"total_parameters": model.num_parameters(), **split.metadata}
-            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-            (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if writes and split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _independent_parts(

@@ -176,4 +176,4 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["step-000001"]
-    assert torch.equal(load(tmp_path / "step-000001")[1]["weights"]["a"], TENSORS["weights"]["a"])
+    assert verify(tmp_path / "step-000001") is None

@@ -1,0 +1,98 @@
+"""A sharded model is saved as `save_pretrained` saves it in one process, without the whole model on one rank."""
+
+import json
+
+import pytest
+from conftest import ROOT, start_ranks
+from safetensors.torch import load_file
+
+SAVING = """
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+from cli.errors import run_script
+from distributed.parallel import full_tensor
+from distributed.world import DistributedConfig, World
+from modeling import saving
+from modeling.loading import weights_on_meta
+from modeling.adapters import LoraConfig, add_lora
+
+GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 100}
+MIXTRAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+           "intermediate_size": 48, "num_local_experts": 3, "vocab_size": 100, "max_position_embeddings": 16}
+CASES = {"gpt2": ("gpt2", GPT2), "mixtral": ("mixtral", MIXTRAL), "files": ("mixtral", MIXTRAL),
+         "buffers": ("gpt2", GPT2), "lora": ("gpt2", GPT2)}
+
+
+def main():
+    with World(DistributedConfig(strategy="fsdp", rank_timeout=60)) as world:
+        for name, (kind, sizes) in CASES.items():
+            torch.manual_seed(0)
+            settings = CONFIG_MAPPING[kind](**sizes)
+            with nullcontext() if world.is_main else weights_on_meta():
+                model = AutoModelForCausalLM.from_config(settings)
+            if name == "buffers":
+                block = model.transformer.h[0]
+                block.register_buffer("count", torch.tensor([3, 4], dtype=torch.int64))
+                block.register_buffer("flag", torch.tensor([True, False]))
+                model.register_buffer("scale", torch.tensor(2.5))
+            saving.FILE_SIZE = "20KB" if name == "files" else "2GB"
+            expected, directory = Path("one") / name, Path("ranks") / name
+            if name == "lora":
+                for parameter in model.parameters():
+                    parameter.requires_grad_(False)
+                add_lora(model, LoraConfig(lora_rank=4))
+                if world.is_main:
+                    for parameter in model.parameters():
+                        if parameter.requires_grad:
+                            torch.nn.init.normal_(parameter)
+            if world.is_main:
+                model.save_pretrained(expected, max_shard_size=saving.FILE_SIZE)
+                directory.mkdir(parents=True)
+            model = world.parallelize(model, torch.device("cpu"), "fp32", 8)
+            largest = []
+
+            def counted(tensor):
+                full = full_tensor(tensor)
+                largest.append(tensor.numel())
+                return full
+
+            saving.save_sharded(model, directory, counted, writes=world.is_main)
+            world.on_main(lambda: None)
+
+
+run_script(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("saving")
+    (cwd / "saving.py").write_text(SAVING)
+    ranks = start_ranks(2, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return cwd
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "files", "buffers", "lora"])
+def test_a_sharded_model_is_saved_as_in_one_process(saved, name):
+    one, ranks = saved / "one" / name, saved / "ranks" / name
+    files = {path.name for path in ranks.iterdir()} - {"README.md"}
+    assert files == {path.name for path in one.iterdir()} - {"README.md"}  # peft writes a card
+    assert len(files) > 8 or name != "files"
+    for file in files:
+        if file.endswith(".safetensors"):
+            ours, theirs = load_file(ranks / file), load_file(one / file)
+            assert ours.keys() == theirs.keys()
+            for key, tensor in theirs.items():
+                assert ours[key].dtype == tensor.dtype and ours[key].equal(tensor), key
+        else:
+            ours, theirs = (json.loads((directory / file).read_text()) for directory in (ranks, one))
+            assert ours == theirs, file
