@@ -10,13 +10,14 @@ SHA-256 of each file, so that damage is noticed.
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from cli.errors import MAKE_ROOM, SaveError, UserError, root_cause, warn
 
 MANIFEST = "manifest.json"
-WRITING, REPLACED = ".being-written", ".being-replaced"  # suffixes of names that exist only during a save
+WRITING, COMPLETE = ".being-written", ".complete"  # suffixes of names that exist only during a save
 
 
 class NoCheckpointError(UserError):
@@ -98,16 +99,25 @@ def prune(directory: Path, keep: int, newest: Path) -> None:
     paths = _checkpoints(directory)
     until = paths.index(newest) + 1
     for path in paths[: max(0, until - keep)] + paths[until:]:
-        remove(path)
+        _remove_or_warn(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a directory in one step, or a symbolic link but not its target."""
+    """Delete a file, a directory in one step if it can be renamed, or a symbolic link but not its target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
-    else:
-        leaving = path.name.endswith(WRITING)
-        shutil.rmtree(path if leaving else path.rename(path.with_name(f".{path.name}{WRITING}")))
+        return
+    if not path.name.endswith(WRITING):
+        with suppress(OSError):  # overlayfs cannot rename a directory of a lower layer
+            path = path.rename(path.with_name(f".{path.name}{WRITING}"))
+    shutil.rmtree(path)
+
+
+def _remove_or_warn(path: Path) -> None:
+    try:
+        remove(path)
+    except OSError as error:
+        warn(f"{path}: cannot be deleted ({error.strerror}). Change its permissions, or remove it.")
 
 
 def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -> None:
@@ -120,7 +130,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     path = Path(os.path.realpath(path))  # it may be a symbolic link to a larger disk
     temporary = path.with_name(f".{path.name}{WRITING}")
     with _saving(path, num_bytes):
-        remove_partial_writes(path.parent, path.name)
+        remove_partial_writes(path.parent, glob.escape(path.name))
         temporary.mkdir(parents=True)
         write(temporary)
         umask = os.umask(0)
@@ -128,8 +138,7 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~umask)
-            _sync(file)
-        _sync(temporary)
+        _sync_tree(temporary)
         swap_into_place(temporary, path)
         _sync(path.parent)
 
@@ -151,44 +160,65 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
     except Exception as error:  # the tokenizers library raises a plain Exception
         if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):
             raise
-        remove_partial_writes(path.parent, path.name)
+        remove_partial_writes(path.parent, glob.escape(path.name))
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
             f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
             f"{shutil.disk_usage(home).free:,} are free. {MAKE_ROOM}"
         ) from error
     finally:
-        remove_partial_writes(path.parent, path.name)  # the old content of `path` goes as well
+        remove_partial_writes(path.parent, glob.escape(path.name))  # the old content of `path` goes as well
 
 
-def remove_partial_writes(directory: Path, name: str = "*") -> None:
-    """Remove the files of an interrupted save of ``name``, a glob pattern, from ``directory``."""
-    for old in directory.glob(f".{name}{REPLACED}"):
-        path = old.with_name(old.name[1:].removesuffix(REPLACED))
-        remove(old) if path.exists() else old.rename(path)
+def remove_partial_writes(directory: Path, name: str) -> None:
+    """Finish or remove an interrupted save of ``name``, a glob pattern, in ``directory``."""
+    for marker in directory.glob(f".{name}{COMPLETE}"):
+        path = marker.with_name(marker.name[1:].removesuffix(COMPLETE))
+        temporary = path.with_name(f".{path.name}{WRITING}")
+        if temporary.exists():
+            if path.exists():
+                shutil.rmtree(path)
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                shutil.copytree(temporary, path)
+                _sync_tree(path)
+            _sync(directory)
+        marker.unlink()
     for leftover in directory.glob(f".{name}{WRITING}"):
-        remove(leftover)
+        _remove_or_warn(leftover)
 
 
 def swap_into_place(temporary: Path, path: Path) -> None:
-    """Exchange ``temporary`` and ``path`` in one step, so that ``path`` always exists."""
-    if not path.exists():
-        temporary.rename(path)
-        return
-    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(temporary), os.fsencode(path))
+    """Exchange ``temporary`` and ``path`` in one step, so that ``path`` always exists.
+
+    NFS cannot exchange names, and overlayfs cannot rename a directory of a lower layer. There a marker file says that
+    ``temporary`` is complete, so that `remove_partial_writes` replaces ``path``, if need be after a crash.
+    """
+    try:
+        if path.exists():
+            _exchange(temporary, path)
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+            raise
+        path.with_name(f".{path.name}{COMPLETE}").touch()
+        _sync(path.parent)
+        remove_partial_writes(path.parent, glob.escape(path.name))
+
+
+def _exchange(first: Path, second: Path) -> None:
+    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(first), os.fsencode(second))
     if sys.platform == "darwin":
         failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
     else:
         here = -100  # AT_FDCWD
         failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
-    if failed and ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        # NFS cannot exchange names: two steps. `remove_partial_writes` repairs a crash between them.
-        old = path.with_name(f".{path.name}{REPLACED}")
-        path.rename(old)
-        temporary.rename(path)
-        old.rename(temporary)
-    elif failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -203,6 +233,11 @@ def _sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

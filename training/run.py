@@ -93,8 +93,10 @@ class Run:
 
         def load() -> tuple[Path | None, dict[str, Any], bool]:
             lock_directory(self.directory)
-            for directory in (self.directory, self.directory / "checkpoints", self.directory / "model"):
-                checkpoint.remove_partial_writes(directory)
+            for name in RUN_CONTENT:  # nothing else here is this run's
+                checkpoint.remove_partial_writes(self.directory, name)
+            checkpoint.remove_partial_writes(self.directory / "checkpoints", "step-*")
+            checkpoint.remove_partial_writes(self.directory / "model", "README.md")
             path = checkpoint.newest(self.directory / "checkpoints")
             content, saved.tensors = checkpoint.load(path) if path else ({}, {})
             return path, content, (self.directory / "model").is_dir()

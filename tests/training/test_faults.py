@@ -301,11 +301,18 @@ def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_
 
 
 def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
+    """And what another process is writing among the run's own files, as `export.py --out` does, is left alone."""
     name = tmp_path / "run"
     assert run(directory, name).returncode == 0
     shutil.rmtree(name / "model")
+    for other in (".merged.being-written", ".model.being-written", "checkpoints/.merged.being-written"):
+        (name / other).mkdir()
     again = run(directory, name, "--resume")
     assert again.returncode == 0 and "warning" in again.stderr and f"after (step {STEPS})" in again.stdout
+    assert sorted(str(path.relative_to(name)) for path in name.rglob(".*")) == [
+        ".merged.being-written",
+        "checkpoints/.merged.being-written",
+    ]
     kept, last = (
         load_file(path)["transformer.wte.weight"]
         for path in (name / "model/model.safetensors", name / f"checkpoints/step-{STEPS:06}/weights.safetensors")
