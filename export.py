@@ -19,7 +19,7 @@ from cli.flags import flag, parse
 from modeling.adapters import merge_adapters
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.precision import DTYPES
-from training.checkpoint import write_directory
+from training.atomic import write_directory
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cli.errors import UserError
 from distributed.parallel import full_tensor, reshard
 from modeling.saving import FILE_SIZE, save_sharded
-from training import checkpoint
+from training import atomic, checkpoint
 from training.log import EVALUATION, RunLog, evaluations
 from training.model_card import model_card
 from training.monitor import StepMonitor
@@ -115,7 +115,7 @@ class BestModel:
         def save() -> None:
             if world.is_main:
                 num_bytes = 4 * model.num_parameters(only_trainable=bool(self._run.config.lora_rank))
-                checkpoint.write_directory(path, write, num_bytes)
+                atomic.write_directory(path, write, num_bytes)
             elif world.shards:
                 save_sharded(model, path, full_tensor, writes=False)
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from cli.errors import MAKE_ROOM, SaveError, drop_output, root_cause, warn
-from training.checkpoint import write_file
+from training.atomic import write_file
 from training.state import TrainState
 
 NO_CURVES = ("tokens", "tokens_seen", "epoch", "final")  # in metrics.jsonl, but flat or straight lines in TensorBoard

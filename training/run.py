@@ -14,7 +14,7 @@ import yaml
 from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import Count, flag
 from distributed.world import World
-from training import checkpoint
+from training import atomic, checkpoint
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step
 from training.model_card import check_login, push, versions
 from training.state import TrainState, make_moments, trained_weights
@@ -97,8 +97,10 @@ class Run:
 
         def lock() -> int | None:
             lock_directory(self.directory)
-            for directory in (self.directory, self.directory / "checkpoints", self.directory / "model"):
-                checkpoint.remove_partial_writes(directory)
+            for name in RUN_CONTENT:  # nothing else here is this run's
+                atomic.remove_partial_writes(self.directory, name)
+            atomic.remove_partial_writes(self.directory / "checkpoints", "step-*")
+            atomic.remove_partial_writes(self.directory / "model", "README.md")
             return model_step(self.directory)
 
         if self._resumes:
@@ -204,7 +206,7 @@ class Run:
         log = RunLog(self.directory, saved.state, num_steps)
         made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
         text = yaml.safe_dump(self._given(), sort_keys=False, allow_unicode=True)
-        checkpoint.write_file(self.directory / "config.yaml", f"# made with {made_with}\n{text}")
+        atomic.write_file(self.directory / "config.yaml", f"# made with {made_with}\n{text}")
         return log
 
     def _finish(self) -> None:
@@ -282,10 +284,10 @@ class Run:
 
 def remove_run(run_dir: Path) -> None:
     """Delete a run. If the process dies half-way, the next start finds no checkpoint and begins from scratch."""
-    checkpoint.remove(run_dir / "checkpoints")
-    checkpoint.write_file(run_dir / "metrics.jsonl", "")
+    atomic.remove(run_dir / "checkpoints")
+    atomic.write_file(run_dir / "metrics.jsonl", "")
     for name in RUN_CONTENT:
-        checkpoint.remove(run_dir / name)
+        atomic.remove(run_dir / name)
 
 
 def lock_directory(run_dir: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from distributed.world import World
-from training.checkpoint import load, load_tensors, newest, prune, remove_partial_writes, save, verify, write_directory
+from training.atomic import remove_partial_writes, write_directory
+from training.checkpoint import load, load_tensors, newest, prune, save, verify
 
 WORLD = World()
 OLD, NEW = (
@@ -19,7 +20,7 @@ STREAM = {"stream": torch.arange(3)}
 def crash_in_save(directory: Path, lines: int) -> str:
     """Saves a checkpoint and a model in a child process that dies, without any cleaning up, at the given line.
 
-    Lines of checkpoint.py and of shutil count, so the deaths are before and after each write, sync, rename and
+    Lines of checkpoint.py, atomic.py and shutil count, so the deaths are before and after each write, sync, rename and
     removal of a file. Returns "old" or "new" for the state found afterwards, "ended" where the child
     came to its end; raises AssertionError where anything is lost or half there.
     """
@@ -33,7 +34,7 @@ def crash_in_save(directory: Path, lines: int) -> str:
 
         def trace(frame, event, argument):
             nonlocal count
-            if not frame.f_code.co_filename.endswith(("checkpoint.py", "shutil.py")):
+            if not frame.f_code.co_filename.endswith(("training/checkpoint.py", "training/atomic.py", "shutil.py")):
                 return None
             if event == "line":
                 count += 1
@@ -54,7 +55,7 @@ def crash_in_save(directory: Path, lines: int) -> str:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, 9), code
     for path in (directory, checkpoints):
-        remove_partial_writes(path)
+        remove_partial_writes(path, "*")
     found = newest(checkpoints, WORLD)
     state, stream = load(found)
     assert found.name == f"step-{state['step']:06}" and state["step"] in (2, 3)

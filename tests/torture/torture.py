@@ -53,7 +53,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from distributed.world import World  # noqa: E402
-from training import checkpoint  # noqa: E402
+from training import atomic, checkpoint  # noqa: E402
 
 TIMEOUT = 120  # seconds a process
 MEASURED = ("tokens_per_second", "memory_gib")  # differ from run to run
@@ -820,7 +820,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 def spoil(path: Path, kind: str, draw: random.Random) -> None:
     if kind == "delete":
-        return checkpoint.remove(path)
+        return atomic.remove(path)
     if kind == "add":
         return shutil.copyfile(next(path.parent.iterdir()), path)
     data = bytearray(path.read_bytes())

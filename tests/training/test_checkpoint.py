@@ -1,6 +1,9 @@
+import ctypes
+import errno
 import os
 import resource
 import stat
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +13,10 @@ from crashes import crash_in_save
 
 from cli.errors import SaveError
 from distributed.world import World
-from training import checkpoint
-from training.checkpoint import NoCheckpointError, load, load_tensors, prune, verify, write_directory
+from training import atomic, checkpoint
+from training.atomic import remove_partial_writes, write_directory
+from training.checkpoint import NoCheckpointError, load, load_tensors, prune, verify
+from training.run import remove_run
 
 TENSORS = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)},
@@ -149,17 +154,120 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     assert order[-3:] == [".step-000001.being-written", "rename to step-000001", tmp_path.name]
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, monkeypatch, exchanges):
+@pytest.fixture(params=["exchanges", "NFS", "overlayfs"])
+def file_system(request, monkeypatch):
+    """Makes names be exchanged, refused as by NFS, or no directory be renamed at all, as by overlayfs."""
+    answer = {"NFS": errno.EINVAL, "overlayfs": errno.EXDEV}.get(request.param)
+    refuse = SimpleNamespace(renameat2=lambda *_: (ctypes.set_errno(answer), -1)[1])
+    if answer:
+        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: refuse)
+    rename = Path.rename
+
+    def rename_files(self, target):
+        if self.is_dir():
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self))
+        return rename(self, target)
+
+    if request.param == "overlayfs":
+        monkeypatch.setattr(Path, "rename", rename_files)
+
+
+def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, file_system):
     """A child process saves, over an older checkpoint and a newer model, and dies at its first, second, ... line."""
-    if not exchanges:  # as NFS: what renameat2 then answers
-        monkeypatch.setattr(checkpoint, "errno", SimpleNamespace(EINVAL=0, ENOSYS=0, ENOTSUP=0))
-        monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
     outcomes, line = [], 0
     while "ended" not in outcomes:
         outcomes.append(crash_in_save(tmp_path / str(line), line))
-        line += 7  # `make torture` takes each
-    assert len(outcomes) > 30 and {"old", "new"} <= set(outcomes)
+        line += 17  # `make torture` takes each
+    assert len(outcomes) > 15 and {"old", "new"} <= set(outcomes)
+
+
+def in_child(work):
+    """Calls ``work`` in a child process and returns its exit code, or 9 if it raises; 77 stands for a skip."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(work() or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_run_in_a_lower_layer_of_overlayfs_is_saved_pruned_and_deleted(tmp_path):
+    run = tmp_path / "lower/run"
+    for name in ("lower", "layers"):
+        (tmp_path / name).mkdir()
+    for step in (1, 2):
+        save(run / f"checkpoints/step-{step:06}", TENSORS, {"step": step})
+    write_directory(run / "model", write("old"), 3)
+    user, group = os.getuid(), os.getgid()
+
+    def mount(kind, target, options=""):
+        libc = ctypes.CDLL(None, use_errno=True)
+        return libc.mount(*(os.fsencode(word) for word in (kind, target, kind)), 0, os.fsencode(options)) == 0
+
+    def work():
+        if ctypes.CDLL(None).unshare(0x10000000 | 0x00020000):  # a user namespace, and mounts of its own
+            return 77
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path("/proc/self", name).write_text(text)
+        layers = tmp_path / "layers"
+        if not mount("tmpfs", layers):
+            return 77
+        for name in ("upper", "work", "merged"):
+            (layers / name).mkdir()
+        lower = f"lowerdir={tmp_path}/lower,upperdir={layers}/upper,workdir={layers}/work,userxattr"
+        if not mount("overlay", layers / "merged", lower):
+            return 77
+        run = layers / "merged/run"
+        with pytest.raises(OSError, match="cross-device"):
+            (run / "model").rename(run / "other")
+        save(run / "checkpoints/step-000002", TENSORS, {"step": 20})  # in the place of one of the lower layer
+        save(run / "checkpoints/step-000003", TENSORS, {"step": 3})
+        prune(run / "checkpoints", 2, run / "checkpoints/step-000003")
+        assert sorted(os.listdir(run / "checkpoints")) == ["step-000002", "step-000003"]
+        assert load(run / "checkpoints/step-000002")[0] == {"step": 20}
+        write_directory(run / "model", write("new"), 3)
+        assert (run / "model/a").read_text() == "new" and sorted(os.listdir(run)) == ["checkpoints", "model"]
+        remove_run(run)
+        assert os.listdir(run) == []
+
+    if (code := in_child(work)) == 77:
+        pytest.skip("no mount of overlayfs is permitted here")
+    assert code == 0 and (run / "model/a").read_text() == "old"
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, capfd):
+    """Root may delete everything, so the child is another user."""
+    for step in (1, 2):
+        save(tmp_path / f"step-{step:06}", TENSORS, {"step": step})
+    if os.geteuid() == 0:
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            os.chown(path, 65534, 65534)
+    (tmp_path / "step-000001").chmod(0o555)
+
+    def work():
+        os.chdir(tmp_path)  # another user may not come here by the directories above
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        prune(Path(), 1, Path("step-000002"))
+        remove_partial_writes(Path(), "step-*")  # as --resume does
+
+    code = in_child(work)
+    (left,) = tmp_path.glob("*step-000001*")
+    left.chmod(0o755)
+    assert code == 0 and newest(tmp_path) == tmp_path / "step-000002"
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and all("cannot be deleted (Permission denied)" in line for line in said)
+
+
+def test_another_writer_is_left_alone_whatever_its_name_is(tmp_path):
+    for name in (".run 1.being-written", ".run [1].being-written"):
+        (tmp_path / name).mkdir()
+    write_directory(tmp_path / "run [1]", write("a"), 1)
+    write_directory(tmp_path / "run *", write("a"), 1)
+    assert sorted(os.listdir(tmp_path)) == [".run 1.being-written", "run *", "run [1]"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):

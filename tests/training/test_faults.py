@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli.errors import SaveError
-from training import checkpoint
+from training import atomic
 from training.checkpoint import verify
 from training.log import RunLog, finished_step, read_metrics
 from training.signals import Signals
@@ -292,19 +292,26 @@ def test_when_memory_runs_out(directory, tmp_path):
 
 def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_path):
     run(directory, tmp_path / "run")
-    checkpoint.remove(tmp_path / "run/checkpoints")  # the first two steps of `remove_run`
-    checkpoint.write_file(tmp_path / "run/metrics.jsonl", "")
+    atomic.remove(tmp_path / "run/checkpoints")  # the first two steps of `remove_run`
+    atomic.write_file(tmp_path / "run/metrics.jsonl", "")
     again = run(directory, tmp_path / "run", "--resume")
     assert again.returncode == 0 and "starting over" in again.stdout, again.stderr
     assert result(tmp_path / "run") == undisturbed
 
 
 def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
+    """And what another process is writing among the run's own files, as `export.py --out` does, is left alone."""
     name = tmp_path / "run"
     assert run(directory, name).returncode == 0
     shutil.rmtree(name / "model")
+    for other in (".merged.being-written", ".model.being-written", "checkpoints/.merged.being-written"):
+        (name / other).mkdir()
     again = run(directory, name, "--resume")
     assert again.returncode == 0 and "warning" in again.stderr and f"after (step {STEPS})" in again.stdout
+    assert sorted(str(path.relative_to(name)) for path in name.rglob(".*")) == [
+        ".merged.being-written",
+        "checkpoints/.merged.being-written",
+    ]
     kept, last = (
         load_shards(path)["transformer.wte.weight"]
         for path in (name / "model", name / f"checkpoints/step-{STEPS:06}/weights")
