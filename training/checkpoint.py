@@ -10,6 +10,7 @@ SHA-256 of each file, so that damage is noticed.
 
 import ctypes
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -17,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli.errors import MAKE_ROOM, SaveError, UserError, root_cause, warn
+from cli.errors import SaveError, UserError, root_cause, save_advice, warn
 
 MANIFEST = "manifest.json"
 WRITING, COMPLETE = ".being-written", ".complete"  # suffixes of names that exist only during a save
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_warn_once = functools.cache(warn)
 
 
 class NoCheckpointError(UserError):
@@ -137,7 +140,8 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
         os.umask(umask)
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~umask)
+                with _if_supported():
+                    file.chmod(0o666 & ~umask)
         _sync_tree(temporary)
         swap_into_place(temporary, path)
         _sync(path.parent)
@@ -164,7 +168,7 @@ def _saving(path: Path, num_bytes: int) -> Iterator[None]:
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
             f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
-            f"{shutil.disk_usage(home).free:,} are free. {MAKE_ROOM}"
+            f"{shutil.disk_usage(home).free:,} are free. {save_advice(error)}"
         ) from error
     finally:
         remove_partial_writes(path.parent, glob.escape(path.name))  # the old content of `path` goes as well
@@ -203,7 +207,7 @@ def swap_into_place(temporary: Path, path: Path) -> None:
         else:
             temporary.rename(path)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+        if error.errno not in (*UNSUPPORTED, errno.EXDEV):
             raise
         path.with_name(f".{path.name}{COMPLETE}").touch()
         _sync(path.parent)
@@ -235,6 +239,18 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _if_supported() -> Iterator[None]:
+    """Let a change of modes, or a sync of a directory, fail on file systems without it: CIFS, and some of FUSE."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
+        problem = "--output_dir: its file system cannot sync directories or set file modes"
+        _warn_once(f"{problem}. After a power cut the last save may be missing.")
+
+
 def _sync_tree(directory: Path) -> None:
     for path in (*directory.rglob("*"), directory):
         _sync(path)
@@ -243,6 +259,7 @@ def _sync_tree(directory: Path) -> None:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _if_supported() if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

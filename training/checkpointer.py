@@ -12,7 +12,7 @@ from cli.errors import UserError
 from training import checkpoint
 from training.log import RunLog, evaluations
 from training.model_card import model_card
-from training.monitor import StepMonitor
+from training.monitor import StepMonitor, memory_advice
 from training.run import Run
 from training.state import TrainState, training_state
 
@@ -52,6 +52,7 @@ class Checkpointer:
                 self.save()
             raise
 
+    @memory_advice("out of memory in a save", "Run again with --resume when other programs have freed memory")
     def save(self) -> None:
         """Save the state after the last step. Raise NonFiniteError or SaveError instead of a bad checkpoint."""
         self._monitor.check()

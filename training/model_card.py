@@ -1,6 +1,7 @@
 """The model card, and the upload to the Hub."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -114,5 +115,5 @@ def push(model_dir: Path, repo_id: str) -> str:
     except Exception as error:
         raise UserError(
             f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "
-            f"Run `hf upload {repo_id} {model_dir}`."
+            f"Run `hf upload {repo_id} {shlex.quote(str(model_dir))}`."
         ) from error

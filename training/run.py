@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from cli.errors import UserError, require, warn
-from cli.flags import Count, flag
+from cli.flags import AnyPath, Count, flag
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from training import checkpoint
@@ -38,7 +39,7 @@ ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # config.yaml must not
 class RunConfig:
     title = "run"
 
-    output_dir: str | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
+    output_dir: AnyPath | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
     resume: bool = flag(False, "go on from the newest checkpoint in --output_dir, or start if there is none")
     overwrite: bool = flag(False, "delete the run that is in --output_dir; wins over --resume")
     keep_checkpoints: Count = flag(2, "newest checkpoints to keep")
@@ -212,9 +213,10 @@ class Run:
             print(f"uploaded  {push(model, self.config.push_to_hub)}")
         python = Path(sys.executable)
         python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+        python, logs, quoted = (shlex.quote(str(path)) for path in (python, self.directory.parent, model))
         print(f"model     {model}")
-        print(f"curves    {python} -m tensorboard.main --logdir {self.directory.parent}     (or: make tensorboard)")
-        print(f'next      {python} generate.py --model {model} --prompt "..."')
+        print(f"curves    {python} -m tensorboard.main --logdir {logs}     (or: make tensorboard)")
+        print(f'next      {python} generate.py --model {quoted} --prompt "..."')
 
     def _check_directory(self) -> bool:
         """Return whether the directory holds a run. Raise UserError if a new one must not go there."""
