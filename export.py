@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import require, run_script
-from cli.flags import flag, parse
+from cli.flags import AnyPath, flag, parse
 from modeling.adapters import merge_adapters
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.precision import DTYPES
@@ -26,8 +26,8 @@ from training.atomic import write_directory
 class ExportConfig:
     title = "export"
 
-    model: str | None = flag(None, "Hub id[@revision] or directory of a model or an adapter")
-    out: str | None = flag(None, "a new directory")
+    model: AnyPath | None = flag(None, "Hub id[@revision] or directory of a model or an adapter")
+    out: AnyPath | None = flag(None, "a new directory")
     dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "dtype of the saved weights")
 
     def rules(self) -> list[tuple[bool, str]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from cli.errors import UserError, require, run_script
-from cli.flags import Count, Range, Seed, flag, parse
+from cli.flags import AnyPath, Count, Range, Seed, flag, parse
 from corpus.chat import render
 from modeling.architectures import position_limit
 from modeling.checks import check_model
@@ -46,9 +46,9 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     title = "generation"
 
-    model: str | None = flag(None, "Hub id[@revision] or directory; default: the newest finished run under runs/")
+    model: AnyPath | None = flag(None, "Hub id[@revision] or directory; default: the newest finished run under runs/")
     prompt: list[str] = flag([], "one or more texts to continue")
-    prompts_file: str | None = flag(None, "a file with one prompt a line")
+    prompts_file: AnyPath | None = flag(None, "a file with one prompt a line")
     chat: bool = flag(False, "a conversation: each prompt is a turn of the user, answered with all turns before it")
     seed: Seed = flag(42, "seed of the sampling")
     num_samples: Count = flag(1, "texts a prompt")

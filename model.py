@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from cli.errors import UserError, require, warn
-from cli.flags import flag
+from cli.flags import AnyPath, flag
 from corpus.documents import Documents
 from distributed.world import World
 from modeling.adapters import add_lora, freeze, frozen_sha256
@@ -45,10 +45,10 @@ END_OF_TEXT = "<|endoftext|>"  # ends documents in a tokenizer that is trained h
 class ModelConfig:
     title = "model"
 
-    model: str | None = flag(None, "Hub id, with @REVISION if wanted, or directory of a pretrained model")
-    model_config: str | None = flag(None, "from scratch instead: directory or JSON file with a model's config.json")
+    model: AnyPath | None = flag(None, "Hub id, with @REVISION if wanted, or directory of a pretrained model")
+    model_config: AnyPath | None = flag(None, "from scratch instead: directory or JSON file with a model's config.json")
     model_overrides: str | None = flag(None, """keys to change in the model's config: '{"n_layer": 4}'""")
-    tokenizer: str | None = flag(
+    tokenizer: AnyPath | None = flag(
         None, "Hub id or directory (default: the model's); train:N trains a byte-level BPE of N tokens"
     )
     add_tokens: list[str] = flag([], "tokens to add, such as '<note>'; their embeddings start at the mean of all")

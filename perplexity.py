@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cli.errors import run_script
-from cli.flags import Count, flag, parse
+from cli.flags import AnyPath, Count, flag, parse
 from corpus.flags import TextConfig
 from corpus.formats import FILES_HELP
 from corpus.sources import read_documents
@@ -40,8 +40,8 @@ from modeling.precision import Precision, autocast, keep_freed_memory, resolve_p
 class PerplexityConfig(TextConfig):
     title = "perplexity"
 
-    model: str | None = flag(None, "Hub id, with @REVISION if wanted, or directory of the model to measure")
-    files: list[str] = flag([], FILES_HELP)
+    model: AnyPath | None = flag(None, "Hub id, with @REVISION if wanted, or directory of the model to measure")
+    files: list[AnyPath] = flag([], FILES_HELP)
     stride: Count | None = flag(None, "slide a window of --block_size tokens by N tokens instead of cutting blocks")
     batch_size: Count = flag(8, "blocks per forward pass; does not change the result")
     precision: Precision = flag("fp32", "fp32 is exact; auto is the fastest that the device does well")

@@ -19,7 +19,9 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 
-MAKE_ROOM = "Run again after making room; train.py goes on with --resume."
+# What to do before the next try, by the number of the error that kept a file from being written.
+REPAIRS = {ENOSPC: "making room", EDQUOT: "making room", EFBIG: "making room", EROFS: "making the disk writable"}
+REPAIRS |= {EACCES: "changing its permissions", EPERM: "changing its permissions"}
 
 
 class UserError(ValueError):
@@ -60,8 +62,18 @@ def root_cause(error: BaseException) -> str:
     return without_credentials(" ".join(str(error).split()))[:300]
 
 
+def save_advice(error: BaseException) -> str:
+    """Return what to do about an error in writing a file."""
+    in_rust = re.search(r"os error (\d+)", str(error))  # the text of an error in safetensors or tokenizers
+    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+    return f"Run again after {REPAIRS.get(number, 'checking the disk')}; train.py goes on with --resume."
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main``. Turn a UserError into plain lines on stderr and its exit code."""
+    for name in ("stdin", "stdout", "stderr"):  # a closed stream, as after `>&-`, is None
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that its encoding lacks must not end a run
     # Messages of libraries would hide the one line that matters.
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
@@ -72,6 +84,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     code: Any = 0
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:
@@ -88,12 +101,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         with suppress(OSError):
             for line in without_credentials(str(known)).splitlines():
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        if isinstance(known, SaveError):
-            drop_output(sys.stdout, sys.stderr)
         code = known.exit_code
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            drop_output(stream)
     # Python takes a while to exit, and a signal would print a traceback meanwhile: exit at once instead.
-    with suppress(OSError):
-        sys.stdout.flush()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -101,10 +115,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def drop_output(*streams: TextIO) -> None:
-    """Send streams to /dev/null, so that a failing flush at exit does not change the exit code."""
-    for stream in streams:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def drop_output(stream: TextIO) -> None:
+    """Send a stream to /dev/null, so that a failing flush at exit does not change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _thread_failed(failure: Any) -> None:
@@ -138,5 +151,5 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG, ENOTDIR):
         return UserError(f"{error.filename}: {error.strerror}. Use another path, or change its permissions.")
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EROFS, EIO):
-        return SaveError(f"{error.filename or 'the output'}: {error.strerror}. {MAKE_ROOM}")
+        return SaveError(f"{error.filename or 'the output'}: {error.strerror}. {save_advice(error)}")
     return None

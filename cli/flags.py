@@ -10,6 +10,7 @@ config, config_file = parse(Config, __doc__)   # reads sys.argv; every script ta
 import dataclasses
 import difflib
 import json
+import os
 import re
 import shlex
 import sys
@@ -52,6 +53,7 @@ class Range:
 
 Count = Annotated[int, Range(least=1)]
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # the seeds that NumPy takes
+AnyPath = Annotated[str, "path"]  # or a Hub id; ~ is the home directory, also in YAML and in --model=~/x
 
 
 def flag(default: Any, help: str) -> Any:
@@ -76,13 +78,17 @@ def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tup
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the flags below; flags beside it win")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     path = parser.parse_known_args(argv)[0].config
-    flags = _yaml_flags(Path(path), fields) if path else []
+    flags = _yaml_flags(Path(path).expanduser(), fields) if path else []
     *parts, _, unknown = parser.parse_args_into_dataclasses(
         flags + argv, look_for_args_file=False, return_remaining_strings=True
     )
     # Only the names are shown: a value may be a secret.
     unknown = [given.partition("=")[0] for given in unknown if given.startswith("--")] or unknown[:1]
     config = kind(**{name: value for part in parts for name, value in vars(part).items()})
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if AnyPath in (hint, *get_args(hint)) and (value := getattr(config, name)):
+            one = isinstance(value, str)
+            setattr(config, name, os.path.expanduser(value) if one else [os.path.expanduser(item) for item in value])
     rules = [*_ranges(config)]
     for part in kind.__mro__:
         rules += vars(part)["rules"](config) if "rules" in vars(part) else []

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from cli.flags import Count, Range, flag
+from cli.flags import AnyPath, Count, Range, flag
 from corpus.formats import FILES_HELP
 from corpus.templates import parse_filter, parse_source, parse_template
 
@@ -17,7 +17,7 @@ class TextConfig:
 
     title = "text"
 
-    dataset: str | None = flag(None, "a Hub dataset id, also ID@REVISION, or a directory made by save_to_disk")
+    dataset: AnyPath | None = flag(None, "a Hub dataset id, also ID@REVISION, or a directory made by save_to_disk")
     dataset_config: str | None = flag(None, "the dataset's configuration, if it has several")
     dataset_split: str = flag("train", "the split to read, or a slice such as train[:5000]")
     text_column: str = flag(
@@ -66,11 +66,13 @@ class TextConfig:
 
 @dataclass
 class DataConfig(TextConfig):
-    train_files: list[str] = flag([], FILES_HELP)
-    mix: list[str] = flag(
+    train_files: list[AnyPath] = flag([], FILES_HELP)
+    mix: list[AnyPath] = flag(
         [], "several sources as name:weight; a name is a path, a glob or a dataset, a weight counts documents"
     )
-    eval_files: list[str] = flag([], "files of the evaluation text (default: a part of the training text is held out)")
+    eval_files: list[AnyPath] = flag(
+        [], "files of the evaluation text (default: a part of the training text is held out)"
+    )
     dataset_eval_split: str | None = flag(None, "split to evaluate on (default: a part of the training text)")
     eval_fraction: Annotated[float, Range(above=0, below=1)] = flag(
         0.1, "part of the documents to hold out, chosen by the seed, if there is no evaluation text"

@@ -5,6 +5,8 @@ import os
 import random
 import tempfile
 import threading
+import traceback
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -76,6 +78,21 @@ def start_ranks(
     group = processes.meeting_place() | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)} | (env or {})
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [processes.start(script, *args, cwd=cwd, env=group | rank) for rank in own]
+
+
+def in_child(work: Callable[[], int | None]) -> int:
+    """Calls ``work`` in a forked process and returns its exit code, what ``work`` returns or 9 for an error."""
+    child = os.fork()
+    if child == 0:
+        try:
+            code = work() or 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 9
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def read_jsonl(path: Path) -> list[dict]:

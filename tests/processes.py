@@ -112,14 +112,15 @@ def start(
     cwd: str | Path,
     env: dict[str, str] | None = None,
     stdin: str = "",
-    stdout: str | Path | None = None,
-    stderr: str | Path | None = None,
+    stdout: str | Path | int | None = None,
+    stderr: str | Path | int | None = None,
     fresh: bool = False,
 ) -> Process:
     """Starts ``python SCRIPT ARGS`` in ``cwd``, the environment being ``os.environ | env``.
 
-    ``script`` is relative to the project. ``stdout`` and ``stderr`` name files to write to instead of temporary ones.
-    ``fresh`` asks for an interpreter of its own, which imports everything anew.
+    ``script`` is relative to the project. ``stdout`` and ``stderr`` name files to write to instead of temporary
+    ones, or are descriptors, such as a pipe's. ``fresh`` asks for an interpreter of its own, which imports everything
+    anew.
     """
     path = ROOT / str(script)
     arguments = [str(path), *map(str, args)]
@@ -140,6 +141,9 @@ def start(
             spawned = server.fork(arguments, cwd, environment, [reader, out.fileno(), err.fileno()])
     finally:
         os.close(reader)
+        for given, file in ((stdout, out), (stderr, err)):
+            if isinstance(given, int):  # the reader of a pipe waits until all have closed it
+                file.close()
     return Process(spawned, out, err)
 
 
@@ -275,7 +279,9 @@ def _visible(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in IGNORED_VARIABLES}
 
 
-def _writable(name: str | Path | None) -> BinaryIO:
+def _writable(name: str | Path | int | None) -> BinaryIO:
+    if isinstance(name, int):
+        return open(name, "wb", buffering=0)
     return open(name, "w+b") if name else tempfile.TemporaryFile()
 
 

@@ -5,19 +5,23 @@ write_directory(run_dir / "model", lambda directory: model.save_pretrained(direc
 
 import ctypes
 import errno
+import fcntl
+import functools
 import glob
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cli.errors import MAKE_ROOM, SaveError, root_cause, warn
+from cli.errors import SaveError, UserError, root_cause, save_advice, warn
 
 WRITING, COMPLETE = ".being-written", ".complete"  # suffixes of names that exist only during a save
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_warn_once = functools.cache(warn)
 
 
 def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -> None:
@@ -52,7 +56,8 @@ def put(temporary: Path, path: Path) -> None:
     os.umask(umask)
     for file in temporary.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~umask)
+            with _if_supported():
+                file.chmod(0o666 & ~umask)
     _sync_tree(temporary)
     swap_into_place(temporary, path)
     sync(path.parent)
@@ -87,7 +92,7 @@ def saving(path: Path, num_bytes: int) -> Iterator[None]:
         home = next(parent for parent in path.parents if parent.exists())
         raise SaveError(
             f"{path}: cannot be saved ({root_cause(error)}); it needs {num_bytes:,} bytes and "
-            f"{shutil.disk_usage(home).free:,} are free. {MAKE_ROOM}"
+            f"{shutil.disk_usage(home).free:,} are free. {save_advice(error)}"
         ) from error
 
 
@@ -142,7 +147,7 @@ def swap_into_place(temporary: Path, path: Path) -> None:
         else:
             temporary.rename(path)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+        if error.errno not in (*UNSUPPORTED, errno.EXDEV):
             raise
         path.with_name(f".{path.name}{COMPLETE}").touch()
         sync(path.parent)
@@ -160,6 +165,18 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
 
 
+@contextmanager
+def _if_supported() -> Iterator[None]:
+    """Let a change of modes, or a sync of a directory, fail on file systems without it: CIFS, and some of FUSE."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
+        problem = "--output_dir: its file system cannot sync directories or set file modes"
+        _warn_once(f"{problem}. After a power cut the last save may be missing.")
+
+
 def _sync_tree(directory: Path) -> None:
     for path in (*directory.rglob("*"), directory):
         sync(path)
@@ -168,6 +185,16 @@ def _sync_tree(directory: Path) -> None:
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _if_supported() if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_directory(run_dir: Path) -> None:
+    """Keep other processes out of a run for as long as this one lives. Raise UserError if one is there already."""
+    try:
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        fix = "Use another directory, or run again after its end"
+        raise UserError(f"--output_dir {run_dir}: a run is under way there. {fix}.") from error

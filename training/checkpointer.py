@@ -16,7 +16,7 @@ from modeling.saving import FILE_SIZE, save_sharded
 from training import atomic, checkpoint
 from training.log import EVALUATION, RunLog, evaluations
 from training.model_card import model_card
-from training.monitor import StepMonitor
+from training.monitor import StepMonitor, memory_advice
 from training.run import Run
 from training.state import TrainState, describe, moments, trained_weights
 
@@ -56,6 +56,7 @@ class Checkpointer:
                 self.save()
             raise
 
+    @memory_advice("out of memory in a save", "Run again with --resume when other programs have freed memory")
     def save(self) -> None:
         """Save the state after the last step. Raise NonFiniteError or SaveError instead of a bad checkpoint."""
         self._monitor.check()

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from cli.errors import MAKE_ROOM, SaveError, drop_output, root_cause, warn
+from cli.errors import SaveError, drop_output, root_cause, save_advice, warn
 from training.atomic import write_file
 from training.state import TrainState
 
@@ -75,7 +75,7 @@ class RunLog:
             for record in records:
                 if record["step"] == step and not evaluated:  # void in the older files, and not made again
                     self._track(**record)
-        self._terminal = sys.stdout.isatty()
+        self._is_read, self._terminal = True, sys.stdout.isatty()
         self._bar = tqdm(total=num_steps, initial=step, unit="step", file=sys.stdout, disable=not self._terminal)
 
     def step(self) -> None:
@@ -131,15 +131,20 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.summary(plain, metrics)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, is_last: bool = False) -> None:
+        """Print a line. If nobody reads stdout any more, only the last line of a run is printed, on stderr."""
         with self._saving():
             try:
                 if self._terminal:
                     tqdm.write(text, file=sys.stdout)
                 else:
                     print(text, flush=True)
-            except BrokenPipeError:  # a long run goes on when nobody reads its output
+            except BrokenPipeError:  # a long run goes on
                 drop_output(sys.stdout)
+                self._is_read = False
+        if is_last and not self._is_read:
+            with suppress(OSError):
+                print(text, file=sys.stderr)
 
     def sync(self) -> None:
         """Flush all records to the disk before a checkpoint, which must not be ahead of them."""
@@ -170,7 +175,7 @@ class RunLog:
             yield
         except OSError as error:
             problem = f"{self._run_dir}: the log cannot be written ({root_cause(error)})"
-            raise SaveError(f"{problem}. {MAKE_ROOM}") from error
+            raise SaveError(f"{problem}. {save_advice(error)}") from error
 
 
 class NoLog:

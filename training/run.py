@@ -1,8 +1,8 @@
 """The directory of a run: its owner, its checkpoint to resume from, its first write and its last words."""
 
-import fcntl
 import glob
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from cli.errors import UserError, require, warn, without_credentials
-from cli.flags import Count, flag
+from cli.flags import AnyPath, Count, flag
 from distributed.world import World
 from training import atomic, checkpoint
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step
@@ -32,7 +32,7 @@ ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # of a command, not se
 class RunConfig:
     title = "run"
 
-    output_dir: str | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
+    output_dir: AnyPath | None = flag(None, "the run's directory (default: runs/<name of the config file>)")
     resume: bool = flag(False, "go on from the newest checkpoint in --output_dir, or start if there is none")
     overwrite: bool = flag(False, "delete the run that is in --output_dir; wins over --resume")
     keep_checkpoints: Count = flag(2, "newest checkpoints to keep")
@@ -64,9 +64,11 @@ class Run:
     def __init__(self, config: Any, world: World):
         self.config, self.world = config, world
         self.directory = Path(config.output_dir)
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) if world.size > 1 else 0
-        wrong = f"--resume: torchrun --max-restarts={restarts} starts this command again when a rank is lost"
-        require(not restarts or (config.resume and not config.overwrite), f"{wrong}. Pass --resume, not --overwrite.")
+        may_restart = world.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        wrong = "torchrun --max-restarts: starts this command again when a rank is lost"
+        require(
+            not may_restart or (config.resume and not config.overwrite), f"{wrong}. Pass --resume, not --overwrite."
+        )
         self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         self.identity: dict[str, Any] = {}
         self._require_same_on_all_ranks(vars(config))
@@ -82,7 +84,7 @@ class Run:
         if not (self._resumes and self.config.push_to_hub and self.world.on_main(self._is_done)):
             return False
         if self.world.is_main:
-            lock_directory(self.directory)
+            atomic.lock_directory(self.directory)
             self._finish()
         return True
 
@@ -96,7 +98,7 @@ class Run:
         saved = Saved()
 
         def lock() -> int | None:
-            lock_directory(self.directory)
+            atomic.lock_directory(self.directory)
             for name in RUN_CONTENT:  # nothing else here is this run's
                 atomic.remove_partial_writes(self.directory, name)
             atomic.remove_partial_writes(self.directory / "checkpoints", "step-*")
@@ -197,7 +199,7 @@ class Run:
     def _start(self, saved: Saved, num_steps: int) -> RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self._resumes:
-            lock_directory(self.directory)
+            atomic.lock_directory(self.directory)
             if self._check_directory() and not self._exists:
                 fix = "Use another directory"
                 raise UserError(f"--output_dir {self.directory}: another run was made there meanwhile. {fix}.")
@@ -216,9 +218,10 @@ class Run:
             print(f"uploaded  {push(model, self.config.push_to_hub)}")
         python = Path(sys.executable)
         python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+        python, logs, quoted = (shlex.quote(str(path)) for path in (python, self.directory.parent, model))
         print(f"model     {model}")
-        print(f"curves    {python} -m tensorboard.main --logdir {self.directory.parent}     (or: make tensorboard)")
-        print(f'next      {python} generate.py --model {model} --prompt "..."')
+        print(f"curves    {python} -m tensorboard.main --logdir {logs}     (or: make tensorboard)")
+        print(f'next      {python} generate.py --model {quoted} --prompt "..."')
 
     def _check_directory(self) -> bool:
         """Return whether the directory holds a run. Raise UserError if a new one must not go there."""
@@ -288,12 +291,3 @@ def remove_run(run_dir: Path) -> None:
     atomic.write_file(run_dir / "metrics.jsonl", "")
     for name in RUN_CONTENT:
         atomic.remove(run_dir / name)
-
-
-def lock_directory(run_dir: Path) -> None:
-    """Keep other processes out of a run for as long as this one lives. Raise UserError if one is there already."""
-    try:
-        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        fix = "Use another directory, or run again after its end"
-        raise UserError(f"--output_dir {run_dir}: a run is under way there. {fix}.") from error

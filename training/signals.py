@@ -38,7 +38,7 @@ class Signals:
                 log.say(f"step {step}: saved on {number.name}")
                 continue
             log.close()
-            print(f"stopped by {number.name} at step {step}, saved. Use --resume to go on.")
+            log.say(f"stopped by {number.name} at step {step}, saved. Use --resume to go on.", is_last=True)
             sys.exit(128 + number)
 
     def end(self) -> int | None:

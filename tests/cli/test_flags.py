@@ -6,7 +6,7 @@ import torch
 
 from cli import errors
 from cli.errors import UserError
-from cli.flags import Count, Range, flag, parse
+from cli.flags import AnyPath, Count, Range, flag, parse
 
 
 @dataclass
@@ -21,6 +21,8 @@ class Settings:
     overrides: str | None = flag(None, "JSON")
     resume: bool = flag(False, "go on")
     separator: str = flag(" ", "between")
+    model: AnyPath | None = flag(None, "a directory")
+    texts: list[AnyPath] = flag([], "paths")
 
     def rules(self):
         return [(self.batch_size != 13, "--batch_size 13: unlucky")]
@@ -83,6 +85,17 @@ def test_unknown_flags_are_named_with_the_bad_values():
         read("--foo", "1", "--oom", "x", "--batch_size", "0")
     said = str(error.value).splitlines()
     assert [line.partition(":")[0] for line in said] == ["--foo", "--oom", "--batch_size 0"]
+
+
+def test_a_tilde_is_the_home_directory_in_paths_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: ~/m\ntexts: [~/a, b~]\nseparator: ~/\n"
+    settings = read(yaml=text, tmp_path=tmp_path)
+    assert (settings.model, settings.texts, settings.separator) == ("/home/me/m", ["/home/me/a", "b~"], "~/")
+    assert read("--model=~/n", yaml=text, tmp_path=tmp_path).model == "/home/me/n"
+    (tmp_path / "home.yaml").write_text(text)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(Settings, "", ["--config", "~/home.yaml"])[0].model == f"{tmp_path}/m"
 
 
 def test_help_names_each_flag_and_default_once(capsys):

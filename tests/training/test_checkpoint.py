@@ -3,12 +3,12 @@ import errno
 import os
 import resource
 import stat
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import in_child
 from crashes import crash_in_save
 
 from cli.errors import SaveError
@@ -181,19 +181,6 @@ def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, file_system):
     assert len(outcomes) > 15 and {"old", "new"} <= set(outcomes)
 
 
-def in_child(work):
-    """Calls ``work`` in a child process and returns its exit code, or 9 if it raises; 77 stands for a skip."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(work() or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(9)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_run_in_a_lower_layer_of_overlayfs_is_saved_pruned_and_deleted(tmp_path):
     run = tmp_path / "lower/run"
     for name in ("lower", "layers"):
@@ -260,6 +247,28 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, capfd):
     assert code == 0 and newest(tmp_path) == tmp_path / "step-000002"
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2 and all("cannot be deleted (Permission denied)" in line for line in said)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM])
+def test_without_modes_and_syncs_of_directories_saves_work_with_one_warning(tmp_path, monkeypatch, capsys, number):
+    """As on CIFS and some of FUSE. A file that cannot be synced is an error everywhere."""
+    unsupported, fsync = OSError(number, os.strerror(number)), os.fsync
+
+    def refuse(*given, **named):
+        raise unsupported
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(os, "fsync", lambda file: refuse() if stat.S_ISDIR(os.fstat(file).st_mode) else fsync(file))
+    atomic._warn_once.cache_clear()
+    for step in (1, 2):
+        save(tmp_path / f"step-{step:06}", TENSORS, {})
+    atomic.write_file(tmp_path / "a", "text")
+    assert newest(tmp_path) == tmp_path / "step-000002"
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "cannot sync directories or set file modes" in warning
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(SaveError):
+        save(tmp_path / "step-000003", TENSORS, {})
 
 
 def test_another_writer_is_left_alone_whatever_its_name_is(tmp_path):

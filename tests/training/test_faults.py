@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -20,10 +21,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cli.errors import SaveError
+from cli.errors import SaveError, UserError
+from train import TrainingConfig
 from training import atomic
 from training.checkpoint import verify
+from training.checkpointer import Checkpointer
 from training.log import RunLog, finished_step, read_metrics
+from training.monitor import micro_batch_memory
 from training.signals import Signals
 from training.state import TrainState
 
@@ -301,13 +305,14 @@ def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_
 
 def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
     """And what another process is writing among the run's own files, as `export.py --out` does, is left alone."""
-    name = tmp_path / "run"
+    name = tmp_path / "a run"
     assert run(directory, name).returncode == 0
     shutil.rmtree(name / "model")
     for other in (".merged.being-written", ".model.being-written", "checkpoints/.merged.being-written"):
         (name / other).mkdir()
     again = run(directory, name, "--resume")
     assert again.returncode == 0 and "warning" in again.stderr and f"after (step {STEPS})" in again.stdout
+    assert f"generate.py --model '{name}/model' --prompt" in again.stdout and f"--logdir {tmp_path} " in again.stdout
     assert sorted(str(path.relative_to(name)) for path in name.rglob(".*")) == [
         ".merged.being-written",
         "checkpoints/.merged.being-written",
@@ -373,23 +378,52 @@ def test_a_run_that_was_made_meanwhile_is_not_deleted(directory, tmp_path):
 def test_a_run_whose_output_nobody_reads_goes_on_and_its_errors_are_still_said(poisoned):
     """As after ``| head``: the pipe is closed before the run writes to it."""
     (poisoned / "train.txt").write_text(" ".join([*make_text(700).split(" "), *["Q"] * 50]))
-    arguments = ["--model", "model", "--train_files", "train.txt", "--eval_files", "eval.txt", "--block_size", "32"]
-    arguments += [
-        "--batch_size",
-        "2",
-        "--precision",
-        "fp32",
-        "--overwrite",
-        "--output_dir",
-        "unread",
-        "--log_every",
-        "1",
-    ]
+    arguments = ["--model", "model", "--train_files", "train.txt", "--eval_files", "eval.txt", "--block_size", 32]
+    arguments += ["--batch_size", 2, "--precision", "fp32", "--overwrite", "--output_dir", "unread", "--log_every", 1]
     reader, writer = os.pipe()
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    process = subprocess.Popen(command, cwd=poisoned, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    process = processes.start("train.py", *arguments, cwd=poisoned, stdout=writer)
     with open(reader) as lines:
         assert any(line.startswith("output") for line in lines)  # all before the log
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 4 and "the loss is nan" in errors
+    assert process.wait(60) == 4 and "the loss is nan" in process.stderr
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_says_so(directory, tmp_path, both):
+    """As in ``train.py | tee log``, or with ``both`` in ``train.py 2>&1 | tee log``."""
+    reader, writer = os.pipe()
+    stderr = os.dup(writer) if both else None
+    process = processes.start(
+        "train.py", "--config", "run.yaml", "--output_dir", tmp_path, cwd=directory, stdout=writer, stderr=stderr
+    )
+    with open(reader) as lines:
+        assert any(line.startswith("step 3/") for line in lines)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    (*_, last) = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert verify(tmp_path / "checkpoints" / last) is None
+    step = int(last[5:])
+    assert both or process.stderr == f"stopped by SIGINT at step {step}, saved. Use --resume to go on.\n"
+
+
+def test_a_closed_stdout_is_no_fault(directory, tmp_path):
+    """Started by a shell, as a fork of the tests' server has all of its streams."""
+    train = ["train.py", "--config", "run.yaml", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    command = ["sh", "-c", 'exec "$@" >&- <&-', "sh", sys.executable, str(ROOT / train[0]), *train[1:]]
+    done = subprocess.run(command, cwd=directory, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    assert verify(tmp_path / "run/checkpoints/step-000001") is None
+
+
+def test_no_memory_for_a_save_is_not_the_evaluations(directory):
+    """A save inside an evaluation, on a signal: a smaller --micro_batch_size would not help."""
+
+    def fail():
+        raise MemoryError
+
+    checkpointer = Checkpointer.__new__(Checkpointer)
+    checkpointer._monitor = SimpleNamespace(check=fail)
+    with (
+        pytest.raises(UserError, match="out of memory in a save"),
+        micro_batch_memory(TrainingConfig(micro_batch_size=4)),
+    ):
+        checkpointer.save()
