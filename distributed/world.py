@@ -16,13 +16,15 @@ that no host waits for its device.
 import os
 import signal
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,7 +39,6 @@ from modeling.loss import next_token_nll
 from modeling.precision import autocast
 
 T = TypeVar("T")
-
 ALONE_TIMEOUT = timedelta(days=1)  # for the work of one rank that the others wait for, such as tokenizing
 
 
@@ -81,7 +82,7 @@ class World:
             require(num_started <= num_gpus, f"{wrong}. Use --nproc_per_node={num_gpus}.")
             torch.cuda.set_device(self.local_rank)
         try:
-            dist.init_process_group("nccl" if has_gpu else "gloo", timeout=limit)
+            dist.init_process_group("nccl" if has_gpu else "gloo", timeout=limit, **_meet(limit))
             self.hosts = dist.new_group(backend="gloo", timeout=limit)
             self._alone = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
         except RuntimeError as error:
@@ -175,17 +176,13 @@ class World:
         """Call ``work`` on rank 0, for as long as it takes, and return its result on all ranks."""
         return self.on_all(lambda: work() if self.is_main else None, alone=True)[0]
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_first(self) -> AbstractContextManager:
         """Run the body on rank 0 first, for as long as it takes. The body must not call a collective."""
-        with self._first(self.is_main):
-            yield
+        return self._first(self.is_main)
 
-    @contextmanager
-    def local_main_first(self) -> Iterator[None]:
+    def local_main_first(self) -> AbstractContextManager:
         """Run the body on local rank 0 of each node first. The other ranks then find its files in the caches."""
-        with self._first(self.local_rank == 0):
-            yield
+        return self._first(self.local_rank == 0)
 
     @contextmanager
     def _first(self, is_first: bool) -> Iterator[None]:
@@ -215,9 +212,7 @@ class World:
         wrong = f"--strategy {self.strategy}: each rank would drop different layers"
         require(not drops, f"{wrong}. Set {', '.join(drops)} to 0 with --model_overrides, or use one process.")
         # Loading and checking leave these attributes on rank 0 alone.
-        for name, value in self.broadcast({name: vars(model).get(name) for name in PROBED_ATTRIBUTES}).items():
-            if value is not None:
-                setattr(model, name, value)
+        vars(model).update(self.broadcast({name: x for name, x in vars(model).items() if name in PROBED_ATTRIBUTES}))
         ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
         if self.shards:
             parallel.shard(model, device, precision)
@@ -259,6 +254,26 @@ class World:
         for part in self._parts:
             part.set_requires_gradient_sync(is_last, recurse=False)
         return self._ddp.no_sync() if self._ddp and not is_last else nullcontext()
+
+
+def _meet(limit: timedelta) -> dict[str, Any]:
+    """Return store, rank and size, as `init_process_group` takes them. Raise RuntimeError if a rank does not come.
+
+    torchrun keeps its store when it starts the ranks again, with the addresses of those that died. So each start gets a
+    prefix of its own: rank 0's name. Each rank asks for it under a new name, and rank 0 answers until all have come.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    me, deadline = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
+    store.append("asking", f"{me} ")
+    while time.monotonic() < deadline:
+        for name in store.get("asking").decode().split() if rank == 0 else ():
+            store.set(name, me)
+        if store.check([me]):
+            own = dist.PrefixStore(store.get(me).decode(), store)
+            if own.add("came", int(rank > 0)) == size - 1 or rank:
+                return {"store": own, "rank": rank, "world_size": size}
+        time.sleep(0.02)
+    raise RuntimeError(f"not all {size} ranks came within {limit.total_seconds():.0f} s")
 
 
 def is_under_torchrun() -> bool:

@@ -79,7 +79,7 @@ def test_an_interrupted_run_on_two_ranks_ends_with_the_same_weights(model_dir, c
 def test_a_run_saves_before_a_broken_record_stops_it(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("training.run.lock_directory", lambda run_dir: None)
+    monkeypatch.setattr("training.atomic.lock_directory", lambda run_dir: None)
     monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 300)
     rows = [json.dumps({"text": make_text(9, i)}) + "\n" for i in range(300)]
     arguments = ["--model", str(model_dir), "--train_files", "rows.jsonl", "--eval_files", "rows.jsonl", "--streaming"]

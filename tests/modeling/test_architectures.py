@@ -53,7 +53,7 @@ def directory(tmp_path_factory):
 def trained(directory, monkeypatch):
     """Return a function that trains an architecture with train.main and returns (model, run directory)."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("training.run.lock_directory", lambda run_dir: None)
+    monkeypatch.setattr("training.atomic.lock_directory", lambda run_dir: None)
     built, build_model = [], train.build_model
 
     def remember(*given):

@@ -1,8 +1,14 @@
 """Deaths inside a save, line by line."""
 
+import ctypes
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -15,6 +21,25 @@ OLD, NEW = (
     {"weights": {"w": torch.full((3,), value)}, "optimizer": {"w:step": torch.tensor(value)}} for value in (1.0, 2.0)
 )
 STREAM = {"stream": torch.arange(3)}
+
+
+FILE_SYSTEMS = ("exchanges", "NFS", "overlayfs")
+
+
+@contextmanager
+def file_system(kind: str) -> Iterator[None]:
+    """Makes names be exchanged, refused as by NFS, or no directory be renamed at all, as by overlayfs."""
+    answer, rename = {"NFS": errno.EINVAL, "overlayfs": errno.EXDEV}.get(kind), Path.rename
+    refuse = SimpleNamespace(renameat2=lambda *_: (ctypes.set_errno(answer), -1)[1])
+
+    def rename_files(self, target):
+        if kind == "overlayfs" and self.is_dir():
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self))
+        return rename(self, target)
+
+    libc = ctypes.CDLL if answer is None else lambda *_, **__: refuse
+    with mock.patch("ctypes.CDLL", libc), mock.patch.object(Path, "rename", rename_files):
+        yield
 
 
 def crash_in_save(directory: Path, lines: int) -> str:

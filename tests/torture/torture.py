@@ -30,10 +30,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -46,7 +44,7 @@ processes.prepare()
 processes.prepare(root=ROOT / "tests/torture")
 
 import torch  # noqa: E402
-from crashes import crash_in_save  # noqa: E402
+from crashes import FILE_SYSTEMS, crash_in_save, file_system  # noqa: E402
 from inputs import CASES, Case, check, good_model  # noqa: E402
 from phases import PHASES, Phases  # noqa: E402
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
@@ -223,11 +221,10 @@ class Runs:
     # -----------------------------------------------------------------------------------------------------------------
 
     def crashes(self, args: argparse.Namespace) -> None:
-        """In the process of a save, before each line of checkpoint.py and shutil that it runs."""
-        none = SimpleNamespace(EINVAL=0, ENOSYS=0, ENOTSUP=0)  # with the next line, what NFS answers
-        cannot = mock.patch("ctypes.CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
-        for names, patches in (("", []), ("not ", [mock.patch.object(checkpoint, "errno", none), cannot])):
-            row, outcomes = f"crash at each line of a save, names {names}exchangeable", []
+        """In the process of a save, before each line of checkpoint.py, atomic.py and shutil that it runs."""
+        for kind in FILE_SYSTEMS:
+            names = "names are exchanged" if kind == "exchanges" else f"a file system as {kind}"
+            row, outcomes = f"crash at each line of a save, {names}", []
 
             def die(outcomes: list[str] = outcomes) -> None:
                 outcomes.append("")
@@ -235,9 +232,7 @@ class Runs:
                 outcomes[-1] = crash_in_save(directory, len(outcomes) - 1)
                 shutil.rmtree(directory)
 
-            with ExitStack() as stack:
-                for patch in patches:
-                    stack.enter_context(patch)
+            with file_system(kind):
                 while "ended" not in outcomes and len(outcomes) < 2000:
                     self.table.trial(row, die)
             counts = {f"the {kind} state {outcomes.count(kind)} times": 0.0 for kind in ("old", "new")}

@@ -1,19 +1,17 @@
 import ctypes
-import errno
 import os
 import resource
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import in_child
-from crashes import crash_in_save
+from crashes import FILE_SYSTEMS, crash_in_save, file_system
 
 from cli.errors import SaveError
 from distributed.world import World
-from training import atomic, checkpoint
+from training import checkpoint
 from training.atomic import remove_partial_writes, write_directory
 from training.checkpoint import NoCheckpointError, load, load_tensors, prune, verify
 from training.run import remove_run
@@ -154,29 +152,13 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     assert order[-3:] == [".step-000001.being-written", "rename to step-000001", tmp_path.name]
 
 
-@pytest.fixture(params=["exchanges", "NFS", "overlayfs"])
-def file_system(request, monkeypatch):
-    """Makes names be exchanged, refused as by NFS, or no directory be renamed at all, as by overlayfs."""
-    answer = {"NFS": errno.EINVAL, "overlayfs": errno.EXDEV}.get(request.param)
-    refuse = SimpleNamespace(renameat2=lambda *_: (ctypes.set_errno(answer), -1)[1])
-    if answer:
-        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: refuse)
-    rename = Path.rename
-
-    def rename_files(self, target):
-        if self.is_dir():
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self))
-        return rename(self, target)
-
-    if request.param == "overlayfs":
-        monkeypatch.setattr(Path, "rename", rename_files)
-
-
-def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, file_system):
+@pytest.mark.parametrize("kind", FILE_SYSTEMS)
+def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, kind):
     """A child process saves, over an older checkpoint and a newer model, and dies at its first, second, ... line."""
     outcomes, line = [], 0
     while "ended" not in outcomes:
-        outcomes.append(crash_in_save(tmp_path / str(line), line))
+        with file_system(kind):
+            outcomes.append(crash_in_save(tmp_path / str(line), line))
         line += 17  # `make torture` takes each
     assert len(outcomes) > 15 and {"old", "new"} <= set(outcomes)
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 import train
 from cli.errors import UserError
-from training.run import lock_directory
+from training.atomic import lock_directory
 
 STEPS = 24
 
@@ -322,7 +322,7 @@ def test_a_resumed_run_stays_compiled_or_not(finished, tmp_path, monkeypatch, ca
     """A longer run, or one on another machine, would otherwise change what it computes in the middle."""
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("training.run.lock_directory", lambda run_dir: None)
+    monkeypatch.setattr("training.atomic.lock_directory", lambda run_dir: None)
     monkeypatch.setattr("model.compile_layers", lambda *_: None)
     for decision in (True, False):
         for max_steps in (2, 3):
