@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import os
 import resource
 import stat
@@ -11,7 +12,7 @@ from crashes import FILE_SYSTEMS, crash_in_save, file_system
 
 from cli.errors import SaveError
 from distributed.world import World
-from training import checkpoint
+from training import atomic, checkpoint
 from training.atomic import remove_partial_writes, write_directory
 from training.checkpoint import NoCheckpointError, load, load_tensors, prune, verify
 from training.run import remove_run
