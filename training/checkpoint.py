@@ -12,6 +12,7 @@ only, so that loading one can run no code. Its manifest holds size and SHA-256 o
 import hashlib
 import json
 import os
+import uuid
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from cli.errors import UserError, warn
+from cli.errors import UserError, require, warn
 from distributed.world import World
 from training import atomic
 
@@ -37,6 +38,18 @@ class NoCheckpointError(UserError):
     """No checkpoint is usable."""
 
     exit_code = 3
+
+
+def require_shared_directory(path: Path, world: World) -> None:
+    """Raise UserError if a rank does not see a file that rank 0 writes where ``path`` is, or will be."""
+    if world.size > 1:
+        there = next(parent for parent in (path, *path.parents) if parent.is_dir())
+        probe = there / world.broadcast(f".probe-{uuid.uuid4().hex}")
+        world.on_main(probe.touch)
+        blind = [rank for rank, seen in enumerate(world.on_all(probe.exists)) if not seen]
+        world.on_main(probe.unlink)
+        wrong = f"--output_dir {path}: rank {', '.join(map(str, blind))} does not see it"
+        world.on_main(lambda: require(not blind, f"{wrong}. Use a shared file system."))
 
 
 def save(

@@ -72,6 +72,7 @@ class Run:
         self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         self.identity: dict[str, Any] = {}
         self._require_same_on_all_ranks(vars(config))
+        checkpoint.require_shared_directory(self.directory, world)
         self._exists = world.on_main(self._check_directory)
         self._resumes = self._exists and config.resume and not config.overwrite and not config.dry_run
         if config.push_to_hub and not config.dry_run:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from unittest.mock import ANY
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -178,6 +179,24 @@ def test_wrong_input_is_told_once(cwd, changed, named):
     said = [line for rank in ranks for line in rank.stderr.splitlines() if "train.py" in line or "arning" in line]
     assert len(said) == 1 and named in said[0] and "rank 1" not in said[0]
     assert not (cwd / "wrong").exists()
+
+
+def test_a_rank_that_does_not_see_the_directory_is_named(cwd, tmp_path):
+    shutil.copytree(cwd, tmp_path / "other", ignore=shutil.ignore_patterns("*-*", "one", "ddp", "fsdp"))
+    group = processes.meeting_place() | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = []
+    for rank, directory in enumerate((cwd, tmp_path / "other")):
+        env = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(processes.start("train.py", *flags("unseen"), cwd=directory, env=env))
+    try:
+        assert [rank.wait(60) for rank in ranks] == [2, 2]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].stderr == (
+        "train.py: error: --output_dir unseen: rank 1 does not see it. Use a shared file system.\n"
+    )
+    assert not (cwd / "unseen").exists() and not [*cwd.glob(".probe*"), *tmp_path.rglob(".probe*")]
 
 
 def test_fsdp_refuses_float16():
