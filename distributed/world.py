@@ -67,8 +67,7 @@ class World:
         if config and is_under_torchrun():
             self._connect(config)
         elif config:
-            names = ("strategy", "rank_timeout")
-            changed = [name for name in names if getattr(config, name) != getattr(DistributedConfig, name)]
+            changed = [name for name, value in vars(DistributedConfig()).items() if getattr(config, name) != value]
             if changed:
                 flags = ", ".join(f"--{name} {getattr(config, name)}" for name in changed)
                 warn(f"{flags}: ignored, because this run has one process. Use torchrun to start more.")
@@ -153,7 +152,7 @@ class World:
         """Call ``work`` on all ranks, and return the results of all ranks on each one.
 
         If it raises an error that a user can act on, on any rank, rank 0 raises the first one, and the other ranks
-        exit with its exit code. A rank waits for the others for --rank_timeout seconds, with ``alone`` for a day.
+        exit with its exit code. A rank waits for --rank_timeout seconds; with ``alone``, before training, for a day.
         """
         if self.size == 1:
             return [work()]
@@ -221,6 +220,7 @@ class World:
             unused = self.broadcast(self.is_main and has_unused_weights(model, ids, precision))
             self._ddp = parallel.wrap_in_ddp(model, unused)
         self._warm_up(model, ids, precision)
+        self._alone = self.hosts  # from here on, no rank works alone for longer than --rank_timeout
         return model
 
     def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, precision: str) -> None:

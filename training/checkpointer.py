@@ -121,4 +121,4 @@ class BestModel:
                 save_sharded(model, path, full_tensor, writes=False)
 
         reshard(model)
-        world.on_all(save, alone=True)
+        world.on_all(save)
