@@ -141,8 +141,8 @@ def train_step(
                 sums[i] += value
         nll_sum, num_predicted, num_tokens = world.all_reduce(sums)
 
-        # Divide loss and gradients by the predicted tokens of the whole step, and clip in the same pass:
-        # `clip_grads_with_norm_` divides by its last argument. In fp16 `get_scale` waits for the device.
+        # Divide loss and gradients by the predicted tokens of the whole step. The same call clips the gradients:
+        # it divides them by its last argument. In fp16 `get_scale` waits for the device.
         divisor, scale = num_predicted.clamp_min(1), scaler.get_scale()
         with memory_advice("out of memory in the optimizer", "Use a smaller model, --lora_rank 8 or --strategy fsdp"):
             scaler.unscale_(optimizer)
@@ -182,7 +182,7 @@ def update_if_finite(
 
 
 def draw_sample(model, tokenizer, sampling, seed: int, precision: str, handle_signals, prompt: str) -> str:
-    """Return a continuation of ``prompt``, drawn with the run's seed. Signals are handled before it."""
+    """Handle signals, and then return a continuation of ``prompt``, drawn with the run's seed."""
     handle_signals()
     torch.manual_seed(seed)
     with autocast(model.device, precision), uncompiled(model.is_compiled):

@@ -33,7 +33,7 @@ def flags_table(kind: type) -> str:
 
 
 def _shown(field: dataclasses.Field) -> str:
-    """Return the default as a person writes it, or nothing if there is none."""
+    """Return the default as a command would write it, or an empty string if there is none."""
     default: Any = field.default_factory() if field.default is dataclasses.MISSING else field.default
     if isinstance(default, bool):
         return "on" if default else "off"

@@ -1,4 +1,4 @@
-"""Results of steps, looked at once per log interval; throughput, memory, and the remedy when memory runs out."""
+"""Check the results of steps once per log interval. Measure throughput and memory. Advise if memory runs out."""
 
 import math
 import resource
