@@ -220,8 +220,8 @@ from train import Signals
 
 def main():
     signals = Signals()
-    with World(DistributedConfig(rank_timeout=2)) as signals.world:
-        signals.world.on_main(lambda: time.sleep(3))
+    with World(DistributedConfig(rank_timeout=6)) as signals.world:
+        signals.world.on_main(lambda: time.sleep(7))
         print("no hang, however long it takes", flush=True)
         signals.world.on_main(lambda: time.sleep(60))
 
