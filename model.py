@@ -12,6 +12,7 @@ import os
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ from cli.errors import UserError, require, warn
 from cli.flags import AnyPath, flag
 from corpus.documents import Documents
 from distributed.world import World
-from modeling.adapters import add_lora, freeze, frozen_sha256
+from modeling.adapters import add_lora, freeze, frozen_digest
 from modeling.architectures import generate_as_trained, make_causal, needs_padding, recompute_activations
 from modeling.checks import check_model
 from modeling.compile import compile_layers, should_compile
-from modeling.loading import load_pretrained, load_tokenizer_by_name, loading, read_config, weights_on_meta
+from modeling.loading import find_rows, load_pretrained, load_tokenizer_by_name, loading, read_config, weights_on_meta
 from modeling.precision import keep_freed_memory
 
 END_OF_TEXT = "<|endoftext|>"  # ends documents in a tokenizer that is trained here; GPT-2's name for it
@@ -121,12 +122,8 @@ def _train_tokenizer(size: int, documents: Documents) -> PreTrainedTokenizerFast
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        options = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, **options)
         tokenizer.train_from_iterator((piece for pieces in documents for piece in pieces), trainer)
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
@@ -215,22 +212,31 @@ def build_model(
     ``frozen_sha256`` of the weights that no checkpoint holds. Raise UserError if text or flags do not fit the model.
     """
     keep_freed_memory(device.type)
-    with world.main_first():
-        model = load_model(config, settings, tokenizer, empty=not world.is_main)
-        if world.is_main:
-            model = model.to(torch.device("cpu") if world.shards else device)
-            check_model(model, tokenizer, config.block_size, config.pack == "documents", precision)
+    shape = {"block_size": config.block_size, "isolate_documents": config.pack == "documents"}
+    check = partial(check_model, tokenizer=tokenizer, precision=precision, **shape)
+    read = None  # with FSDP2 each rank reads its own rows, if files hold the weights; else rank 0 loads or makes them
+    if world.shards and config.model and not config.lora_rank and not config.add_tokens:
+        with world.local_main_first():
+            model = load_model(config, settings, tokenizer, empty=True)
+            read = find_rows(model, config.model)
+    if not all(world.on_all(lambda: bool(read))):
+        read = None
+        with world.local_main_first():
+            model = load_model(config, settings, tokenizer, empty=not world.is_main)
+            if world.is_main:
+                check(model.to(torch.device("cpu") if world.shards else device))
 
     # Train all weights, all but the frozen ones, or adapters.
     freeze(model, config.freeze)
     if config.lora_rank:
         add_lora(model, config)
-    model.frozen_sha256 = world.on_main(lambda: frozen_sha256(model))
     if config.gradient_checkpointing:
         recompute_activations(model)
 
     # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, also with more steps.
-    model = world.parallelize(model, device, precision, config.block_size)
+    model = world.parallelize(model, device, precision, config.block_size, read, check)
+    frozen = world.on_all(lambda: frozen_digest(model) if world.shards or world.is_main else 0)
+    model.frozen_sha256 = f"{sum(frozen) % 2**256:064x}" if any(frozen) else None
     if compiled is None or config.compile != "auto":
         flops = 6 * model.num_parameters() * config.batch_size * config.block_size * num_steps / world.size
         compiled = world.on_main(lambda: should_compile(config.compile, model, flops))

@@ -39,7 +39,6 @@ from modeling.loss import next_token_nll
 from modeling.precision import autocast
 
 T = TypeVar("T")
-ALONE_TIMEOUT = timedelta(days=1)  # for the work of one rank that the others wait for, such as tokenizing
 
 
 @dataclass
@@ -73,8 +72,8 @@ class World:
                 warn(f"{flags}: ignored, because this run has one process. Use torchrun to start more.")
 
     def _connect(self, config: DistributedConfig) -> None:
-        limit, has_gpu = timedelta(seconds=config.rank_timeout), torch.cuda.is_available()
-        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_rank, has_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+        limit = timedelta(seconds=config.rank_timeout)
         if has_gpu:
             num_gpus, num_started = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             wrong = f"torchrun --nproc_per_node={num_started}: this node has {num_gpus} GPUs"
@@ -83,7 +82,7 @@ class World:
         try:
             dist.init_process_group("nccl" if has_gpu else "gloo", timeout=limit, **_meet(limit))
             self.hosts = dist.new_group(backend="gloo", timeout=limit)
-            self._alone = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
+            self._alone = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # one rank may tokenize for hours
         except RuntimeError as error:
             sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
             fix = "Run again with --resume after you fix the errors of the other ranks."
@@ -143,10 +142,7 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's ``value``."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, 0, group=self.hosts)
-        return values[0]
+        return self.on_all(lambda: value)[0]
 
     def on_all(self, work: Callable[[], T], alone: bool = False) -> list[T]:
         """Call ``work`` on all ranks, and return the results of all ranks on each one.
@@ -175,22 +171,18 @@ class World:
         """Call ``work`` on rank 0, for as long as it takes, and return its result on all ranks."""
         return self.on_all(lambda: work() if self.is_main else None, alone=True)[0]
 
-    def main_first(self) -> AbstractContextManager:
-        """Run the body on rank 0 first, for as long as it takes. The body must not call a collective."""
-        return self._first(self.is_main)
-
-    def local_main_first(self) -> AbstractContextManager:
-        """Run the body on local rank 0 of each node first. The other ranks then find its files in the caches."""
-        return self._first(self.local_rank == 0)
-
     @contextmanager
-    def _first(self, is_first: bool) -> Iterator[None]:
-        if self.size > 1 and not is_first:
+    def local_main_first(self) -> Iterator[None]:
+        """Run the body on local rank 0 of each node first. The other ranks then find its files in the caches.
+
+        The body may take long, and must not call a collective.
+        """
+        if self.size > 1 and self.local_rank:
             dist.barrier(self._alone)
         try:
             yield
         finally:  # after an error, too: the other ranks find it themselves
-            if self.size > 1 and is_first:
+            if self.size > 1 and not self.local_rank:
                 dist.barrier(self._alone)
         if self.size > 1:
             dist.barrier(self._alone)
@@ -198,11 +190,18 @@ class World:
     # The model
 
     def parallelize(
-        self, model: PreTrainedModel, device: torch.device, precision: str, block_size: int
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        precision: str,
+        block_size: int,
+        read: Callable[[], None] | None = None,
+        check: Callable[[PreTrainedModel], None] | None = None,
     ) -> PreTrainedModel:
         """Bring rank 0's weights to ``device`` on all ranks, and run the passes of one step.
 
-        On the other ranks, ``model`` may be on device meta. Raise UserError if the strategy does not support the model.
+        On the other ranks, ``model`` may be on device meta. With FSDP2 it may be so on all ranks: then ``read`` fills
+        the shards, and ``check`` checks the model. Raise UserError if the strategy does not support the model.
         """
         if not self.strategy:
             return model.to(device)
@@ -214,7 +213,8 @@ class World:
         vars(model).update(self.broadcast({name: x for name, x in vars(model).items() if name in PROBED_ATTRIBUTES}))
         ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
         if self.shards:
-            parallel.shard(model, device, precision)
+            parallel.shard(model, device, precision, read)
+            self.on_all(lambda: check(model) if read else None)
         else:
             materialize(model, device)
             unused = self.broadcast(self.is_main and has_unused_weights(model, ids, precision))

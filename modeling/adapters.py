@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cli.errors import UserError, require, root_cause
 from cli.flags import Count, Range, flag
-from modeling.loading import import_peft, split_revision
+from modeling.loading import import_peft, local_rows, split_revision
 
 
 @dataclass
@@ -128,10 +128,16 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def frozen_sha256(model: torch.nn.Module) -> str | None:
-    """Return the SHA-256 of the frozen weights, or None if all weights are trained. Checkpoints leave them out."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    digest = hashlib.sha256()
-    for parameter in frozen:
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest() if frozen else None
+def frozen_digest(model: torch.nn.Module) -> int:
+    """Return the sum of the SHA-256 of all frozen rows that this rank holds, modulo 2^256, or 0 if there is none.
+
+    Each row is hashed with its name and number, so the sum over all ranks does not depend on the number of shards.
+    This is AdHash (Bellare and Micciancio 1997).
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        rows, first = local_rows(parameter)
+        for number, row in enumerate([] if parameter.requires_grad else torch.atleast_1d(rows), first):
+            content = row.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            total += int.from_bytes(hashlib.sha256(f"{name} {number} ".encode() + content).digest())
+    return total % 2**256

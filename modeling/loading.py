@@ -3,29 +3,39 @@
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cli.errors import UserError, require, root_cause, warn
 from cli.hub import find_hub, split_revision
 from modeling.architectures import DROPPED, generate_as_trained, make_causal
+
+WEIGHTS_FIX = "Use a Hub id, or a directory with config.json and model.safetensors."
 
 
 @contextmanager
@@ -120,15 +130,14 @@ def load_pretrained(
     are read, because a pickle can run code. Raise UserError if there is no such model.
     """
     repo_id, revision = split_revision(name)
-    fix = "Use a Hub id, or a directory with config.json and model.safetensors."
-    with loading(f"--model {name}", "causal language model", fix):
+    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
         adapter = find_adapter_config_file(repo_id, revision=revision)
     if adapter:
         return _load_adapter(name, Path(adapter), dtype)
     if settings is None:
         settings = read_config(name, "--model", {})
         make_causal(settings)
-    with loading(f"--model {name}", "causal language model", fix):
+    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
         model, report = AutoModelForCausalLM.from_pretrained(
             repo_id,
             config=settings,
@@ -141,12 +150,71 @@ def load_pretrained(
         )
     for key, held, expected in report["mismatched_keys"]:
         shapes = f"{list(held)} in the weights, but {list(expected)} by config.json"
-        raise UserError(f"--model {name}: {key} is {shapes}. {fix}")
+        raise UserError(f"--model {name}: {key} is {shapes}. {WEIGHTS_FIX}")
     if missing := sorted(report["missing_keys"]):
         warn(f"{name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
     model.name_or_path = name  # an adapter records the revision of its base model
     generate_as_trained(model)
     return model
+
+
+def find_rows(model: PreTrainedModel, name: str) -> Callable[[], None] | None:
+    """Return a function that fills the weights of ``model``, when it is sharded, with the rows that each rank holds.
+
+    ``model`` is empty, and ``name`` a Hub id or a directory. Return None if its files do not hold the weights as they
+    are: if transformers would convert, initialize, tie or untie some of them.
+    """
+    repo_id, revision = split_revision(name)
+    held: dict[str, tuple[str, list[int]]] = {}
+    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
+        if find_adapter_config_file(repo_id, revision=revision):
+            return None
+        missing = {"_raise_exceptions_for_missing_entries": False}
+        files = [cached_file(repo_id, SAFE_WEIGHTS_NAME, revision=revision, **missing)]
+        if index := files[0] is None and cached_file(repo_id, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **missing):
+            files, _ = get_checkpoint_shard_files(repo_id, index, revision=revision)
+        for file in filter(None, files):
+            with safe_open(file, "pt") as content:
+                held |= {key: (file, content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+
+    prefix, places = f"{model.base_model_prefix}.", {}
+    once = {key for key, _ in chain(model.named_parameters(), model.named_buffers())}
+    for key, tensor in model.state_dict().items():
+        stored = key if key in held else key.removeprefix(prefix)
+        file, shape = held.get(stored, (None, None))
+        if (shape == list(tensor.shape)) != (key in once):
+            return None
+        places |= {key: (file, stored)} if key in once else {}
+    converts = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model, add_legacy=False))
+    return None if converts or hasattr(model.config, "quantization_config") else partial(_read, model, name, places)
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, name: str, places: dict[str, tuple[str, str]]) -> None:
+    """Copy this rank's rows from ``places``: for each weight its file and its name there."""
+    state = model.state_dict()
+    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
+        for key, (file, stored) in places.items():
+            rows, first = local_rows(state[key])
+            with safe_open(file, "pt") as content:
+                whole = content.get_slice(stored)
+                rows.copy_(whole[first : first + len(rows)] if rows.ndim else whole[...])
+        with suppress(OSError):  # most models on the Hub have one
+            repo_id, revision = split_revision(name)
+            model.generation_config = GenerationConfig.from_pretrained(repo_id, revision=revision)
+    generate_as_trained(model)
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the rows that this rank holds of a tensor that is sharded in dimension 0, and the number of the first one.
+
+    Return a tensor that is not sharded as it is, and 0.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows_per_rank = -(-len(tensor) // tensor.device_mesh.size())
+    return tensor.to_local(), min(len(tensor), rows_per_rank * tensor.device_mesh.get_local_rank())
 
 
 def _load_adapter(name: str, config_file: Path, dtype: torch.dtype) -> PreTrainedModel:
