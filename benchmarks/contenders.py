@@ -59,13 +59,14 @@ from modeling.precision import (
     device_name,
     keep_freed_memory,
     make_deterministic,
+    peak_flops,
     resolve_precision,
     select_device,
 )
 from perplexity import evaluate
 from training import checkpoint
 from training.log import RunLog
-from training.monitor import StepMonitor, Throughput, micro_batch_memory, peak_flops, peak_memory_gib
+from training.monitor import StepMonitor, Throughput, micro_batch_memory, peak_memory_gib
 from training.state import TrainState, moments, seed_step, trained_weights
 
 BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6

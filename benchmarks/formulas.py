@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling.architectures import flops_per_token, transformer_layers
-from training.monitor import peak_flops
+from modeling.precision import peak_flops
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- python -m benchmarks.scale --table --write -->", "<!-- end of the table -->"

@@ -1,12 +1,17 @@
-"""Hub ids with a revision, and whether the Hub answers."""
+"""Hub ids with a revision, whether the Hub answers, and the upload to it."""
 
 import functools
 from pathlib import Path
 
 import datasets
 import huggingface_hub
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from cli.errors import require
+from cli.errors import UserError, require, root_cause
+
+MODEL_NAME = "PATH_OR_ID"  # in the model card, until it is uploaded
 
 
 def split_revision(name: str, flag_name: str = "--model") -> tuple[str, str | None]:
@@ -31,3 +36,37 @@ def find_hub() -> None:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # the class depends on the HTTP library that the Hub's client uses
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def check_login(repo_id: str) -> None:
+    """Raise UserError if ``push`` could not work, before hours are spent on training."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repo_id}: is no Hub id ({root_cause(error)}). Use user/name.") from error
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
+        raise UserError(
+            f"--push_to_hub {repo_id}: not logged in to the Hub ({root_cause(error)}). "
+            f"Run `hf auth login`, set HF_TOKEN, or remove the flag and upload later."
+        ) from error
+
+
+def push(model_dir: Path, repo_id: str) -> str:
+    """Upload model, tokenizer and card to a private repository. Return its address.
+
+    The token is that of the environment or of the saved login. The card names the repository on the Hub alone.
+    """
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
+        card = (model_dir / "README.md").read_text(encoding="utf-8").replace(MODEL_NAME, repo_id).encode()
+        api.upload_folder(repo_id=repo_id, folder_path=model_dir, ignore_patterns="README.md")
+        api.upload_file(repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md")
+        return f"{api.endpoint}/{repo_id}"
+    except Exception as error:
+        raise UserError(
+            f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "
+            f"Pass --resume --push_to_hub {repo_id} to try again."
+        ) from error

@@ -12,6 +12,12 @@ from cli.errors import UserError
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# Dense bfloat16 FLOP/s from the datasheets, by the words in a device's name. The first that fits counts.
+PEAK_FLOPS = {
+    "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
+}  # fmt: skip
+
 
 def select_device() -> torch.device:
     """Return the CUDA device if there is one, else the CPU."""
@@ -21,6 +27,13 @@ def select_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or the number of threads of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the dense bfloat16 FLOP/s of a device by PyTorch's name for it, or None if unknown, as for a MIG slice."""
+    words = set(device_name.replace("-", " ").split())
+    fitting = (peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split()) and "MIG" not in words)
+    return next(fitting, None)
 
 
 def keep_freed_memory(device_type: str = "cpu") -> None:

@@ -1,4 +1,4 @@
-"""The model card, and the upload to the Hub."""
+"""The model card."""
 
 import json
 from pathlib import Path
@@ -7,20 +7,14 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData
 
-from cli.errors import UserError, root_cause
-from cli.hub import split_revision
+from cli.hub import MODEL_NAME, split_revision
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the numbers."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
-
-
-NAME = "PATH_OR_ID"  # in the card beside the model
 
 
 def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
@@ -54,7 +48,7 @@ A causal language model, {origin}, on `{source}`.
 ```python
 from transformers import pipeline
 
-generator = pipeline("text-generation", model="{NAME}")
+generator = pipeline("text-generation", model="{MODEL_NAME}")
 print(generator("Once upon a time")[0]["generated_text"])
 ```
 
@@ -81,37 +75,3 @@ Mean negative log-likelihood in nats per predicted token on the held-out text, a
 
 Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.
 """)
-
-
-def check_login(repo_id: str) -> None:
-    """Raise UserError if ``push`` could not work, before hours are spent on training."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repo_id}: is no Hub id ({root_cause(error)}). Use user/name.") from error
-    try:
-        HfApi().whoami()
-    except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
-        raise UserError(
-            f"--push_to_hub {repo_id}: not logged in to the Hub ({root_cause(error)}). "
-            f"Run `hf auth login`, set HF_TOKEN, or remove the flag and upload later."
-        ) from error
-
-
-def push(model_dir: Path, repo_id: str) -> str:
-    """Upload model, tokenizer and card to a private repository. Return its address.
-
-    The token is that of the environment or of the saved login. The card names the repository on the Hub alone.
-    """
-    try:
-        api = HfApi()
-        repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
-        card = (model_dir / "README.md").read_text(encoding="utf-8").replace(NAME, repo_id).encode()
-        api.upload_folder(repo_id=repo_id, folder_path=model_dir, ignore_patterns="README.md")
-        api.upload_file(repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md")
-        return f"{api.endpoint}/{repo_id}"
-    except Exception as error:
-        raise UserError(
-            f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "
-            f"Pass --resume --push_to_hub {repo_id} to try again."
-        ) from error

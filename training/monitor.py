@@ -16,12 +16,6 @@ from distributed.world import World
 from training.log import RunLog
 from training.state import TrainState
 
-# Dense bfloat16 FLOP/s from the datasheets, by the words in a device's name. The first that fits counts.
-PEAK_FLOPS = {
-    "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
-}  # fmt: skip
-
 
 class NonFiniteError(UserError):
     """A loss or a gradient is not finite."""
@@ -144,13 +138,6 @@ def micro_batch_memory(config: Any) -> Any:
         )
     fix = "Lower --block_size, pass --gradient_checkpointing, or use a smaller model"
     return memory_advice(f"--block_size {config.block_size}: out of memory with one block at once", fix)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a device by PyTorch's name for it, or None if unknown, as for a MIG slice."""
-    words = set(device_name.replace("-", " ").split())
-    fitting = (peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split()) and "MIG" not in words)
-    return next(fitting, None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

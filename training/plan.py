@@ -12,8 +12,8 @@ from cli.errors import require, warn
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from modeling.architectures import flops_per_token, position_limit
-from modeling.precision import device_name
-from training.monitor import Throughput, peak_flops
+from modeling.precision import device_name, peak_flops
+from training.monitor import Throughput
 from training.state import TrainState
 
 # Settings that must not change when a run resumes: with another value it would be another run.

@@ -13,10 +13,11 @@ import yaml
 
 from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import AnyPath, Count, flag
+from cli.hub import check_login, push
 from distributed.world import World
 from training import atomic, checkpoint
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step
-from training.model_card import check_login, push, versions
+from training.model_card import versions
 from training.state import TrainState, make_moments, trained_weights
 
 RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")

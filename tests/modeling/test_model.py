@@ -17,8 +17,7 @@ from modeling.checks import check_causal, check_isolated, check_model
 from modeling.linear_cross_entropy import linear_cross_entropy
 from modeling.loading import load_pretrained
 from modeling.loss import attention_kernel, count_predicted, linear_head, next_token_nll
-from modeling.precision import autocast, resolve_precision
-from training.monitor import peak_flops
+from modeling.precision import autocast, peak_flops, resolve_precision
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 300}
 
