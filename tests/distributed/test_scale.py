@@ -165,7 +165,7 @@ def main():
 
 run_script(main)
 """
-EVEN, LARGE_LAST = [2048] * 24, [1024] * 15 + [512] * 2 + [15 << 10]  # rows of 2 KiB
+EVEN, LARGE_LAST = [2048] * 24, [1024] * 15 + [15 << 10] + [512] * 2 + [25 << 9]  # rows of 2 KiB
 
 
 def grown_by_saving(ranks, rows, cwd):
