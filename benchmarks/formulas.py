@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from modeling.architectures import flops_per_token, transformer_layers
 from modeling.precision import peak_flops
+from modeling.saving import FILE_SIZE
+from training.checkpoint import FILE_BYTES, FILES
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- python -m benchmarks.scale --table --write -->", "<!-- end of the table -->"
@@ -145,6 +147,20 @@ def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, wi
     if strategy == "ddp":
         return 2 * part * 4 * s.parameters
     return part * (4 * s.parameters + micro_batches * width * (s.root + 2 * s.layers * s.block))
+
+
+def checkpoint_bytes(group: int, largest: int, device: str = "cuda") -> int:
+    """Host memory that saving a checkpoint adds to a rank: its largest file, in bytes.
+
+    ``group`` is the larger part of the rank's shard: with AdamW its moments, two thirds. ``largest`` is its largest
+    tensor. safetensors builds a file as two copies. On a GPU a third one comes before: the tensors, moved to the host.
+    """
+    return (2 if device == "cpu" else 3) * max(group // FILES, largest, FILE_BYTES)
+
+
+def model_bytes(s: Shape, file_size: float = 1e9 * int(FILE_SIZE.removesuffix("GB"))) -> float:
+    """Host memory that writing model/ adds to rank 0 with fsdp, in bytes: one file, and one layer or the embeddings."""
+    return min(file_size, 4 * s.parameters) + 4 * max(s.block, s.vocabulary * s.width)
 
 
 def seconds(s: Shape, flops: float, devices: int, strategy: str, checkpointing: bool) -> tuple[float, float, float]:

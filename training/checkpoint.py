@@ -29,7 +29,7 @@ from distributed.world import World
 from training import atomic
 
 MANIFEST, STREAM = "manifest.json", "stream.safetensors"
-FILES, LARGE_BYTES = 8, 64 << 20  # a rank writes so many files of a group that is larger
+FILES, FILE_BYTES = 8, 8 << 20  # a file holds an eighth of a group, or this much, or one larger tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so in one process
 
@@ -116,13 +116,19 @@ def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path, world: World) -> None:
-    """Write this rank's part. DCP builds each file in memory, so a large part goes to about `FILES` files."""
-    total, before, files = sum(tensor.nbytes for tensor in tensors.values()), 0, {}
-    for name, tensor in tensors.items():
-        files[name] = 1 + (before * FILES // total if total > LARGE_BYTES else 0)
-        before += tensor.nbytes
+    """Write this rank's part. DCP holds two copies of each file in memory, so files are small.
+
+    The largest tensors are written first. Then later files fit into the memory that earlier ones have freed.
+    """
+    sizes = sorted(((tensor.nbytes, name) for name, tensor in tensors.items()), reverse=True)
+    limit, number, held, files = max(sum(size for size, _ in sizes) // FILES, FILE_BYTES), 0, 0, {}
+    for size, name in sizes:
+        if not files or held + size > limit:
+            number, held = number + 1, 0
+        held += size
+        files[name] = number
     writer = HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
-    _checkpointing(dcp.save, tensors, storage_writer=writer, world=world)
+    _checkpointing(dcp.save, {name: tensors[name] for name in files}, storage_writer=writer, world=world)
 
 
 def _checkpointing(work: Callable, tensors: dict[str, torch.Tensor], world: World, **options: Any) -> None:

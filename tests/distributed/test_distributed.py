@@ -1,6 +1,7 @@
 """Two ranks against one process: the same numbers, one voice, and what happens where a rank is lost."""
 
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from data import TrainingData, collate, group_texts, rank_batches
 from distributed.world import DistributedConfig, World
 from modeling.precision import resolve_precision
 from train import make_optimizer, train_step
+from training.checkpoint import verify
 
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
@@ -166,6 +168,22 @@ def test_who_is_left_says_who_is_lost_and_the_group_goes_on_to_the_bit(cwd, one,
     assert_same(cwd / f"restarted-{lost}", undisturbed, 0)
 
 
+def test_a_full_disk_of_one_rank_ends_all_with_a_line_that_names_it(cwd):
+    """The largest file that rank 1 may write stands for the room on its disk."""
+    ranks = start_ranks(2, *flags("full", max_steps=200), cwd=cwd)
+    try:
+        assert any(line.startswith("step 6/") for line in ranks[0].lines())
+        resource.prlimit(ranks[1].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        assert [rank.wait(60) for rank in ranks] == [5, 5]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    (line,) = [line for rank in ranks for line in rank.stderr.splitlines()]
+    assert line.startswith(f"train.py: error: {cwd}/full/checkpoints/step-0000") and "on rank 1" in line, line
+    saved = sorted((cwd / "full/checkpoints").iterdir())
+    assert saved and saved[0].name == "step-000005" and all(verify(path) is None for path in saved)
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -275,20 +293,25 @@ def test_a_model_that_leaves_weights_unused_is_trained(world_of_one, tokenizer):
     assert losses[2] < losses[0]
 
 
+def copy_tree(directory, **changes):
+    """Copy the project, and replace in files, by their names, one text by another. Return its train.py."""
+    for part in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
+        (shutil.copytree if part.is_dir() else shutil.copy2)(part, directory / part.name)
+    for name, (old, new) in changes.items():
+        text = (directory / f"{name}.py").read_text()
+        assert text.count(old) == 1
+        (directory / f"{name}.py").write_text(text.replace(old, new))
+    return directory / "train.py"
+
+
+ADAMW = 'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)'
+
+
 @pytest.mark.slow
 def test_an_optimizer_that_does_not_know_shards_is_one_line(cwd, tmp_path):
     """Adafactor changes in place what has another placement than its result: a failure of DTensor, not of ours."""
-    for part in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
-        (shutil.copytree if part.is_dir() else shutil.copy2)(part, tmp_path / part.name)
-    text = (tmp_path / "train.py").read_text()
-    adamw = 'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)'
-    (tmp_path / "train.py").write_text(text.replace(adamw, "torch.optim.Adafactor(groups)"))
-    (rank,) = start_ranks(
-        1,
-        *flags(tmp_path / "run", strategy="fsdp"),
-        cwd=cwd,
-        env={"TORCHELASTIC_RUN_ID": "x"},
-        script=tmp_path / "train.py",
-    )
+    script = copy_tree(tmp_path, train=(ADAMW, "torch.optim.Adafactor(groups)"))
+    settings, env = flags(tmp_path / "run", strategy="fsdp"), {"TORCHELASTIC_RUN_ID": "x"}
+    (rank,) = start_ranks(1, *settings, cwd=cwd, env=env, script=script)
     assert rank.wait(60) == 2 and rank.stderr.count("\n") == 1, rank.stderr
     assert "--strategy fsdp: an operation does not support sharded tensors" in rank.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -15,9 +16,9 @@ import processes
 import pytest
 import torch
 from architectures import GUIDE, TODAY
-from conftest import ROOT, make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
+from conftest import ROOT, load_shards, make_text, read_jsonl, run_script, start_ranks, tiny_gpt2
 from safetensors.torch import load_file
-from test_distributed import MODEL, NO_DROPOUT, assert_same, flags, run_ranks
+from test_distributed import ADAMW, MODEL, NO_DROPOUT, assert_same, copy_tree, flags, run_ranks
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -210,6 +211,76 @@ def test_a_rank_that_hangs_is_named(cwd, undisturbed, strategy):
     ranks[lost].wait(10)
     run_ranks(cwd, *arguments, "--resume")
     assert_same(cwd / out, undisturbed[strategy], 0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "lost", "writing"),
+    [("ddp", 1, "checkpoints/.step-*"), ("fsdp", 0, "checkpoints/.step-*"), ("ddp", 0, ".model.being-written")],
+)
+def test_a_rank_that_stops_inside_a_save_is_noticed(cwd, undisturbed, strategy, lost, writing):
+    """It stops while the temporary directory of a checkpoint, or of model/, is there, which is then still there."""
+    out = f"stopped-{strategy}-{lost}-{len(writing)}"
+    arguments = flags(out, "gpt2.json", strategy=strategy, rank_timeout=4)
+    ranks = start_ranks(2, *arguments, cwd=cwd)
+    is_inside = False
+    try:
+        while not is_inside:
+            ranks[lost].send_signal(signal.SIGCONT)
+            while not list((cwd / out).glob(writing)):
+                assert ranks[0].returncode is ranks[1].returncode is None, "no save was met"
+                time.sleep(0.001)
+            ranks[lost].send_signal(signal.SIGSTOP)
+            since = time.monotonic()
+            time.sleep(0.5)
+            is_inside = bool(list((cwd / out).glob(writing)))
+        assert ranks[1 - lost].wait(60) == 6, ranks[1 - lost].stderr
+        assert 3 < time.monotonic() - since < 4 + 4
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert "the connection to another rank is lost (" in ranks[1 - lost].stderr.splitlines()[-1]
+    ranks[lost].wait(10)
+    run_ranks(cwd, *arguments, "--resume")
+    assert_same(cwd / out, undisturbed[strategy], 0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), [("ddp", "torch.optim.SGD(groups)"), ("fsdp", ADAMW)], ids=["ddp", "fsdp"]
+)
+def test_what_has_no_moments_is_resumed_to_the_bit(cwd, tmp_path, strategy, optimizer):
+    """A weight without gradients, a save before the first step, and SGD, whose state holds no tensor."""
+    here = "    # Train all weights, all but"
+    idle = f"    model.transformer.idle = torch.nn.Linear(2, 2, device=model.device)\n{here}"
+    options = {"cwd": cwd, "script": copy_tree(tmp_path, train=(ADAMW, optimizer), model=(here, idle))}
+    arguments = ("--max_steps", 4, "--save_every", 2, "--learning_rate", 1e-2, "--output_dir")
+    run_dir, arguments = tmp_path / "run", (*flags("", strategy=strategy), *arguments)
+    ranks = start_ranks(2, *arguments, run_dir, **options)
+    try:
+        while not (run_dir / "config.yaml").exists():  # written before the first evaluation
+            assert ranks[0].returncode is None, ranks[0].stderr
+            time.sleep(0.001)
+        ranks[1].send_signal(signal.SIGUSR1)
+        assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+    def state(directory):
+        groups = [path for path in (directory / "checkpoints/step-000004").iterdir() if path.is_dir()]
+        return {(group.name, name): tensor for group in groups for name, tensor in load_shards(group).items()}
+
+    expected = state(run_dir)
+    kinds = {name.rpartition(":")[2] for group, name in expected if group == "optimizer"}
+    assert kinds == ({"step", "exp_avg", "exp_avg_sq"} if optimizer == ADAMW else set())
+    assert ("weights", "transformer.idle.weight") in expected
+    for step in (0, 2):
+        shutil.copytree(run_dir, copy := tmp_path / f"from-{step}")
+        for later in range(step + 2, 6, 2):
+            shutil.rmtree(copy / f"checkpoints/step-{later:06}")
+        again = run_ranks(cwd, *arguments, copy, "--resume", script=options["script"])
+        assert f"at step {step}\n" in again[0].stdout
+        ours = state(copy)
+        assert ours.keys() == expected.keys() and all(ours[key].equal(expected[key]) for key in expected)
 
 
 WAITING = """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ROOT, start_ranks
 
 from benchmarks import formulas, scale
 from modeling.architectures import recompute_activations
@@ -96,3 +97,106 @@ def test_ranks_hold_and_send_what_the_formulas_say(ranks, strategy, precision, m
     width = 2 if precision == "bf16" else 4
     assert sent == pytest.approx(formulas.sent_bytes(s, ranks, strategy, micro_batches, width), rel=near)
     assert strategy == "fsdp" or not gathered
+
+
+SAVING = """
+import ctypes
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from benchmarks.formulas import gpt2
+from cli.errors import run_script
+from distributed import parallel
+from distributed.world import DistributedConfig, World
+from modeling import saving
+from modeling.precision import keep_freed_memory
+from training import checkpoint
+
+
+def status(key):
+    return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def grown(work):
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts at VmRSS
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def save(rows, world, mesh):
+    def tensor(rows):
+        local = torch.ones(rows, 512)
+        return DTensor.from_local(local, mesh, [Shard(0)]) if mesh else local
+
+    groups = {"weights": {str(i): tensor(number) for i, number in enumerate(rows)}}
+    groups["optimizer"] = {f"{i}:{name}": tensor(number) for i, number in enumerate(rows) for name in ("m", "v")}
+    return grown(lambda: checkpoint.save(Path("saved"), groups, {}, world))
+
+
+def save_model(world):
+    saving.FILE_SIZE = "40MB"
+    model = gpt2(8, 512, 8, vocabulary=4096)
+    parallel.shard(model, torch.device("cpu"), "fp32")
+    Path("model").mkdir(exist_ok=True)
+    return grown(lambda: saving.save_sharded(model, Path("model"), parallel.full_tensor, writes=world.is_main))
+
+
+def main():
+    rows = json.loads(sys.argv[1])
+    if rows:
+        keep_freed_memory()  # as in training on a CPU
+    else:
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed memory is given back, so that no hole counts
+    with World(DistributedConfig()) as world:
+        mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
+        save([1], world, mesh)  # what is imported and allocated once
+        print(save(rows, world, mesh) if rows else save_model(world), flush=True)
+        world.on_main(lambda: [shutil.rmtree(path) for path in Path().iterdir() if path.is_dir()])
+
+
+run_script(main)
+"""
+EVEN, LARGE_LAST = [2048] * 24, [1024] * 15 + [15 << 10] + [512] * 2 + [25 << 9]  # rows of 2 KiB
+
+
+def grown_by_saving(ranks, rows, cwd):
+    """Return the bytes that each rank's memory grows by while it saves tensors of so many rows, or a model."""
+    (cwd / "saving.py").write_text(SAVING)
+    started = start_ranks(ranks, rows, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
+    try:
+        assert [rank.wait(120) for rank in started] == [0] * ranks, [rank.stderr for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()
+    return [int(rank.stdout) for rank in started]
+
+
+@pytest.mark.parametrize(
+    "ranks, rows",
+    [
+        (1, LARGE_LAST),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, EVEN), (2, EVEN), (2, LARGE_LAST))),
+    ],
+)
+def test_a_checkpoint_adds_the_memory_that_the_formula_says(ranks, rows, tmp_path):
+    """A quarter of the shard at most, or twice its largest tensor."""
+    shard, largest = 3 * 2048 * sum(rows), 2048 * max(rows)
+    expected = formulas.checkpoint_bytes(shard * 2 // 3, largest, "cpu")
+    assert expected <= max(shard / 4, 2 * largest)
+    assert grown_by_saving(ranks, rows, tmp_path) == pytest.approx([expected] * ranks, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_adds_the_memory_that_the_formula_says(tmp_path):
+    s = formulas.shape_of(formulas.gpt2(8, 512, 8, vocabulary=4096))
+    added, _ = grown_by_saving(2, [], tmp_path)
+    assert added == pytest.approx(formulas.model_bytes(s, 40e6), rel=0.1)

@@ -3,19 +3,23 @@ import errno
 import os
 import resource
 import stat
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import in_child
+from conftest import in_child, tiny_gpt2
 from crashes import FILE_SYSTEMS, crash_in_save, file_system
 
 from cli.errors import SaveError
 from distributed.world import World
+from train import make_optimizer, train_step
 from training import atomic, checkpoint
 from training.atomic import remove_partial_writes, write_directory
 from training.checkpoint import NoCheckpointError, load, load_tensors, prune, verify
-from training.run import remove_run
+from training.run import Run, Saved, remove_run
+from training.state import describe, moments, trained_weights
 
 TENSORS = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)},
@@ -44,6 +48,35 @@ def test_what_was_saved_is_loaded(tmp_path):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in content.items())
     assert verify(tmp_path / "step-000010") is None
     assert os.listdir(tmp_path) == ["step-000010"]
+
+
+@pytest.mark.parametrize("make", [partial(make_optimizer, weight_decay=0.1), partial(torch.optim.SGD, lr=1e-2)])
+def test_weights_and_optimizers_without_moments_are_resumed_to_the_bit(tmp_path, make):
+    """A trained weight that gets no gradient has no moments, and SGD has none at all."""
+    batch = {name: torch.arange(64).view(4, 16) for name in ("input_ids", "labels")}
+
+    def make_run():
+        model = tiny_gpt2(64)
+        model.transformer.idle = torch.nn.Linear(2, 2)
+        optimizer = make([*model.parameters()] if make.func is torch.optim.SGD else model)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return model, optimizer, scaler, partial(train_step, model, optimizer, scaler, [batch], 1e-2)
+
+    model, optimizer, _, step = make_run()
+    for _ in range(2):
+        step()
+    tensors = {"weights": trained_weights(model), "optimizer": moments(model, optimizer)}
+    assert not any("idle" in name for name in tensors["optimizer"])
+    save(tmp_path / "step-000002", tensors, {})
+    resumed = make_run()
+    with torch.no_grad():
+        resumed[0].transformer.idle.weight.zero_()
+    content = {"moments": describe(tensors["optimizer"]), "data": {}, "scaler": {}}
+    data = SimpleNamespace(restore=lambda *_: None)
+    Run.restore(SimpleNamespace(world=World()), Saved(tmp_path / "step-000002", content=content), *resumed[:3], data)
+    assert step().loss == resumed[3]().loss
+    ours, theirs = ({**trained_weights(m), **moments(m, o)} for m, o in ((model, optimizer), resumed[:2]))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def test_file_modes_follow_the_umask(tmp_path):
