@@ -214,13 +214,13 @@ def build_model(
     keep_freed_memory(device.type)
     shape = {"block_size": config.block_size, "isolate_documents": config.pack == "documents"}
     check = partial(check_model, tokenizer=tokenizer, precision=precision, **shape)
-    read = None  # with FSDP2 each rank reads its own rows, if files hold the weights; else rank 0 loads or makes them
+    fill = ()  # with FSDP2 each rank reads its own rows, if files hold the weights; else rank 0 loads or makes them
     if world.shards and config.model and not config.lora_rank and not config.add_tokens:
         with world.local_main_first():
             model = load_model(config, settings, tokenizer, empty=True)
             read = find_rows(model, config.model)
-    if not all(world.on_all(lambda: bool(read))):
-        read = None
+        fill = (read, partial(check, model)) if all(world.on_all(lambda: bool(read))) else ()
+    if not fill:
         with world.local_main_first():
             model = load_model(config, settings, tokenizer, empty=not world.is_main)
             if world.is_main:
@@ -234,7 +234,7 @@ def build_model(
         recompute_activations(model)
 
     # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, also with more steps.
-    model = world.parallelize(model, device, precision, config.block_size, read, check)
+    model = world.parallelize(model, device, precision, config.block_size, fill)
     frozen = world.on_all(lambda: frozen_digest(model) if world.shards or world.is_main else 0)
     model.frozen_sha256 = f"{sum(frozen) % 2**256:064x}" if any(frozen) else None
     if compiled is None or config.compile != "auto":

@@ -30,6 +30,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class NoMemoryError(UserError):
+    """Memory ran out."""
+
+
 class SaveError(UserError):
     """A file cannot be written: the disk is full, read-only or broken. Files written before are intact."""
 
@@ -71,7 +75,7 @@ def save_advice(error: BaseException) -> str:
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main``. Turn a UserError into plain lines on stderr and its exit code."""
-    for name in ("stdin", "stdout", "stderr"):  # a closed stream, as after `>&-`, is None
+    for name in ("stdin", "stdout", "stderr", "__stderr__"):  # a closed stream, as after `>&-`, is None
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # a letter that its encoding lacks must not end a run
     # Messages of libraries would hide the one line that matters.
@@ -128,7 +132,7 @@ def _thread_failed(failure: Any) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. On a CPU PyTorch raises a plain RuntimeError for that."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError, NoMemoryError)) or "allocate memory" in str(error)
 
 
 def as_user_error(error: Exception) -> UserError | None:
@@ -136,7 +140,8 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if out_of_memory(error):
-        return UserError(f"out of memory ({root_cause(error)}). Use a smaller batch, shorter text or a smaller model.")
+        fix = "Use a smaller batch, shorter text or a smaller model."
+        return NoMemoryError(f"out of memory ({root_cause(error)}). {fix}")
     frames = traceback.extract_tb(error.__traceback__)
     if frames and "torch/distributed/tensor/" in frames[-1].filename:
         return UserError(

@@ -1,7 +1,6 @@
 """DistributedDataParallel (DDP) and fully_shard (FSDP2) for any causal language model."""
 
 import warnings
-from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -35,10 +34,10 @@ def wrap_in_ddp(model: PreTrainedModel, has_unused_weights: bool) -> Distributed
     return DistributedDataParallel(NextTokenLoss(model), forward_sync_buffers=False, **options)
 
 
-def shard(model: PreTrainedModel, device: torch.device, precision: str, read: Callable[[], None] | None) -> None:
+def shard(model: PreTrainedModel, device: torch.device, precision: str, sends: bool = True) -> None:
     """Keep one shard of weights, gradients and optimizer state on each rank.
 
-    The weights are rank 0's, unless ``read`` fills the shards of all ranks.
+    If ``sends``, they are rank 0's weights. Else the weights of the shards are not initialized.
     """
     # FSDP2 warns about in-place changes of a returned view. Nothing here changes one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
@@ -50,12 +49,10 @@ def shard(model: PreTrainedModel, device: torch.device, precision: str, read: Ca
         materialize(module, device)
         if not isinstance(module, (FSDPModule, torch.nn.ModuleList, torch.nn.ModuleDict)):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    for name, parameter in model.named_parameters() if read is None else ():
+    for name, parameter in model.named_parameters() if sends else ():
         _load(parameter, full.pop(name))
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
-    if read:
-        read()
 
 
 def _load(target: DTensor, full: torch.Tensor) -> None:

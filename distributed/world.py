@@ -14,12 +14,13 @@ that no host waits for its device.
 """
 
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,8 +82,7 @@ class World:
             torch.cuda.set_device(self.local_rank)
         try:
             dist.init_process_group("nccl" if has_gpu else "gloo", timeout=limit, **_meet(limit))
-            self.hosts = dist.new_group(backend="gloo", timeout=limit)
-            self._alone = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # one rank may tokenize for hours
+            self.hosts, self._alone = (dist.new_group(backend="gloo", timeout=t) for t in (limit, timedelta(days=1)))
         except RuntimeError as error:
             sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
             fix = "Run again with --resume after you fix the errors of the other ranks."
@@ -195,13 +195,12 @@ class World:
         device: torch.device,
         precision: str,
         block_size: int,
-        read: Callable[[], None] | None = None,
-        check: Callable[[PreTrainedModel], None] | None = None,
+        fill: Sequence[Callable[[], None]] = (),
     ) -> PreTrainedModel:
         """Bring rank 0's weights to ``device`` on all ranks, and run the passes of one step.
 
-        On the other ranks, ``model`` may be on device meta. With FSDP2 it may be so on all ranks: then ``read`` fills
-        the shards, and ``check`` checks the model. Raise UserError if the strategy does not support the model.
+        On the other ranks, ``model`` may be on device meta. With FSDP2 it may be so on all ranks: then the functions in
+        ``fill`` fill the shards. Raise UserError if the strategy does not support the model.
         """
         if not self.strategy:
             return model.to(device)
@@ -213,8 +212,9 @@ class World:
         vars(model).update(self.broadcast({name: x for name, x in vars(model).items() if name in PROBED_ATTRIBUTES}))
         ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
         if self.shards:
-            parallel.shard(model, device, precision, read)
-            self.on_all(lambda: check(model) if read else None)
+            parallel.shard(model, device, precision, sends=not fill)
+            for work in fill:
+                self.on_all(work)
         else:
             materialize(model, device)
             unused = self.broadcast(self.is_main and has_unused_weights(model, ids, precision))
@@ -278,14 +278,14 @@ def _meet(limit: timedelta) -> dict[str, Any]:
 
 def is_under_torchrun() -> bool:
     """Return whether torchrun, or a launcher that sets its variables, started this process."""
-    is_one = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    return "LOCAL_RANK" in os.environ and (not is_one or "TORCHELASTIC_RUN_ID" in os.environ)
+    has_others = os.environ.get("WORLD_SIZE", "1") != "1"
+    return "LOCAL_RANK" in os.environ and (has_others or "TORCHELASTIC_RUN_ID" in os.environ)
 
 
 def silence_other_ranks() -> None:
     """Print on rank 0 only. Until the ranks have connected, local rank 0 of each node prints errors, too."""
     if is_under_torchrun() and int(os.environ["RANK"]):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 open as long as the process
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 open as long as the process
         if int(os.environ["LOCAL_RANK"]):
             sys.stderr = sys.stdout
 
@@ -296,5 +296,5 @@ def is_connection_error(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a C++ error message. The lines after it are a C++ stack trace."""
-    return str(error).splitlines()[0][:200]
+    """Return the first sentence of a C++ error message, without the place in its source and the stack trace."""
+    return re.split(r"[.:]?\n|\. |\.$", re.sub(r"\[/\S+:\d+\] *", "", str(error)))[0]

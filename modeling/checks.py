@@ -59,12 +59,10 @@ def check_causal(model: PreTrainedModel, block_size: int) -> None:
     other[:, half:] = (ids[:, half:] + torch.randint(1, rows, (1, block_size - half), generator=generator)) % rows
     with evaluating(model):
         before, after = (
-            model(input_ids=probe.to(model.device), use_cache=False).logits[:, :half] for probe in (ids, other)
+            model(input_ids=probe.to(model.device), use_cache=False).logits[:, :half].float() for probe in (ids, other)
         )
-    eps = torch.finfo(before.dtype).eps
-    before, after = before.float(), after.float()
     leak = (before - after).abs().max() / before.abs().max().clamp_min(1e-6)
-    if not leak <= max(1e-4, 4 * eps):
+    if not leak <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
         fix = {
             "cpmant": "Use another architecture; this one has no causal switch.",
             "reformer": "Use --model_config to train it from scratch; its hashing attends to later tokens.",

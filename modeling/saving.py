@@ -29,17 +29,21 @@ def save_sharded(model: PreTrainedModel, directory: Path, full_tensor: Callable,
     state = model.state_dict()
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
     empty = remove_tied_weights_from_state_dict(empty, model)
     converted = revert_weight_conversion(model, empty)
+    converted = {name: torch.empty_like(tensor) for name, tensor in converted.items()}  # views would count as a whole
     parts = _independent_parts(model, empty, converted)
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(converted, filename_pattern=pattern, max_shard_size=FILE_SIZE)
     files = {name: set(names) for name, names in split.filename_to_tensors.items()}
 
-    if writes:
-        model.save_pretrained(directory, state_dict={})  # all files but the weights
     failure, held = None, {}
+    try:
+        if writes:
+            model.save_pretrained(directory, state_dict={})  # all files but the weights
+    except Exception as error:
+        failure = error
     for part in parts:
         tensors = {name: full_tensor(state[name]) for name in part}
         try:

@@ -31,12 +31,26 @@ def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -
     """
     path, temporary = real_paths(path)
     try:
+        begin(path, num_bytes)
         with saving(path, num_bytes):
-            clean(path)
-            temporary.mkdir(parents=True)
             write(temporary)
             put(temporary, path)
     finally:
+        end(path, num_bytes)
+
+
+def begin(path: Path, num_bytes: int) -> None:
+    """Make the temporary directory of ``path``. Raise SaveError if that fails."""
+    path, temporary = real_paths(path)
+    with saving(path, num_bytes):
+        clean(path)
+        temporary.mkdir(parents=True)
+
+
+def end(path: Path, num_bytes: int) -> None:
+    """Remove what is left of a save, and of the old content. Raise SaveError if that fails."""
+    path, _ = real_paths(path)
+    with saving(path, num_bytes):
         clean(path)
 
 

@@ -46,8 +46,11 @@ def require_shared_directory(path: Path, world: World) -> None:
         there = next(parent for parent in (path, *path.parents) if parent.is_dir())
         probe = there / world.broadcast(f".probe-{uuid.uuid4().hex}")
         world.on_main(probe.touch)
-        blind = [rank for rank, seen in enumerate(world.on_all(probe.exists)) if not seen]
-        world.on_main(probe.unlink)
+        try:
+            blind = [rank for rank, seen in enumerate(world.on_all(probe.exists)) if not seen]
+        finally:
+            if world.is_main:
+                probe.unlink()
         wrong = f"--output_dir {path}: rank {', '.join(map(str, blind))} does not see it"
         world.on_main(lambda: require(not blind, f"{wrong}. Use a shared file system."))
 
@@ -69,10 +72,10 @@ def save(
     num_bytes = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
 
     def begin() -> None:
+        atomic.begin(path, num_bytes)
         with atomic.saving(path, num_bytes):
-            atomic.clean(path)
-            for directory in (temporary, *(temporary / group for group in tensors)):
-                directory.mkdir(parents=True)
+            for group in tensors:
+                (temporary / group).mkdir()
 
     def write() -> dict[str, dict[str, Any]]:
         with atomic.saving(path, num_bytes):
@@ -99,7 +102,7 @@ def save(
         world.on_main(finish)
     finally:
         if world.is_main:
-            atomic.clean(path)
+            atomic.end(path, num_bytes)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -165,7 +168,8 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
         present = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
         if foreign := sorted(present - manifest.keys()):  # which would be loaded as well
             return f"{foreign[0]} is not in {MANIFEST}"
-        for name, entry in sorted({"state.json": {}, **manifest}.items())[rank::ranks]:
+        files = {"state.json": {}, **manifest}
+        for name, entry in sorted(files.items(), key=lambda file: file[1]["bytes"])[rank::ranks]:
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(path / name) != entry["sha256"]:

@@ -20,6 +20,8 @@ from training.monitor import StepMonitor, memory_advice
 from training.run import Run
 from training.state import TrainState, describe, moments, trained_weights
 
+SAVE_MEMORY = memory_advice("out of memory in a save", "Run again with --resume when other programs have freed memory")
+
 
 class Checkpointer:
     """Save checkpoints/step-N: tensors, state, and the settings that `--resume` compares.
@@ -56,7 +58,7 @@ class Checkpointer:
                 self.save()
             raise
 
-    @memory_advice("out of memory in a save", "Run again with --resume when other programs have freed memory")
+    @SAVE_MEMORY
     def save(self) -> None:
         """Save the state after the last step. Raise NonFiniteError or SaveError instead of a bad checkpoint."""
         self._monitor.check()
@@ -101,8 +103,11 @@ class BestModel:
     def _card(self) -> Any:
         return model_card(self._run.settings, self._facts, evaluations(self._run.directory))
 
+    @SAVE_MEMORY
     def _save(self, evaluation: dict[str, float]) -> None:
-        model, world, path = self._model, self._run.world, self._run.directory / "model"
+        model, world = self._model, self._run.world
+        path, temporary = atomic.real_paths(self._run.directory / "model")
+        num_bytes = 4 * model.num_parameters(only_trainable=bool(self._run.config.lora_rank))
 
         def write(directory: Path) -> None:
             if world.shards:
@@ -114,11 +119,17 @@ class BestModel:
             (directory / EVALUATION).write_text(json.dumps(evaluation), encoding="utf-8")
 
         def save() -> None:
-            if world.is_main:
-                num_bytes = 4 * model.num_parameters(only_trainable=bool(self._run.config.lora_rank))
-                atomic.write_directory(path, write, num_bytes)
-            elif world.shards:
-                save_sharded(model, path, full_tensor, writes=False)
+            with atomic.saving(path, num_bytes):
+                if world.is_main:
+                    write(temporary)
+                    atomic.put(temporary, path)
+                elif world.shards:
+                    save_sharded(model, path, full_tensor, writes=False)
 
         reshard(model)
-        world.on_all(save)
+        try:
+            world.on_main(lambda: atomic.begin(path, num_bytes))
+            world.on_all(save)
+        finally:
+            if world.is_main:
+                atomic.end(path, num_bytes)

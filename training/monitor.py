@@ -122,7 +122,7 @@ def memory_advice(problem: str, fix: str) -> Iterator[None]:
     """Turn "out of memory", whoever raises it, into a UserError with a remedy."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, UserError) as error:
         if not out_of_memory(error):
             raise
         raise UserError(f"{problem}. {fix}.") from error

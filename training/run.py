@@ -73,8 +73,9 @@ class Run:
         self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         self.identity: dict[str, Any] = {}
         self._require_same_on_all_ranks(vars(config))
-        checkpoint.require_shared_directory(self.directory, world)
         self._exists = world.on_main(self._check_directory)
+        if not config.dry_run:
+            checkpoint.require_shared_directory(self.directory, world)
         self._resumes = self._exists and config.resume and not config.overwrite and not config.dry_run
         if config.push_to_hub and not config.dry_run:
             world.on_main(lambda: check_login(config.push_to_hub))
@@ -163,8 +164,9 @@ class Run:
 
     def start(self, saved: Saved, num_steps: int) -> RunLog:
         """Make the directory this run's own and open its log. The first write of the run."""
-        log = self._start(saved, num_steps) if self.world.is_main else NoLog()
-        return log
+        logs = [NoLog()]
+        self.world.on_main(lambda: logs.append(self._start(saved, num_steps)))
+        return logs[-1]
 
     def restore(
         self,

@@ -28,7 +28,7 @@ def main():
                 model = AutoModelForCausalLM.from_config(read_config(name, "--model", {}), dtype=torch.float32)
             read, other = find_rows(model, name), load_pretrained(name)
             assert all(parameter.is_meta for parameter in model.parameters())
-            model = world.parallelize(model, torch.device("cpu"), "fp32", 2, read, lambda model: None)
+            model = world.parallelize(model, torch.device("cpu"), "fp32", 2, [read])
             expected = other.state_dict()
             for key, tensor in model.state_dict().items():
                 tensor = full_tensor(tensor)
@@ -116,3 +116,30 @@ def test_no_rank_loads_the_whole_model_and_frozen_shards_are_those_of_one_proces
     save_file(tensors[0], cwd / "base/model.safetensors", {"format": "pt"})
     ranks = run_ranks(cwd, *options("slices", strategy="fsdp"), "--resume", "--max_steps", "5", codes=(2, ANY))
     assert "frozen weights" in ranks[0].stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "codes", "said"),
+    [
+        ("PreTrainedModel.save_pretrained = fail", [5, 5], "sharded/model: cannot be saved ([Errno 28] No space left"),
+        ("if os.environ['RANK'] == '1': loading.local_rows = fail", [2, 2], "error: rank 1: --model base:"),
+    ],
+)
+def test_a_failure_of_one_rank_is_that_of_all_and_not_a_lost_connection(cwd, tokenizer, broken, codes, said):  # noqa: F811
+    tiny_gpt2(len(tokenizer)).save_pretrained(cwd / "base")
+    tokenizer.save_pretrained(cwd / "base")
+    (cwd / "broken.py").write_text(
+        "import errno, os, train\nfrom modeling import loading\nfrom transformers import PreTrainedModel\n"
+        "def fail(*args, **options):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        f"{broken}\ntrain.run_script(train.main)\n"
+    )
+    changed = {"tokenizer": None, "max_steps": 3, "rank_timeout": 50, "strategy": "fsdp"}
+    settings = (*flags("sharded", None, **changed), "--model", "base", "--overwrite")
+    ranks = start_ranks(2, *settings, cwd=cwd, script=cwd / "broken.py", env={"PYTHONPATH": str(ROOT)})
+    try:
+        assert [rank.wait(40) for rank in ranks] == codes, [rank.stderr for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    (line,) = [line for rank in ranks for line in rank.stderr.splitlines()]
+    assert said in line

@@ -20,9 +20,9 @@ from modeling import saving
 from modeling.loading import weights_on_meta
 from modeling.adapters import LoraConfig, add_lora
 
-GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 100}
+GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 101}
 MIXTRAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-           "intermediate_size": 48, "num_local_experts": 3, "vocab_size": 100, "max_position_embeddings": 16}
+           "intermediate_size": 48, "num_local_experts": 3, "vocab_size": 101, "max_position_embeddings": 16}
 CASES = {"gpt2": ("gpt2", GPT2), "mixtral": ("mixtral", MIXTRAL), "files": ("mixtral", MIXTRAL),
          "buffers": ("gpt2", GPT2), "lora": ("gpt2", GPT2)}
 
@@ -72,9 +72,9 @@ run_script(main)
 def saved(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("saving")
     (cwd / "saving.py").write_text(SAVING)
-    ranks = start_ranks(2, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
+    ranks = start_ranks(3, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
     try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+        assert [rank.wait(120) for rank in ranks] == [0, 0, 0], [rank.stderr for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
