@@ -234,7 +234,7 @@ class Runs:
                 shutil.rmtree(directory)
 
             with file_system(kind):
-                while "ended" not in outcomes and len(outcomes) < 2000:
+                while "ended" not in outcomes and len(outcomes) < 2000 and self.table.left() > 0:
                     self.table.trial(row, die)
             self.table.trial(row, expect, "ended" in outcomes, "no save came to its end")
             counts = {f"the {kind} state {outcomes.count(kind)} times": 0.0 for kind in ("old", "new")}
