@@ -141,8 +141,8 @@ def train_step(
                 sums[i] += value
         nll_sum, num_predicted, num_tokens = world.all_reduce(sums)
 
-        # Divide loss and gradients by the predicted tokens of the whole step. The same call clips the gradients:
-        # it divides them by its last argument. In fp16 `get_scale` waits for the device.
+        # Divide loss and gradients by the predicted tokens of the whole step. `clip_grads_with_norm_` divides by
+        # its last argument, so one call averages and clips the gradients. In fp16 `get_scale` waits for the device.
         divisor, scale = num_predicted.clamp_min(1), scaler.get_scale()
         with memory_advice("out of memory in the optimizer", "Use a smaller model, --lora_rank 8 or --strategy fsdp"):
             scaler.unscale_(optimizer)

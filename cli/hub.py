@@ -39,7 +39,7 @@ def find_hub() -> None:
 
 
 def check_login(repo_id: str) -> None:
-    """Raise UserError if ``push`` could not work, before hours are spent on training."""
+    """Raise UserError if `push` would fail: if the id is invalid, or nobody is logged in. Called before training."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -86,7 +86,7 @@ class World:
         except RuntimeError as error:
             sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
             fix = "Run again with --resume after you fix the errors of the other ranks."
-            raise RankError(f"the ranks did not connect ({first_line(error)}). {fix}") from error
+            raise RankError(f"the ranks did not connect ({headline(error)}). {fix}") from error
         self.rank, self.size, self.strategy = dist.get_rank(), dist.get_world_size(), config.strategy
         if self.rank:
             sys.stderr = sys.stdout  # from here on rank 0 reports the errors that all ranks have
@@ -112,7 +112,7 @@ class World:
         sys.stderr, known = sys.__stderr__, as_user_error(error)
         if is_connection_error(error):
             fix = "Run again with --resume; torchrun --max-restarts=3 does this automatically."
-            known = RankError(f"the connection to another rank is lost ({first_line(error)}). {fix}")
+            known = RankError(f"the connection to another rank is lost ({headline(error)}). {fix}")
         if known is None:
             traceback.print_exception(error)
             os._exit(1)  # Gloo's threads could block Python's own exit
@@ -241,7 +241,7 @@ class World:
         except (RuntimeError, AttributeError, TypeError) as error:
             if out_of_memory(error) or is_connection_error(error):
                 raise
-            wrong = f"--strategy {self.strategy}: {model.config.model_type} fails with it ({first_line(error)[:100]})"
+            wrong = f"--strategy {self.strategy}: {model.config.model_type} fails with it ({headline(error)[:100]})"
             fix = "Use --strategy ddp." if self.shards else "Use one process."
             raise UserError(f"{wrong}. {fix}") from error
 
@@ -257,7 +257,7 @@ class World:
 
 
 def _meet(limit: timedelta) -> dict[str, Any]:
-    """Return store, rank and size, as `init_process_group` takes them. Raise RuntimeError if a rank does not come.
+    """Return the arguments of `init_process_group`. Raise RuntimeError if a rank does not come within ``limit``.
 
     torchrun keeps its store when it starts the ranks again, with the addresses of those that died. So each start gets a
     prefix of its own: rank 0's name. Each rank asks for it under a new name, and rank 0 answers until all have come.
@@ -295,6 +295,6 @@ def is_connection_error(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def first_line(error: Exception) -> str:
-    """Return the first sentence of a C++ error message, without the place in its source and the stack trace."""
+def headline(error: Exception) -> str:
+    """Return the first sentence of a C++ error message. Its stack trace and source file are left out."""
     return re.split(r"[.:]?\n|\. |\.$", re.sub(r"\[/\S+:\d+\] *", "", str(error)))[0]

@@ -129,10 +129,10 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def frozen_digest(model: torch.nn.Module) -> int:
-    """Return the sum of the SHA-256 of all frozen rows that this rank holds, modulo 2^256, or 0 if there is none.
+    """Return a digest of this rank's rows of the frozen weights, or 0 if all weights are trained.
 
-    Each row is hashed with its name and number, so the sum over all ranks does not depend on the number of shards.
-    This is AdHash (Bellare and Micciancio 1997).
+    Each row is hashed with its parameter's name and its number. The digest is the sum of these hashes modulo 2^256, as
+    in AdHash (Bellare and Micciancio 1997). So the digests of all ranks have the same sum for any number of shards.
     """
     total = 0
     for name, parameter in model.named_parameters():

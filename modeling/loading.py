@@ -191,7 +191,7 @@ def find_rows(model: PreTrainedModel, name: str) -> Callable[[], None] | None:
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, name: str, places: dict[str, tuple[str, str]]) -> None:
-    """Copy this rank's rows from ``places``: for each weight its file and its name there."""
+    """Fill this rank's rows of each weight. ``places`` maps a weight's name to its file and its name in the file."""
     state = model.state_dict()
     with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
         for key, (file, stored) in places.items():
@@ -206,9 +206,9 @@ def _read(model: PreTrainedModel, name: str, places: dict[str, tuple[str, str]])
 
 
 def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the rows that this rank holds of a tensor that is sharded in dimension 0, and the number of the first one.
+    """Return this rank's rows of a tensor, and the number of the first of them.
 
-    Return a tensor that is not sharded as it is, and 0.
+    The tensor is sharded in dimension 0, or not sharded: then all its rows are returned.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):

@@ -48,7 +48,7 @@ def begin(path: Path, num_bytes: int) -> None:
 
 
 def end(path: Path, num_bytes: int) -> None:
-    """Remove what is left of a save, and of the old content. Raise SaveError if that fails."""
+    """Remove the temporary directory of ``path``. Raise SaveError if that fails."""
     path, _ = real_paths(path)
     with saving(path, num_bytes):
         clean(path)

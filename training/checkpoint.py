@@ -121,7 +121,7 @@ def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path, world: World) -> None:
     """Write this rank's part. DCP holds two copies of each file in memory, so files are small.
 
-    The largest tensors are written first. Then later files fit into the memory that earlier ones have freed.
+    The largest tensors are written first, so later files fit into the memory that they leave.
     """
     sizes = sorted(((tensor.nbytes, name) for name, tensor in tensors.items()), reverse=True)
     limit, number, held, files = max(sum(size for size, _ in sizes) // FILES, FILE_BYTES), 0, 0, {}

@@ -1,4 +1,4 @@
-"""Check the results of steps once per log interval. Measure throughput and memory. Advise if memory runs out."""
+"""Watch a run: whether its steps are finite, its throughput, its memory, and what to do if memory runs out."""
 
 import math
 import resource

@@ -77,7 +77,7 @@ def main() -> None:
     import model
     import perplexity
     from corpus import sources
-    from training import atomic, checkpoint, log, run
+    from training import checkpoint, checkpointer, log, run
 
     phases = Phases(path + os.environ.get("RANK", ""))
     for owner, name, phase in (
@@ -89,7 +89,7 @@ def main() -> None:
         (generate, "generate", "sampling"),
         (checkpoint, "save", "saving"),
         (checkpoint, "prune", "saving"),
-        (atomic, "write_directory", "saving"),
+        (checkpointer.BestModel, "_save", "saving"),
         (log.RunLog, "sync", "saving"),
         (run, "mark_finished", "end"),
     ):
