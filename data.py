@@ -4,34 +4,33 @@
     loader = make_loader(blocks, batch_size=8)         # {"input_ids", "labels"}: (batch, block_size) int64
     for micro_batches, position, numbers in train_data.batches(...): ...        # one item per step, without end
 
-Memory stays flat: tokens live in a memory-mapped Arrow file, and blocks are views of it. The package corpus/ turns
-text into the token stream. Here is the order in which blocks are trained on.
+Memory stays flat: tokens live in a memory-mapped file, and blocks are views of it. The package corpus/ turns text into
+the token stream. Here is the order in which blocks are trained on.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import require, warn
-from corpus import sources, streaming
-from corpus.chat import CHAT_TEMPLATE
-from corpus.documents import Documents
+from cli.errors import require
+from corpus import sources
 from corpus.flags import DataConfig
 from corpus.position import Position
-from corpus.selection import select_text
-from corpus.shards import StreamedText
-from corpus.tokenize import load_stream
-from corpus.tokens import TokenStream, token_ids
+from corpus.records import Documents
+from corpus.selection import TrainingDocuments, select_text
+from corpus.streaming import StreamedBlocks
+from corpus.tokenize import drop_long, tokenize
+from corpus.tokens import TokenStream, token_ids, with_prefix
 from modeling.linear_cross_entropy import IGNORED_LABEL
 
 Batch = dict[str, torch.Tensor]  # "input_ids", "labels" and, with isolated documents, "position_ids"
+Step = tuple[list[Batch], Position, list[int]]  # micro-batches, the position after them, numbers of their blocks
 
 
 class Blocks(Dataset):
@@ -39,7 +38,8 @@ class Blocks(Dataset):
 
     With stride = block_size the blocks follow each other. With a smaller stride they overlap, and only tokens that are
     in no block before carry labels. So each token but the first is predicted once, with at least block_size - stride
-    tokens before it (as in the guide "Perplexity of fixed-length models" of transformers). ``kept`` selects blocks.
+    tokens before it (as in the guide "Perplexity of fixed-length models" of transformers). Each of these windows begins
+    with the tokens ``begin``, such as <s>, without labels. ``kept`` selects blocks.
     """
 
     def __init__(
@@ -48,32 +48,43 @@ class Blocks(Dataset):
         block_size: int,
         stride: int | None = None,
         isolate_documents: bool = False,
-        kept: Sequence[int] | None = None,
+        begin: Sequence[int] = (),
     ):
         self.stream, self.block_size, self.stride = stream, block_size, stride or block_size
         self.isolate_documents = isolate_documents
-        count = min(1, len(stream)) + math.ceil(max(0, len(stream) - block_size) / self.stride)
-        self.kept = range(count) if kept is None else kept
+        self._begin = ~np.array(begin, np.int64) if self.stride < block_size else np.empty(0, np.int64)
+        self._window = max(self.stride, block_size - len(self._begin))  # tokens of the stream in a block
+        self.total = min(1, len(stream)) + math.ceil(max(0, len(stream) - self._window) / self.stride)
+        self.kept: Sequence[int] = range(self.total)
 
     def __len__(self) -> int:
         return len(self.kept)
 
+    def __str__(self) -> str:
+        learnt = f"learnt: {self.stream.num_loss_tokens:,} of {len(self.stream):,} tokens"
+        return f"{self.stream.num_documents:,} documents, {len(self):,} blocks of {self.block_size}, {learnt}"
+
+    def first(self, count: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        return [self.tokens(i) for i in range(min(count, len(self)))]
+
     def __getitem__(self, item: int) -> Batch:
         """Return input_ids and labels, and position_ids if documents are isolated; all (length,) int64."""
-        start = int(self.kept[item]) * self.stride
-        stop = start + self.block_size
-        positions = self.stream.positions(start, stop) if self.isolate_documents else None
-        block = block_item(self.stream[start:stop], positions)
-        if start > 0:
-            block["labels"][: self.block_size - self.stride] = IGNORED_LABEL
-        return block
+        return block_item(*self.tokens(int(self.kept[item])))
+
+    def tokens(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the ids of a block, ~id for a token without loss, and the positions if documents are isolated."""
+        start = number * self.stride
+        ids = self.stream[start : start + self._window]
+        positions = self.stream.positions(start, start + self._window) if self.isolate_documents else None
+        if number:
+            known = slice(0, self._window - self.stride)
+            ids[known] = ~token_ids(ids[known])
+        return with_prefix(self._begin, ids, positions)
 
 
-def group_texts(
-    stream: TokenStream, block_size: int, stride: int | None = None, isolate_documents: bool = False
-) -> Blocks:
-    """Group all tokens into blocks. None is dropped: the remainder is the last, short block."""
-    return Blocks(stream, block_size, stride, isolate_documents)
+def group_texts(stream: TokenStream, block_size: int, *options: Any, **named: Any) -> Blocks:
+    """Group all tokens into blocks. None is dropped: the remainder is the last, short block. Options: see `Blocks`."""
+    return Blocks(stream, block_size, *options, **named)
 
 
 def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> Batch:
@@ -140,28 +151,37 @@ def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_blocks)
 
 
+class Steps(IterableDataset):
+    """What ``make()`` yields: micro-batches that are made already."""
+
+    def __init__(self, make: Callable[[], Iterator]):
+        self._make = make
+
+    def __iter__(self) -> Iterator:
+        return self._make()
+
+
 class TrainingData:
-    """Blocks of text that is on the disk, in an order of the ``seed``."""
+    """The blocks to train on, stored or streamed, in an order of the ``seed``, and the documents that they are of."""
 
-    def __init__(self, blocks: Blocks, seed: int):
-        self.blocks, self._seed = blocks, seed
-        self.identity = blocks.stream.sha256
-        self.loss_fraction = blocks.stream.num_loss_tokens / len(blocks.stream)  # of all tokens, those with loss
-
-    def __str__(self) -> str:
-        stream, size = self.blocks.stream, self.blocks.block_size
-        return f"{stream.num_documents:,} documents, {len(stream):,} tokens, {len(self.blocks):,} blocks of {size}"
+    def __init__(self, blocks: Blocks | StreamedBlocks, seed: int, documents: Documents | None = None):
+        self.blocks, self.documents, self._seed = blocks, documents, seed
+        self._num_blocks = len(blocks) if isinstance(blocks, Blocks) else None  # of an epoch, if known
+        stream = blocks.stream if self._num_blocks else blocks
+        self.identity = {"training text": stream.sha256} if self._num_blocks else blocks.identity
+        self.loss_fraction = stream.num_loss_tokens / stream.num_tokens  # of all tokens, those with loss
 
     def steps_per_epoch(self, batch_size: int) -> int | None:
         """Return the steps of an epoch, or None if unknown."""
-        return math.ceil(len(self.blocks) / batch_size)
+        return self._num_blocks and math.ceil(self._num_blocks / batch_size)
 
     def epochs(self, position: Position) -> float:
-        """Return how many epochs a position is from the start."""
-        return position.epoch + position.blocks / len(self.blocks)
+        """Return how many epochs a position is from the start; of streamed text, whole ones."""
+        return position.epoch + (position.blocks / self._num_blocks if self._num_blocks else 0)
 
     def first_batch(self, count: int) -> Batch:
-        return collate([self.blocks[i] for i in range(min(count, len(self.blocks)))])
+        """Return the first blocks of the text."""
+        return collate([block_item(*block) for block in self.blocks.first(count)])
 
     def batches(
         self,
@@ -171,95 +191,76 @@ class TrainingData:
         rank: int = 0,
         ranks: int = 1,
         same_shape: bool = False,
-    ) -> Iterator[tuple[list[Batch], Position, list[int]]]:
+    ) -> Iterator[Step]:
         """Yield, without end, a rank's micro-batches of a step, the position after it, and its blocks' numbers.
 
-        The blocks of a step do not depend on the number of ranks. The last step of an epoch has the blocks that are
-        left: each block is seen once per epoch, by one rank.
+        With ``same_shape`` every batch is filled up, so that one compiled graph fits all. All ranks make the same
+        number of micro-batches; some may be empty. The blocks of a step do not depend on the number of ranks.
+        """
+        shape = {"rows": micro_batch_size, "length": self.blocks.block_size} if same_shape else {}
+        shape["isolate_documents"] = self.blocks.isolate_documents
+
+        def make() -> Iterator[Step]:
+            steps = self.blocks.steps if self._num_blocks is None else self._stored_steps
+            for blocks, most, after, numbers in steps(batch_size, position, rank, ranks):
+                items = [block_item(*block) for block in blocks]
+                parts = [items[i : i + micro_batch_size] for i in range(0, most, micro_batch_size)]
+                yield [collate(part, **shape) for part in parts], after, numbers
+
+        settings = {"batch_size": None, "collate_fn": lambda step: step, "pin_memory": torch.cuda.is_available()}
+        return iter(DataLoader(Steps(make), generator=torch.Generator(), **settings))
+
+    def _stored_steps(
+        self, batch_size: int, position: Position, rank: int, ranks: int
+    ) -> Iterator[tuple[list, int, Position, list[int]]]:
+        """Yield (own blocks, most blocks of any rank, position, block numbers), step after step, without end.
+
+        The last step of an epoch has the blocks that are left: each block is seen once per epoch, by one rank.
         """
         while True:
-            order = epoch_order(len(self.blocks), self._seed, position.epoch)[position.blocks :]
-            steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-            shares = [rank_batches(step, micro_batch_size, rank, ranks) for step in steps]
-            loaded = iter(make_loader(self.blocks, micro_batch_size, list(chain(*shares)), same_shape))
-            for step, share in zip(steps, shares, strict=True):
-                position = Position(position.epoch, position.blocks + len(step))
-                if position.blocks == len(self.blocks):
-                    position = Position(position.epoch + 1)
-                yield list(islice(loaded, len(share))), position, step.tolist()
+            order = epoch_order(len(self.blocks), self._seed, position.epoch)
+            for start in range(position.blocks, len(order), batch_size):
+                step = order[start : start + batch_size].tolist()
+                end = start + len(step)
+                position = Position(position.epoch, end) if end < len(order) else Position(position.epoch + 1)
+                own = [self.blocks.tokens(number) for number in step[rank::ranks]]
+                yield own, math.ceil(len(step) / ranks), position, step
+            del order  # before the next one is made
 
-    # A checkpoint needs nothing but the position. Streamed text has more state: see `corpus.shards.StreamedText`.
-    def state(self, rank: int = 0, ranks: int = 1) -> None:
-        """Return a rank's part of the state."""
+    def state(self, rank: int = 0, ranks: int = 1) -> dict[int, dict[str, Any]]:
+        """Return a rank's part of the state of streamed text. Stored text has no state but the position."""
+        return {} if self._num_blocks else self.blocks.state(rank, ranks)
 
-    @staticmethod
-    def joined(states: list) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-        """Join the parts of all ranks into JSON and tensors."""
-        return {}, {}
-
-    def restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Resume from the state that `joined` returned."""
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Continue from the states of all shards, in their order."""
+        if states:
+            self.blocks.restore(states)
 
 
-class StreamedData(StreamedText):
-    """Blocks of text that is read as it is needed, with the methods of `TrainingData`."""
-
-    def steps_per_epoch(self, batch_size: int) -> None:
-        return None
-
-    def epochs(self, position: Position) -> int:
-        return position.epoch
-
-    def first_batch(self, count: int) -> Batch:
-        return collate([self._item(block) for block in self.first_blocks(count)])
-
-    def batches(
-        self,
-        micro_batch_size: int,
-        batch_size: int,
-        position: Position,
-        rank: int = 0,
-        ranks: int = 1,
-        same_shape: bool = False,
-    ) -> Iterator[tuple[list[Batch], Position, list[int]]]:
-        options = {"isolate_documents": self._config.pack == "documents"}
-        if same_shape:
-            options |= {"rows": micro_batch_size, "length": self._config.block_size}
-        for blocks, most, after, numbers in self.draw(batch_size, position, rank, ranks):
-            items = [self._item(block) for block in blocks]
-            count = max(len(items), most if ranks > 1 else 0)  # all ranks make the same number of batches
-            parts = [items[i : i + micro_batch_size] for i in range(0, count, micro_batch_size)]
-            yield [collate(part, **options) for part in parts], after, numbers
-
-    def _item(self, block: np.ndarray) -> Batch:
-        ids, positions = block.astype(np.int64)
-        # A document that began in the block before has its positions from the start of this one.
-        positions = np.minimum(positions, np.arange(len(ids))) if self._config.pack == "documents" else None
-        return block_item(ids, positions)
-
-
-def load_documents(config: DataConfig, seed: int) -> tuple[Documents, Documents]:
-    """Return the training and the evaluation documents. Raise UserError if they cannot be read."""
-    return (streaming if config.streaming else sources).load_documents(config, seed)
+def load_documents(config: DataConfig, seed: int) -> tuple[TrainingDocuments, Documents | None]:
+    """Return the training documents, and the evaluation documents if there is text of its own."""
+    training, evaluation = sources.load_documents(config)
+    return TrainingDocuments(training, 0 if evaluation else config.eval_fraction, seed), evaluation
 
 
 def load_data(
-    config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[TrainingData | StreamedData, Blocks]:
+    config: DataConfig,
+    training: TrainingDocuments,
+    evaluation: Documents | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> tuple[TrainingData, Blocks]:
     """Return the text to train on, and the blocks to evaluate on. Raise UserError if there is too little text."""
     isolate = config.pack == "documents"
     if config.streaming:
-        held_out, kept = load_stream(config, evaluation, tokenizer, "held out"), None
-        if training.has_messages and not tokenizer.chat_template:
-            tokenizer.chat_template = CHAT_TEMPLATE
-            warn("the tokenizer has no chat template; a plain one is used, and saved with the model")
-        train_data = StreamedData(config, training, tokenizer, seed)
+        blocks = StreamedBlocks(config, training.sources[0], tokenizer, seed)
+        held_out = drop_long(config, tokenize(evaluation, tokenizer), "held out")
     else:
-        stream, held_out, kept = select_text(config, training, evaluation, tokenizer, seed)
-        train_data = TrainingData(group_texts(stream, config.block_size, isolate_documents=isolate), seed)
-    eval_blocks = Blocks(held_out, config.block_size, None, isolate, kept)
-    if config.max_eval_blocks and config.max_eval_blocks < len(eval_blocks):  # always the same ones, evenly spread
-        chosen = np.linspace(0, len(eval_blocks) - 1, config.max_eval_blocks).astype(int)
-        eval_blocks.kept = np.asarray(eval_blocks.kept)[chosen]
+        stream, held_out = select_text(config, training, evaluation, tokenizer, seed)
+        blocks = group_texts(stream, config.block_size, isolate_documents=isolate)
+    eval_blocks = group_texts(held_out, config.block_size, isolate_documents=isolate)
+    if 0 < config.max_eval_blocks < eval_blocks.total:  # the same ones at each evaluation
+        order = np.random.default_rng(seed).permutation(eval_blocks.total)
+        eval_blocks.kept = np.sort(order[: config.max_eval_blocks])
     require_predictions(eval_blocks)
-    return train_data, eval_blocks
+    return TrainingData(blocks, seed, training.sources[0]), eval_blocks

@@ -11,6 +11,7 @@ The texts go to stdout, everything else to stderr. A single text is streamed; se
 
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from cli.errors import UserError, require, run_script
 from cli.flags import AnyPath, Count, Range, Seed, flag, parse
-from corpus.chat import render
+from corpus.chat import RenderError, render
+from corpus.tokenize import begin_of_text_ids
 from modeling.architectures import position_limit
 from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
@@ -168,10 +170,8 @@ def _ignores_padding(model: PreTrainedModel) -> bool:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the ids of a prompt, with the special tokens that the tokenizer puts before it, but none after it."""
-    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
-    while len(ids) > len(plain) and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        ids.pop()
+    ids, begin = tokenizer(prompt, add_special_tokens=False)["input_ids"], begin_of_text_ids(tokenizer)
+    ids = ids if ids[: len(begin)] == begin else begin + ids  # a chat template may have written them
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     require(bool(ids) or start is not None, "--prompt: empty, and the tokenizer has no end-of-text token. Use a text.")
     return ids or [start]  # an empty prompt is the start of a document
@@ -183,12 +183,12 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def end_with_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make generation stop at the token that ends an answer in the chat template, and at end-of-text."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ends = [text.rpartition("!")[2].strip() for text, has_loss in render(turns, tokenizer) or [] if has_loss]
-    ends = [token for token in (tokenizer.eos_token or tokenizer.sep_token, *ends) if token]
-    own = model.generation_config.eos_token_id or []
-    own = [own] if isinstance(own, int) else own
-    model.generation_config.eos_token_id = [*own, *tokenizer.convert_tokens_to_ids(ends)]
+    turns, ends = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], []
+    with suppress(RenderError):  # if the template has no place for these turns, end-of-text alone ends an answer
+        ends = [text.rpartition("!")[2].strip() for text, has_loss in render(turns, tokenizer) if has_loss]
+    ends, vocabulary = [tokenizer.eos_token or tokenizer.sep_token, *ends], tokenizer.get_vocab()
+    own = torch.tensor(model.generation_config.eos_token_id or []).long().flatten().tolist()
+    model.generation_config.eos_token_id = [*own, *(vocabulary[end] for end in ends if end in vocabulary)]
 
 
 def newest_finished_run(runs: Path) -> Path:
@@ -217,9 +217,9 @@ def respond(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     config: GenerateConfig,
-    messages: list[dict[str, str]],
+    messages: list[dict],
     stream: bool,
-) -> list[dict[str, str]]:
+) -> list[dict]:
     """Print each prompt with its continuation, and return ``messages``. With ``stream`` there is one prompt.
 
     With --chat print the answer to the one prompt, and return the conversation with both. If the model cannot hold the
@@ -234,7 +234,7 @@ def respond(
         return messages
     messages, limit = [*messages, {"role": "user", "content": prompts[0]}], position_limit(model) or math.inf
     while True:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = _encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if len(messages) == 1 or len(ids) + config.max_new_tokens <= limit:
             break
         print(f"(forgotten: {messages[0]['content'][:40]}...; the model holds {limit} positions)", file=sys.stderr)

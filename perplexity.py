@@ -25,9 +25,9 @@ from tqdm import tqdm
 from cli.errors import run_script
 from cli.flags import AnyPath, Count, flag, parse
 from corpus.flags import TextConfig
-from corpus.formats import FILES_HELP
+from corpus.readers import FILES_HELP
 from corpus.sources import read_documents
-from corpus.tokenize import load_stream
+from corpus.tokenize import begin_of_text_ids, drop_long, tokenize
 from data import group_texts, make_loader, require_predictions
 from distributed.world import World
 from modeling.checks import check_model
@@ -100,9 +100,9 @@ def main() -> None:
     with redirect_stdout(sys.stderr):  # remarks on the text are no result
         documents = read_documents(config, "--files", config.files)
         tokenizer = load_tokenizer_by_name(config.model, "--model")
-        stream = load_stream(config, documents, tokenizer, "text")
+        stream = drop_long(config, tokenize(documents, tokenizer), "text")
     isolate_documents = config.pack == "documents"
-    blocks = group_texts(stream, config.block_size, config.stride, isolate_documents)
+    blocks = group_texts(stream, config.block_size, config.stride, isolate_documents, begin_of_text_ids(tokenizer))
     require_predictions(blocks)
     model = load_pretrained(config.model).to(device)
     check_model(model, tokenizer, config.block_size, isolate_documents)

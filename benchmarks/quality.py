@@ -34,15 +34,14 @@ def fine_tune_with_trainer(settings: argparse.Namespace) -> None:
     import transformers
 
     from corpus.flags import DataConfig
-    from corpus.sources import load_documents
-    from corpus.tokenize import tokenize
-    from data import group_texts, make_loader
+    from data import load_data, load_documents, make_loader
     from modeling.precision import device_name, resolve_precision
     from perplexity import evaluate
 
     config = DataConfig(train_files=[settings.text], text_column=settings.text_column)
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
-    train, held_out = (group_texts(tokenize(documents, tokenizer), 128) for documents in load_documents(config, 42))
+    train_data, held_out = load_data(config, *load_documents(config, 42), tokenizer, 42)
+    train = train_data.blocks
     transformers.set_seed(42)
     model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # our allocator setting is not theirs

@@ -1,66 +1,189 @@
-"""Render a conversation with a chat template and find the text of the assistant."""
+"""Render a conversation with a chat template and locate the turns of the assistant."""
 
+import datetime
+import json
 import re
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
+from functools import cache
+from itertools import accumulate, pairwise
+from os.path import commonprefix
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from corpus.documents import Piece
+from cli.errors import root_cause, warn
+
+Piece = tuple[str, bool]  # (text, has_loss)
+Messages = list[dict[str, Any]]
+Turn = tuple[int, int, int]  # positions in the rendered text: after the prompt, after the content, after the turn
 
 # For tokenizers without a template. It needs no new tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role + ':\\n' + message.content + (eos_token or sep_token) }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-PLACEHOLDER = re.compile("\ue000(\\d+)\ue000")  # stands for the content of message i; a private-use character
+# Tokens must not depend on the day: templates get Llama 3.1's default. They take no functions, so it is a macro.
+DAY = datetime.datetime(2024, 7, 26)
+DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+DIRECTIVES = ["%" + flag + letter for letter in "aAbBcdDeFHIjmMpSTxXyY" for flag in ("", "-")]
+DATES = "".join(f" | replace('{directive}', '{DAY.strftime(directive)}')" for directive in DIRECTIVES)
+DATE_MACRO = f"{{% macro strftime_now(format) %}}{{{{ format{DATES} }}}}{{% endmacro %}}\n"
+GENERATION = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
+MARK = "\ufdd0"  # a code point that is no character. Texts with it are left to _locate_with_prefix.
+MARKS = re.compile(f"{MARK}(\\d+){MARK}")
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_warn_once = cache(warn)
+
+
+class RenderError(ValueError):
+    """The chat template cannot render a conversation, or a turn cannot be located in the rendered text."""
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer itself puts its BOS token before a text."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def render(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, loss_on: str = "completion"
-) -> list[Piece] | None:
-    """Return the conversation as (text, has_loss) pieces, or None if the template changes the contents.
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, loss_on: str = "completion", tools: Any = None, first=0
+) -> list[Piece]:
+    """Return the conversation as (text, has_loss) pieces, without the end-of-text token at its end.
 
-    Loss is on the turns of the assistant, or on the whole text if ``loss_on`` is "all". Placeholders go through the
-    template instead of the contents, so they show where it puts each content. An answer starts after the generation
-    prompt. It ends with the special token that follows it, if there is one.
+    Loss is on the turns of the assistant from message ``first`` on, or on the whole text if ``loss_on`` is "all". A
+    turn starts after the generation prompt and includes its end of turn. Blocks of {% generation %} in the template
+    narrow it. ``tools`` are a list or its JSON. Raise RenderError if a turn cannot be located exactly.
     """
-    apply = partial(tokenizer.apply_chat_template, tokenize=False)
-    end = tokenizer.eos_token or tokenizer.sep_token
 
-    def remove_end(text: str) -> str:  # tokenize() appends end-of-text; two of them would be one too many
-        return text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
+    def apply(conversations: list[Messages], prompt: bool = False) -> list[str]:
+        options = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt, "tokenize": False}
+        return tokenizer.apply_chat_template(conversations, **options)
 
-    rendered = remove_end(apply(messages))
-    if loss_on == "all":
-        return [(rendered, True)]
-    with_placeholders = [{**message, "content": f"\ue000{i}\ue000"} for i, message in enumerate(messages)]
-    layout = apply(with_placeholders)
-    generation_prompt = apply(with_placeholders, add_generation_prompt=True).removeprefix(layout)
-    layout = remove_end(layout)
-    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    end_of_turn_pattern = re.compile(rf"\s*(?:{'|'.join(special)})|")
-    bounds = [0]  # text without loss, text with loss, text without loss, ...
-    for match in PLACEHOLDER.finditer(layout):
-        if messages[int(match[1])]["role"] == "assistant":
-            start = layout.rfind(generation_prompt, bounds[-1], match.start())
-            start = match.start() if start < 0 else start + len(generation_prompt)
-            end_of_turn = end_of_turn_pattern.match(layout, match.end()).end()
-            # If no special token ends the last answer, the end-of-text token does, and the model learns it.
-            ends_document = end_of_turn == match.end() and int(match[1]) == len(messages) - 1
-            bounds += [start, len(layout) if ends_document else end_of_turn]
-    bounds.append(len(layout))
+    try:
+        tools = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+        template = tokenizer.get_chat_template(tools=tools)
+        template = DATE_CALL.sub(lambda call: repr(DAY.strftime(call[1][1:-1])), template)  # faster than the macro
+        template = DATE_MACRO + template if "strftime_now" in template else template
+        (text,) = apply([messages])
+    except TEMPLATE_ERRORS as error:
+        reason = root_cause(error).rstrip(".")
+        raise RenderError(f"does not fit the chat template ({reason}). Remove or change the record.") from error
+    end, bos = tokenizer.eos_token or tokenizer.sep_token or "", tokenizer.bos_token
+    spans = [(0, len(text))]
+    if loss_on != "all":
+        turns = _turns(messages, text, apply, end, first)
+        spans = [(start, stop) for start, _, stop in turns]
+        if GENERATION.search(template):
+            template = GENERATION.sub(rf"{{%\1 if true %}}{MARK}b{MARK}{{% endif %}}{{% \2 \3%}}", template)
+            spans = _narrow(turns, text, apply([messages])[0].split(f"{MARK}b{MARK}"))
+    start = len(bos) if bos and text.startswith(bos) and adds_bos(tokenizer) else 0
+    stop = len(_without(text, end))  # tokenize() appends end-of-text; two of them would be one too many
+    bounds = [start, *(min(max(bound, start), stop) for span in spans for bound in span), stop]
+    return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
 
-    def fill(trim: Callable[[str], str]) -> list[str]:
-        contents = [trim(message["content"]) for message in messages]
-        return [
-            PLACEHOLDER.sub(lambda match: contents[int(match[1])], layout[start:stop])
-            for start, stop in pairwise(bounds)
-        ]
 
-    for trim in (str, str.strip):  # many templates strip the contents
-        if "".join(texts := fill(trim)) == rendered:
-            return [(text, i % 2 == 1) for i, text in enumerate(texts if texts[-1] else texts[:-1])]
-    return None
+def _without(text: str, end: str) -> str:
+    return text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text
+
+
+def _said(message: dict[str, Any]) -> list[str]:
+    """Return the content of a message and the names of its tool calls."""
+    return [(message.get("content") or "").strip(), *(c["function"]["name"] for c in message.get("tool_calls", []))]
+
+
+def _turns(messages: Messages, text: str, apply: Callable, end: str, first: int) -> list[Turn]:
+    """Return the turns of the assistant from message ``first`` on. Raise RenderError if one cannot be located."""
+    wanted = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
+    located, turns = _locate_with_marks(messages, wanted, text, apply, end), [(0, 0, 0)]
+    for i in wanted:
+        turn = located.get(i) or _locate_with_prefix(messages, i, text, apply, end)
+        if turn is None or turn[0] < turns[-1][2]:
+            raise RenderError(f"message {i + 1} cannot be located in the rendered text. Use --loss_on all.")
+        if not all(said in text[turn[0] : turn[1]] for said in _said(messages[i])):
+            changes = f"the chat template changes the contents, or omits the tool calls, of message {i + 1}"
+            raise RenderError(f"{changes}. Use --loss_on all.")
+        turns.append(turn)
+    return turns[1:]
+
+
+def _mark(message: dict[str, Any], i: int, stand_in: str | None = None) -> dict[str, Any]:
+    """Put marks around the content, inside its white space so that a template still strips it, and after names."""
+    marked, mark, (said, *names) = dict(message), f"{MARK}{i}{MARK}", _said(message)
+    if said or not names:
+        content = message.get("content") or ""
+        marked["content"] = content.replace(said, mark + (stand_in or said) + mark, 1) if said else mark + content
+    if names:
+        calls = zip(message["tool_calls"], names, strict=True)
+        marked["tool_calls"] = [call | {"function": call["function"] | {"name": name + mark}} for call, name in calls]
+    return marked
+
+
+def _locate_with_marks(messages: Messages, wanted: list[int], text: str, apply: Callable, end: str) -> dict[int, Turn]:
+    """Locate turns in linear time, with marks in the contents. Leave out turns without the usual text around them.
+
+    A question and the answer, rendered alone, show it. Equal questions get equal marks: some templates compare them.
+    """
+    question, turns = _mark({"role": "user", "content": "x"}, 0), {}
+    answers = {i: _mark(messages[i], 1, "x") for i in wanted}  # most are equal, and rendered once
+    pairs = {repr(answer): [question, answer] for answer in answers.values()}
+    marked = [_mark(message, i if i in answers else len(messages)) for i, message in enumerate(messages)]
+    try:
+        (prompted,), (layout, asked, *shown) = apply([[question]], True), apply([marked, [question], *pairs.values()])
+    except TEMPLATE_ERRORS:
+        return {}
+    prompted, asked = MARKS.split(prompted)[-1], _without(MARKS.split(asked)[-1], end)
+    frames = {}  # of each answer: the generation prompt, the text between it and the content, the text after it
+    for key, parts in zip(pairs, (MARKS.split(rendered)[::2] for rendered in shown), strict=True):
+        head = parts[min(2, len(parts) - 1)]
+        common = commonprefix([prompted, head])  # noqa: RUF071
+        frames[key] = (common.removeprefix(asked), head[len(common) :], parts[-1])
+    texts, owners = MARKS.split(layout)[::2], MARKS.split(layout)[1::2]
+    edges = [0, *accumulate(map(len, texts))]  # mark k is at edges[k + 1]
+    for i in wanted if "".join(texts) == text else []:
+        (prompt, written, alone), count = frames[repr(answers[i])], owners.count(str(i))
+        place = owners.index(str(i)) if count else 0
+        before, after = texts[place], texts[place + count]
+        start = len(before) - len(written)
+        if not before.endswith(prompt + written):  # some forms depend on the place: only the last answer has a thought
+            start = before.find(prompt) + len(prompt) if prompt.strip() and before.count(prompt) == 1 else -1
+        stop = _end_of_turn(after, alone, end)
+        if start >= 0 and stop >= 0 and count and owners[place : place + count] == [str(i)] * count:
+            turns[i] = (edges[place] + start, edges[place + count], edges[place + count] + stop)
+    return turns
+
+
+def _locate_with_prefix(messages: Messages, i: int, text: str, apply: Callable, end: str) -> Turn | None:
+    """Locate a turn between the prompt for it and the conversation up to it, if these are prefixes of the text."""
+    try:
+        (prompt,), (alone,) = apply([messages[:i]], True), apply([messages[: i + 1]])
+    except TEMPLATE_ERRORS:
+        return None
+    said = _said(messages[i])[-1]
+    content_end = max(len(prompt), alone.find(said, len(prompt)) + len(said))
+    stop = _end_of_turn(text[content_end:], alone[content_end:], end)
+    are_prefixes = text.startswith(prompt) and text.startswith(alone[:content_end]) and stop >= 0
+    return (len(prompt), content_end, content_end + stop) if are_prefixes else None
+
+
+def _end_of_turn(after: str, alone: str, end: str) -> int:
+    """Return how many characters after an answer end its turn, or -1. ``alone`` follows an answer that is last."""
+    bare = _without(alone, end)  # some templates write end-of-text only after the last message
+    candidates = [bare if bare.strip() else alone] if after == alone else [alone, bare]
+    for own in (candidate.rstrip() or candidate for candidate in candidates):
+        if after.startswith(own):
+            return len(end) if not own.strip() and after.startswith(end) else len(own)
+    return -1
+
+
+def _narrow(turns: list[Turn], text: str, parts: list[str]) -> list[tuple[int, int]]:
+    """Return the parts of turns in blocks of {% generation %}: every second part. Add the end of turn to the last."""
+    if "".join(parts) != text:
+        raise RenderError("the blocks {% generation %} of the chat template cannot be located. Use --loss_on all.")
+    edges, spans = [0, *accumulate(map(len, parts))], []
+    for start, content_end, stop in turns:
+        blocks = zip(edges[1::2], edges[2::2], strict=False)
+        spans += [(max(a, start), min(b, stop)) for a, b in blocks if a < stop and b >= start]
+        if spans and content_end <= spans[-1][1] < stop:
+            _warn_once("the chat template's {% generation %} leaves out the end of turn; it carries loss all the same")
+            spans[-1] = (spans[-1][0], stop)
+    return spans

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from cli.flags import AnyPath, Count, Range, flag
-from corpus.formats import FILES_HELP
+from corpus.readers import FILES_HELP
 from corpus.templates import parse_filter, parse_source, parse_template
 
 
@@ -77,10 +77,12 @@ class DataConfig(TextConfig):
     eval_fraction: Annotated[float, Range(above=0, below=1)] = flag(
         0.1, "part of the documents to hold out, chosen by the seed, if there is no evaluation text"
     )
-    max_eval_blocks: Count | None = flag(None, "evaluate on at most N blocks, always the same ones")
+    max_eval_blocks: Annotated[int, Range(least=0)] = flag(
+        2000, "evaluate on at most N blocks, always the same ones, chosen by the seed; 0: on all"
+    )
     deduplicate: bool = flag(False, "drop repeated training documents, and evaluation text that is also trained on")
     streaming: bool = flag(False, "read the training text during training, also from URLs, and keep none on disk")
-    shuffle_buffer: Count = flag(1000, "blocks in memory to draw the next one from, with --streaming")
+    shuffle_buffer: Count = flag(1000, "blocks that are read and shuffled at once, with --streaming")
 
     def rules(self) -> list[tuple[bool, str]]:
         names = [name for name in ("dataset", "train_files", "mix") if getattr(self, name)]

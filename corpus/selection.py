@@ -1,18 +1,71 @@
-"""Select the training documents: the proportions of a mixture, and held-out text that is also training text."""
+"""Select the training documents: what is held out of them, proportions of a mixture, and documents that occur twice."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cli.errors import require
-from corpus.documents import Documents
 from corpus.flags import DataConfig
+from corpus.records import Documents
 from corpus.templates import parse_source
-from corpus.tokenize import load_stream
-from corpus.tokens import TokenStream, token_ids
+from corpus.tokenize import drop_long, end_of_text_id, tokenize
+from corpus.tokens import TokenPart, TokenStream, cached_stream, concatenate
 
-PIECE_TOKENS = 1 << 20  # tokens of a stream to search at once
+PIECE_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrainingDocuments:
+    """The sources of the training text. To iterate over them leaves out the part that is held out for evaluation."""
+
+    sources: list[Documents]
+    held_out_fraction: float  # 0 if there is evaluation text of its own
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{[source.fingerprint for source in self.sources]} {self.held_out_fraction} {self.seed}"
+
+    def __iter__(self) -> Iterator[Iterator[str]]:
+        """Yield each document as an iterator over strings."""
+        for source in self.sources:
+            lengths = [sum(map(len, texts)) for texts in source] if self.held_out_fraction else []
+            held_out = set(held_out_numbers(len(lengths), self.held_out_fraction, self.seed).tolist())
+            if len(lengths) == 1:
+                count = int(lengths[0] * (1 - self.held_out_fraction))
+                yield iter(["".join(chain.from_iterable(source))[:count]])
+            else:
+                yield from (texts for number, texts in enumerate(source) if number not in held_out)
+
+
+def held_out_numbers(num_documents: int, fraction: float, seed: int) -> np.ndarray:
+    """Return the numbers of the documents to evaluate on, in order: none of a single one."""
+    order = np.random.default_rng(seed).permutation(num_documents)
+    return np.sort(order[: min(max(1, round(num_documents * fraction)), num_documents - 1)])
+
+
+def hold_out(stream: TokenStream, fraction: float, seed: int, end: list[int]) -> tuple[TokenStream, TokenStream]:
+    """Return the documents to train on and those to evaluate on. A single document is divided.
+
+    ``end`` are the tokens that end the first part of a divided document: none, or one if other documents follow it.
+    """
+    if stream.num_documents == 1:
+        count = int(len(stream) * (1 - fraction))
+        return _part(stream, 0, count, end), _part(stream, count, len(stream), [])
+    held_out = held_out_numbers(stream.num_documents, fraction, seed)
+    return stream.select(np.setdiff1d(np.arange(stream.num_documents), held_out)), stream.select(held_out)
+
+
+def _part(stream: TokenStream, start: int, stop: int, end: list[int]) -> TokenStream:
+    """Return the tokens [start, stop) of a stream, and ``end``, as a document of its own in the cache."""
+    cuts = [*range(start, stop, PIECE_TOKENS), stop]
+    parts = (TokenPart(stream[i:j].astype(np.int32), 0, False, None) for i, j in pairwise(cuts))
+    last = TokenPart(np.array(end, np.int32), 0, True, None)
+    return cached_stream(f"{stream.sha256[:32]}-{start}-{stop}-{end}", chain(parts, [last]))
 
 
 def mixture(mix: list[str], sources: np.ndarray, seed: int) -> np.ndarray:
@@ -35,67 +88,37 @@ def mixture(mix: list[str], sources: np.ndarray, seed: int) -> np.ndarray:
     return random.permutation(np.concatenate(selected))
 
 
-def blocks_within(held_out: TokenStream, size: int, stream: TokenStream) -> np.ndarray:
-    """Return, for each block of ``size`` tokens of ``held_out``, whether it occurs anywhere in ``stream``.
-
-    The result is (blocks,) bool. A last block with fewer than ``size`` tokens is not searched for.
-    """
-    found = np.zeros(math.ceil(len(held_out) / size), bool)
-    blocks = [token_ids(held_out[i * size : (i + 1) * size]) for i in range(len(held_out) // size)]
-    blocks_by_hash: dict[int, list[int]] = {}
-    for i, block in enumerate(blocks):
-        blocks_by_hash.setdefault(int(window_hashes(block, size)[0]), []).append(i)
-    hashes = np.array(list(blocks_by_hash), np.uint64)
-    for start in range(0, len(stream) - size + 1, PIECE_TOKENS):
-        piece = token_ids(stream[start : start + PIECE_TOKENS + size - 1])
-        windows = window_hashes(piece, size)
-        for position in np.flatnonzero(np.isin(windows, hashes)):
-            for i in blocks_by_hash[int(windows[position])]:
-                found[i] = found[i] or np.array_equal(blocks[i], piece[position : position + size])
-    return found
-
-
-def window_hashes(ids: np.ndarray, size: int) -> np.ndarray:
-    """Return the hash of each window of ``size`` ids, (len(ids) - size + 1,) uint64.
-
-    The hash is a polynomial modulo 2^64 with the mixed ids as coefficients. It is the difference of two prefix sums,
-    divided by a power of the base.
-    """
-    base = 0x9E3779B97F4A7C15
-    powers = np.cumprod(np.full(len(ids), base, np.uint64))
-    inverses = np.cumprod(np.full(len(ids) - size + 1, pow(base, -1, 1 << 64), np.uint64))
-    # Mix the bits of the ids first, so that regular sequences of ids do not collide.
-    ids = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
-    ids ^= ids >> np.uint64(32)
-    sums = np.append(np.uint64(0), np.cumsum(ids * powers))
-    return (sums[size:] - sums[:-size]) * inverses
-
-
 def select_text(
-    config: DataConfig, training: Documents, evaluation: Documents, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[TokenStream, TokenStream, np.ndarray | None]:
-    """Return the training and the evaluation tokens, and with --deduplicate the evaluation blocks to keep.
-
-    Print what of the text occurs twice.
-    """
-    train = load_stream(config, training, tokenizer, "training")
-    held_out = load_stream(config, evaluation, tokenizer, "held out")
+    config: DataConfig,
+    training: TrainingDocuments,
+    evaluation: Documents | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> tuple[TokenStream, TokenStream]:
+    """Return the training and the evaluation tokens. Print how many documents occur twice."""
+    streams = [tokenize(source, tokenizer) for source in training.sources]
+    if evaluation:
+        held_out = [tokenize(evaluation, tokenizer)]
+    else:
+        end = [end_of_text_id(tokenizer)] if config.mix else []
+        parts = [hold_out(stream, config.eval_fraction, seed, end) for stream in streams]
+        streams, held_out = zip(*parts, strict=True)
+    streams = [drop_long(config, stream, "training") for stream in streams]
+    train, held_out = concatenate(streams), drop_long(config, concatenate(held_out), "held out")
+    sources = np.repeat(np.arange(len(streams)), [stream.num_documents for stream in streams])
     hashes = np.concatenate([train.documents["hash"], held_out.documents["hash"]])
     _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
     numbers = np.arange(len(hashes))
     is_twice, is_known = np.split(firsts[which] < np.minimum(numbers, train.num_documents), [train.num_documents])
     if config.deduplicate:
         train, held_out = train.select(np.flatnonzero(~is_twice)), held_out.select(np.flatnonzero(~is_known))
+        sources = sources[~is_twice]
     if config.mix:
-        sizes = [len(source) for source in training.sources]
-        train = train.select(mixture(config.mix, np.repeat(np.arange(len(sizes)), sizes)[train.numbers], seed))
+        train = train.select(mixture(config.mix, sources, seed))
     needed = f"--block_size {config.block_size}: the training text has only {len(train)} tokens"
     require(len(train) >= config.block_size, f"{needed}. Use more text, or a smaller --block_size.")
-    is_within = blocks_within(held_out, config.block_size, train)
-    twice, known, within = (int(found.sum()) for found in (is_twice, is_known, is_within))
-    if twice or known or within:
-        print(
-            f"twice     {twice:,} training documents; trained on are {known:,} held-out documents and {within:,} "
-            f"held-out blocks{': dropped' if config.deduplicate else '; --deduplicate drops all these'}"
-        )
-    return train, held_out, np.flatnonzero(~is_within) if config.deduplicate else None
+    twice, known = int(is_twice.sum()), int(is_known.sum())
+    if twice or known:
+        done = "dropped" if config.deduplicate else "kept; --deduplicate drops them"
+        print(f"twice     {twice:,} training documents; trained on are {known:,} held-out documents: {done}")
+    return train, held_out

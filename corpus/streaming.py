@@ -1,163 +1,218 @@
-"""Read documents as training needs them, so that the text may be larger than the disk."""
+"""Blocks of text that is read during training, in random order, and the state from which reading resumes exactly.
 
-import copy
+The blocks of a shard form chunks of --shuffle_buffer blocks. The order of each chunk depends on seed, shard, epoch and
+chunk alone. So the state of a shard is a place in the text and a few numbers.
+"""
+
 import dataclasses
-import sys
+import hashlib
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
+from itertools import chain, islice
+from typing import Any
 
-import datasets
-from datasets.distributed import split_dataset_by_node
-from huggingface_hub import HfApi
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import UserError, require, root_cause, without_credentials
-from cli.hub import find_hub, split_revision
-from corpus.documents import Documents, Piece, text_files
-from corpus.flags import DataConfig
-from corpus.records import read_filter, read_rows
-from corpus.sources import find_files, load_table, read_documents
-from corpus.templates import parse_filter
+from cli.errors import require, warn
+from corpus.flags import DataConfig, TextConfig
+from corpus.position import Position
+from corpus.records import Documents
+from corpus.tokenize import PLAIN_TEMPLATE, prepare_tokenizer, token_parts, tokenizer_fingerprint
 
-FIRST_RECORDS = 100  # of a table; they show which columns there are and their types
+Block = np.ndarray  # (2, length) int32: ids, with ~id for a token without loss, and positions in the document
+START = {"epoch": 0, "chunk": 0, "used": 0, "place": None, "skip": 0}
 
 
-class StreamedFiles(Documents):
-    """Text files, one document each, which are opened one after the other.
+class Shard:
+    """One shard of the text, or all of it. It yields its blocks in random order, epoch after epoch.
 
-    ``state`` is the place from which reading continues. ``previous_state`` is the one before the newest document.
+    ``state`` is that of the newest step, in JSON's terms: ``used`` blocks of a chunk of an epoch are used. The chunk
+    begins ``skip`` tokens behind the start of the document at ``place``.
     """
 
-    def __init__(self, name: str, paths: list[str], config: DataConfig):
-        self.name, self.version = name, f"{len(paths)} files"
-        self._files = text_files(paths[: config.max_documents], "--train_files")
-        self.initial_state = self.state = {"documents": 0}
-        self.max_shards = len(self._files)
+    def __init__(
+        self,
+        config: DataConfig,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        index: int = 0,
+        count: int = 1,
+    ):
+        self._config, self._documents, self._tokenizer = config, documents, tokenizer
+        self._seed, self._index, self._count = seed, index, count
+        self.state = dict(START)
+        self._chunks: Iterator[tuple[list[Block], dict[str, Any]]] | None = None
+        self._chunk: list[Block] = []
+        self._order: list[int] = []  # of the blocks of the chunk
 
-    def shard(self, index: int, count: int) -> "StreamedFiles":
-        """Return every ``count``-th file, from file ``index`` on."""
-        part = copy.copy(self)
-        part._files = self._files.select(range(index, len(self._files), count))
-        return part
+    def draw(self, count: int) -> list[tuple[int, Block]]:
+        """Return the next ``count`` blocks with their numbers in the epoch, or fewer at the end of the epoch."""
+        if self._chunks is None:
+            used, self._chunks = self.state["used"], self.chunks()
+            self._next_chunk()
+            self.state["used"] = used
+        drawn, epoch = [], self.state["epoch"]
+        while len(drawn) < count and self.state["epoch"] == epoch:
+            first, used = self.state["chunk"] * self._config.shuffle_buffer, self.state["used"]
+            chosen = self._order[used : used + count - len(drawn)]
+            drawn += [(first + i, self._chunk[i]) for i in chosen]
+            self.state = self.state | {"used": used + len(chosen)}
+            if self.state["used"] == len(self._chunk):
+                self._next_chunk()
+        return drawn
 
-    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
-        for i in range(self.state["documents"], len(self._files)):
-            self.previous_state, self.state = self.state, {"documents": i + 1}
-            yield from self._files.select([i]).with_loss_mask(tokenizer)
+    def _next_chunk(self) -> None:
+        self._chunk, state = next(self._chunks, ([], None))
+        if state is None:
+            self._chunks, state = None, START | {"epoch": self.state["epoch"] + 1}
+        self.state, key = state, [self._seed, self._index, state["epoch"], state["chunk"]]
+        self._order = np.random.default_rng(key).permutation(len(self._chunk)).tolist()
+
+    def chunks(self) -> Iterator[tuple[list[Block], dict[str, Any]]]:
+        """Yield the chunks of the epoch, from that of the state on, each with the state before its first block."""
+        size, state = self._config.block_size, self.state
+        chunk_size = size * self._config.shuffle_buffer
+        begin, skip = state["chunk"] * chunk_size, state["skip"]  # the first token of the chunk, in the epoch
+        length, parts = begin - skip, []
+        starts: deque[tuple[int, Any]] = deque()  # the first token of each document, and the place before it
+
+        def taken(tokens: Block) -> tuple[list[Block], dict[str, Any]]:
+            while len(starts) > 1 and starts[1][0] <= begin:
+                starts.popleft()
+            at = {"chunk": begin // chunk_size, "used": 0, "place": starts[0][1], "skip": begin - starts[0][0]}
+            return [tokens[:, i : i + size] for i in range(0, tokens.shape[1], size)], state | at
+
+        for part, is_first, place in self._parts(state["place"]):
+            if is_first:
+                starts.append((length, place))
+            length += part.shape[1]
+            parts.append(part[:, skip:])
+            skip -= min(skip, part.shape[1])
+            if length - begin >= chunk_size:
+                tokens = np.concatenate(parts, axis=1)
+                whole = tokens.shape[1] // chunk_size * chunk_size
+                for start in range(0, whole, chunk_size):
+                    yield taken(tokens[:, start : start + chunk_size])
+                    begin += chunk_size
+                parts = [tokens[:, whole:].copy()]  # a view would keep all tokens
+        name = f"{self._documents.records}{f', shard {self._index} of {self._count}' if self._count > 1 else ''}"
+        few = f"{name}: the training text has {length} tokens, and {size} or more are needed"
+        require(length >= size, f"{few}. Use more text, other filters or a smaller --block_size.")
+        if length > begin:
+            yield taken(np.concatenate(parts, axis=1))
+
+    def _parts(self, place: Any) -> Iterator[tuple[Block, bool, Any]]:
+        """Yield (tokens, whether a document begins with them, the place before the document)."""
+        size, held, position = self._config.block_size, [], 0
+        documents = self._documents.read(self._tokenizer, place, self._index, self._count)
+        for part in token_parts(documents, self._tokenizer):
+            positions = np.minimum(np.arange(position, position + len(part.ids)), size)
+            tokens, is_first = np.stack([part.ids, positions]).astype(np.int32), position == 0
+            position += len(part.ids)
+            if self._config.long_documents == "split":
+                yield tokens, is_first, place
+            elif position <= size:
+                held.append(tokens)
+                if part.is_last:
+                    yield np.concatenate(held, axis=1), True, place
+            if part.is_last:
+                held, position, place = [], 0, part.place
 
 
-class StreamedRows(Documents):
-    """The documents of the records of a table. The first records decide the columns and their types.
+class StreamedBlocks:
+    """The blocks of all shards of the text, of which each rank reads its own.
 
-    ``state`` is the place from which reading continues. ``previous_state`` is the one before the newest document.
+    Rank r of N reads the shards s of S with s % N = r. If there are more ranks than shards, the ranks with r % S = s
+    read the same shard s. Each of them takes a part of its blocks. So a step uses the same blocks on any number of
+    ranks.
     """
 
-    def __init__(self, name: str, table: datasets.IterableDataset, config: DataConfig, version: str):
-        self.name, self.version, self._limit = name, version, config.max_documents
-        with reading(f"{name}: the first records"):
-            head = datasets.Dataset.from_list(list(table.take(FIRST_RECORDS)), features=table.features)
-        self._rows = read_rows(head, dataclasses.replace(config, filter=[]))
-        self.has_messages = self._rows.has_messages
-        self._filters = [read_filter(head, rule, config.text_separator) for rule in config.filter]
-        filter_columns = {parse_filter(rule)[0].split(".")[0] for rule in config.filter}
-        if table.features is None:  # CSV: without a cast, each piece of a file would have its own types
-            null, string = datasets.Value("null"), datasets.Value("string")  # an empty column may be filled later on
-            table = table.cast(datasets.Features({k: string if v == null else v for k, v in head.features.items()}))
-        self._table = table.select_columns(sorted({*self._rows.columns, *filter_columns}))
-        self.initial_state = self.state = {"documents": 0, "records": 0, "table": self._table.state_dict()}
-        self.max_shards = config.max_documents or sys.maxsize
+    def __init__(self, config: DataConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self._config, self._documents, self._tokenizer, self._seed = config, documents, tokenizer, seed
+        self.isolate_documents, self.block_size = config.pack == "documents", config.block_size
+        self._states: list[dict[str, Any]] | None = None  # of all shards; None until the first step
+        self._own: dict[int, dict[str, Any]] = {}  # of the shards that this rank reads
+        lacks_template = prepare_tokenizer(documents, tokenizer)
+        first, _ = next(self._shard(0, 1).chunks())  # report errors in the text before a run begins
+        ids = np.concatenate(first, axis=1)[0]
+        if lacks_template:
+            warn(PLAIN_TEMPLATE)
+        self.num_tokens, self.num_loss_tokens = len(ids), int(np.count_nonzero(ids >= 0))
 
-    def shard(self, index: int, count: int) -> "StreamedRows":
-        """Return shard ``index`` of ``count``: whole files, or every ``count``-th record.
+    def __str__(self) -> str:
+        buffer = self._config.shuffle_buffer
+        return (
+            f"streamed text of {self._documents.records}, in blocks of {self.block_size}, shuffled {buffer:,} at once; "
+            f"learnt: {self.num_loss_tokens:,} of the first {self.num_tokens:,} tokens"
+        )
 
-        Files stay whole if they divide evenly, or if there are at least ten per shard.
+    @property
+    def identity(self) -> dict[str, str]:
+        """Return the dataset's commit, or a hash of samples of the files, and a hash of the settings."""
+        names = {field.name for field in dataclasses.fields(TextConfig)} - {"dataset"}
+        settings = [str(getattr(self._config, name)) for name in sorted(names)]
+        template = self._tokenizer.chat_template if self._documents.has_messages else None
+        text = f"{settings} {template} {tokenizer_fingerprint(self._tokenizer)}"
+        settings = hashlib.sha256(text.encode()).hexdigest()
+        return {"training text": self._documents.records.identity, "text settings": settings}
+
+    def first(self, count: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return the first blocks of the whole text as (ids, positions)."""
+        blocks = chain.from_iterable(blocks for blocks, _ in self._shard(0, 1).chunks())
+        return [self._item(block) for block in islice(blocks, count)]
+
+    def steps(
+        self, batch_size: int, position: Position, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray | None]], int, Position, list[int]]]:
+        """Yield (own blocks, most blocks of any rank, position, block numbers), step after step, without end.
+
+        The position is that of the rank's first shard, so rank 0 gives the position of shard 0. The numbers are those
+        of all blocks drawn from the rank's shards; number n is block n // S of shard n % S in its epoch. Raise
+        UserError if the text cannot be read.
         """
-        part, num_files = copy.copy(self), self._table.num_shards
-        table = self._table.shard(1, 0)  # a reader of its own: tables that share one change each other's state
-        part._table = split_dataset_by_node(table, index, count, "shards" if num_files >= 10 * count else "auto")
-        part._limit = self._limit and len(range(index, self._limit, count))
-        part.initial_state = part.state = self.initial_state | {"table": part._table.state_dict()}
-        return part
+        num_shards = len(self._states or ()) or min(ranks, batch_size, self._documents.max_shards)
+        blocks_per_shard = [len(range(s, batch_size, num_shards)) for s in range(num_shards)]
 
-    def with_loss_mask(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[Iterator[Piece]]:
-        num_documents, num_records = self.state["documents"], self.state["records"]
-        self._table.load_state_dict(self.state["table"])
-        records = iter(self._table)
-        while num_documents != self._limit:
-            with reading(f"{self.name}: record {num_records + 1} or one soon after it"):
-                record = next(records, None)
-            if record is None:
-                return
-            num_records += 1
-            if all(passes(record) for passes in self._filters):
-                num_documents += 1
-                name = f"{self.name}, {self._rows.source}: record {num_records}"
-                pieces = self._rows.document(name, record, tokenizer)
-                self.previous_state = self.state
-                table_state = self._table.state_dict()
-                self.state = {"documents": num_documents, "records": num_records, "table": table_state}
-                yield pieces
+        def assigned(r: int) -> dict[int, range]:
+            """Return, for each shard that rank ``r`` reads, the indices of its own blocks among those drawn."""
+            readers = max(1, len(range(r % num_shards, ranks, num_shards)))
+            shards_of_rank = range(r % num_shards, num_shards, ranks)
+            return {s: range(blocks_per_shard[s])[r // num_shards :: readers] for s in shards_of_rank}
 
+        most = max(sum(map(len, assigned(r).values())) for r in range(ranks))
+        own, first_shard = assigned(rank), rank % num_shards
+        shards = {s: self._shard(s, num_shards) for s in own}
+        for s, shard in shards.items():
+            shard.state = self._states[s] if self._states else START | {"epoch": position.epoch}
+        while True:
+            drawn = {s: shard.draw(blocks_per_shard[s]) for s, shard in shards.items()}
+            self._own = {s: shard.state for s, shard in shards.items()}
+            is_over = self._own[first_shard]["epoch"] > position.epoch
+            blocks = position.blocks + len(drawn[first_shard])
+            position = Position(position.epoch + 1) if is_over else Position(position.epoch, blocks)
+            items = [self._item(block) for s, part in own.items() for _, block in drawn[s][part.start :: part.step]]
+            yield (
+                items,
+                most if ranks > 1 else len(items),
+                position,
+                [number * num_shards + s for s in own for number, _ in drawn[s]],
+            )
 
-Streamed = StreamedFiles | StreamedRows
+    def state(self, rank: int = 0, ranks: int = 1) -> dict[int, dict[str, Any]]:
+        """Return the states, after the newest step, of the shards whose first reader this rank is."""
+        states = dict(enumerate(self._states or ())) | self._own
+        return {s: state for s, state in states.items() if s % ranks == rank}
 
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Continue from the states of all shards, in their order."""
+        self._states = states
 
-@contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn any error inside the block into a UserError that says that ``name`` cannot be read."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # the class depends on the format and on the library that reads a URL
-        fix = "Use --resume when it is readable again"
-        raise UserError(f"{name} cannot be read ({root_cause(error)}). {fix}.") from error
+    def _shard(self, index: int, count: int) -> Shard:
+        return Shard(self._config, self._documents, self._tokenizer, self._seed, index, count)
 
-
-def load_documents(config: DataConfig, seed: int) -> tuple[Streamed, Documents]:
-    """Return the training documents as a stream, and the evaluation documents as a whole."""
-    training = _stream_files(config) if config.train_files else _stream_dataset(config)
-    if config.eval_files:
-        config = dataclasses.replace(config, max_documents=None)
-        return training, read_documents(config, "--eval_files", config.eval_files)
-    # Stream the evaluation split as well: without it, `datasets` would download all splits.
-    name = _at_revision(config.dataset, training.version)
-    table = load_table("--dataset", name, config, config.dataset_eval_split, streaming=True)
-    with reading(f"--dataset_eval_split {config.dataset_eval_split}"):
-        return training, read_rows(datasets.Dataset.from_list(list(table), features=table.features), config)
-
-
-def _stream_files(config: DataConfig) -> Streamed:
-    paths, builder, options = find_files("--train_files", config.train_files, config, allow_urls=True)
-    name = f"--train_files {without_credentials(' '.join(paths))[:200]}"
-    has_client = find_spec("aiohttp") or not any(path.startswith(("http:", "https:")) for path in paths)
-    require(has_client, f"{name}: needs aiohttp. Run pip install aiohttp, or pass downloaded files.")
-    if builder == "text":
-        return StreamedFiles(name, paths, config)
-    files = [path if "://" in path else str(Path(path).resolve()) for path in paths]
-    with reading(name):
-        table = datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-    return StreamedRows(name, table, config, f"{len(paths)} files")
-
-
-def _stream_dataset(config: DataConfig) -> StreamedRows:
-    """Return a Hub dataset as it is at one commit, even if it changes during training."""
-    flag_text, commit = f"--dataset {config.dataset}", ""
-    dataset_id, revision = split_revision(config.dataset, "--dataset")
-    if not Path(dataset_id).exists():
-        find_hub()
-        try:
-            commit = HfApi().dataset_info(dataset_id, revision=revision).sha
-        except Exception as error:  # the class depends on the HTTP library of the Hub's client
-            problem = f"{flag_text}: cannot be loaded ({root_cause(error)})"
-            raise UserError(f"{problem}. Use another id or revision, or check the network.") from error
-    name = _at_revision(config.dataset, commit)
-    table = load_table("--dataset", name, config, config.dataset_split, streaming=True)
-    return StreamedRows(flag_text, table, config, commit)
-
-
-def _at_revision(name: str, commit: str) -> str:
-    """Return the dataset ``name`` with ``commit`` as its revision; a local dataset has no commit."""
-    return f"{split_revision(name, '--dataset')[0]}@{commit}" if commit else name
+    def _item(self, block: Block) -> tuple[np.ndarray, np.ndarray | None]:
+        ids, positions = block.astype(np.int64)
+        # A document that began in the block before has its positions from the start of this one.
+        return ids, np.minimum(positions, np.arange(len(ids))) if self.isolate_documents else None

@@ -30,6 +30,21 @@ def parse_filter(rule: str) -> tuple[str, bool, str] | None:
     return (match[1], not match[2], match[3]) if match else None
 
 
+def matches(record: dict[str, Any], column: str, is_equal: bool, wanted: str, separator: str) -> bool:
+    """Return whether a record passes a filter. A number equals any way to write it, and true equals True."""
+    value = value_at(record, column)
+    if isinstance(value, bool):
+        found = wanted.lower() == str(value).lower()
+    elif isinstance(value, (int, float)):
+        try:
+            found = float(wanted) == value
+        except ValueError:
+            found = False
+    else:
+        found = join_text(value, separator, object) == wanted
+    return found == is_equal
+
+
 def parse_source(item: str) -> tuple[str, float]:
     """Return (name, weight) of one source of a mixture. The weight is NaN if it is missing or no number."""
     name, _, weight = item.rpartition(":")
@@ -39,13 +54,17 @@ def parse_source(item: str) -> tuple[str, float]:
         return name, math.nan
 
 
-def value_at(value: Any, path: list[str]) -> Any:
-    """Return the value at ``path`` below ``value``, a list of values for a list; None if there is no such key."""
-    if not path:
-        return value
+def value_at(value: Any, column: str) -> Any:
+    """Return the value of a column such as answers.text, a list of values for a list; None if there is none."""
     if isinstance(value, list):
-        return [value_at(item, path) for item in value]
-    return value_at(value.get(path[0]), path[1:]) if isinstance(value, dict) else None
+        items = [value_at(item, column) for item in value]
+        return items if not items or any(item is not None for item in items) else None
+    if not isinstance(value, dict):
+        return None
+    if column in value:  # also a key with dots
+        return value[column]
+    key, _, rest = column.partition(".")
+    return value_at(value.get(key), rest) if rest else None
 
 
 def join_text(value: Any, separator: str, kinds: type = str) -> str | None:

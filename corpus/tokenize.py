@@ -1,56 +1,48 @@
-"""Tokenize documents: each document's own tokens, however long it is, in overlapping windows."""
+"""Tokenize documents: each document's own tokens, however long it is, and which of them carry loss."""
 
 import hashlib
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from cli.errors import UserError, require, warn
 from corpus.chat import CHAT_TEMPLATE
-from corpus.documents import Documents
+from corpus.cuts import Cutter
 from corpus.flags import TextConfig
-from corpus.tokens import DOCUMENT, RULES, TOKEN_ROW, TokenStream, token_ids
+from corpus.records import Document, Documents
+from corpus.tokens import TokenPart, TokenStream, cached_stream
 
-# A document longer than a window is tokenized in windows that overlap, so that memory stays flat (see `_join`).
-WINDOW_CHARACTERS = 1 << 16
-OVERLAP_CHARACTERS = 1 << 10
-ROW_CHARACTERS = 1 << 20  # characters to tokenize at once: enough for the tokenizer's threads, little enough for memory
+RULES = 2  # version of the rules here and in chat.py and cuts.py; a new number makes cached tokens invalid
+PART_CHARACTERS = 1 << 16  # a longer document is tokenized in parts, so that memory stays flat
+BATCH_CHARACTERS = (
+    1 << 20
+)  # characters to tokenize at once: enough for the tokenizer's threads, little enough for memory
+PLAIN_TEMPLATE = "the tokenizer has no chat template; a plain one is used and saved with the model"
+SPACES = np.array([i for i in range(0x3001) if chr(i).isspace()], np.uint32)
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """Return the tokens of the documents, each followed by the end-of-text token. `datasets` caches them.
-
-    No special tokens are added. If there are conversations and the tokenizer has no chat template, it gets a plain one.
-    """
-    end = end_of_text_id(tokenizer)
-    tokenizer([""])  # switches off truncation and padding, which the tokenizer's file may ask for
-    if lacks_template := documents.has_messages and not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
+    """Return the tokens of the documents, from the cache if they are there."""
+    lacks_template = prepare_tokenizer(documents, tokenizer)
     template = tokenizer.chat_template if documents.has_messages else None
-    key = (
-        f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{end}\n{template}\n{TOKEN_ROW}{DOCUMENT}{RULES}"
-    )
-    try:
-        table = datasets.Dataset.from_generator(
-            token_rows,
-            features=TOKEN_ROW,
-            gen_kwargs={"documents": documents, "tokenizer": tokenizer, "end": end},
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            writer_batch_size=1,  # rows are large: a buffer of a thousand would hold the corpus in memory
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    key = f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{template}\n{RULES}"
+    parts = token_parts(documents.read(tokenizer), tokenizer)
+    stream = cached_stream(hashlib.sha256(key.encode()).hexdigest()[:32], parts)
     if lacks_template:
-        warn("the tokenizer has no chat template; a plain one is used and saved with the model")
-    return TokenStream(table)
+        warn(PLAIN_TEMPLATE)
+    return stream
+
+
+def prepare_tokenizer(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check that there is an end-of-text token. Set a chat template if there is none; return whether one was needed."""
+    end_of_text_id(tokenizer)
+    tokenizer([""])  # switches off truncation and padding, which the tokenizer's file may ask for
+    lacks_template = documents.has_messages and not tokenizer.chat_template
+    if lacks_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return lacks_template
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -64,6 +56,13 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def begin_of_text_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text, such as <s>; most add none or one."""
+    plain, ids = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    count = next((i for i in range(len(ids) - len(plain) + 1) if ids[i : i + len(plain)] == plain), 0)
+    return ids[:count]
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of all that decides the ids.
 
@@ -74,163 +73,115 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         settings = sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items())
         description = f"{type(tokenizer).__name__}{settings}{sorted(tokenizer.get_vocab().items())}"
-    return hashlib.sha256(description.encode()).hexdigest()
+    special = f"{tokenizer.eos_token_id} {tokenizer.sep_token_id} {begin_of_text_ids(tokenizer)}"
+    return hashlib.sha256(f"{description}{special}".encode()).hexdigest()
 
 
 @dataclass
-class _Window:
+class _Part:
     """A part of a document, from character ``start`` on."""
 
     text: str
     start: int
+    is_first: bool
     is_last: bool
-    num_bytes: int  # UTF-8 bytes with loss that no earlier window has counted
+    num_bytes: int  # UTF-8 bytes with loss that no earlier part has counted
     bounds: list[int]  # characters of the document at which text without loss begins, ends, begins, ...
-    ids: np.ndarray | None = None  # ~id for a token without loss
-    starts: np.ndarray | None = None  # the character of the document at which each token starts
-    first_own: int = 0  # tokens before this index belong to the previous window
+    document: Document
 
 
-def _windows(documents: Documents, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[_Window]:
-    for pieces in documents.with_loss_mask(tokenizer):
-        text, start, num_bytes, bounds = "", 0, 0, []
-        for piece, has_loss in pieces:
-            num_bytes += len(piece.encode()) if has_loss else 0
-            if has_loss == len(bounds) % 2:
-                bounds.append(start + len(text))
-            for offset in range(0, len(piece), size):
-                text += piece[offset : offset + size]
-                while len(text) > size:
-                    yield _Window(text[:size], start, False, num_bytes, bounds)
-                    step, num_bytes = size - OVERLAP_CHARACTERS, 0
-                    text, start = text[step:], start + step
-        yield _Window(text, start, True, num_bytes, bounds)
+def _parts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Part]:
+    cutter = Cutter(tokenizer)
+    for document in documents:
+        length, num_bytes, bounds = 0, 0, []
 
+        def texts(document: Document = document, bounds: list[int] = bounds) -> Iterator[str]:
+            nonlocal length, num_bytes
+            for text, has_loss in document.pieces:
+                if has_loss == len(bounds) % 2:
+                    bounds.append(length)
+                length += len(text)
+                try:
+                    num_bytes += len(text.encode()) if has_loss else 0
+                except UnicodeEncodeError as error:
+                    raise UserError(
+                        f"{document.name} has half a surrogate pair ({error.reason}). Remove it."
+                    ) from error
+                yield text
 
-@dataclass
-class _Record:
-    """Collects the DOCUMENT record of one document."""
-
-    digest: Any = field(default_factory=hashlib.sha256)
-    num_tokens: int = 0
-    num_loss_tokens: int = 0
-    num_bytes: int = 0
-
-    def add(self, ids: np.ndarray) -> None:
-        """Add tokens, with ~id for a token without loss."""
-        self.digest.update(np.ascontiguousarray(token_ids(ids), np.int32))
-        self.num_tokens += len(ids)
-        self.num_loss_tokens += int(np.count_nonzero(ids >= 0))
-
-    def as_tuple(self) -> tuple[bytes, int, int, int]:
-        return self.digest.digest()[:16], self.num_tokens, self.num_loss_tokens, self.num_bytes
-
-
-def token_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, end: int) -> Iterator[dict[str, Any]]:
-    """Yield the tokens of the documents as rows of TOKEN_ROW, each of about ROW_CHARACTERS characters of text."""
-    # A slow (pure Python) tokenizer gives no character offsets, so its documents stay whole.
-    windows = _windows(documents, tokenizer, WINDOW_CHARACTERS if tokenizer.is_fast else sys.maxsize)
-    previous: _Window | None = None  # of the same document
-    record = _Record()
-    for batch in _batches(windows):
-        _encode(batch, tokenizer)
-        ids, records = [np.empty(0, np.int32)], []
-        for window in batch:
-            parts: list[np.ndarray] = []  # tokens of the document that later windows cannot change
-            record.num_bytes += window.num_bytes
+        start, previous = 0, None
+        for text in cutter.cut(texts(), PART_CHARACTERS):
             if previous is not None:
-                window = _join(previous, window, parts, tokenizer)
-            previous = None if window.is_last else window
-            if window.is_last:
-                end_has_loss = len(window.bounds) % 2 == 0
-                end_ids = [end if end_has_loss else ~end] if documents.has_end_of_text else []
-                parts += [window.ids[window.first_own :], np.array(end_ids, np.int32)]
-            for part in parts:
-                record.add(part)
-            if window.is_last:
-                records.append(record.as_tuple())
-                record = _Record()
-            ids += parts
-        data = np.concatenate(ids).tobytes()
-        yield {
-            "input_ids": data,
-            "documents": np.array(records, DOCUMENT).tobytes(),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+                yield previous
+            previous = _Part(text, start, start == 0, False, num_bytes, bounds, document)
+            start, num_bytes = start + len(text), 0
+        previous = previous or _Part("", 0, True, False, 0, bounds, document)
+        previous.is_last = True
+        yield previous
 
 
-def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
+def token_parts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenPart]:
+    """Yield the tokens of the documents: special tokens before the text, the text, and the end-of-text token."""
+    end, begin = end_of_text_id(tokenizer), ~np.array(begin_of_text_ids(tokenizer), np.int32)
+    for batch in _batches(_parts(documents, tokenizer)):
+        for part, ids in zip(batch, _encode(batch, tokenizer), strict=True):
+            ends = [end if len(part.bounds) % 2 == 0 else ~end] if part.is_last else []
+            ids = np.concatenate([begin if part.is_first else [], ids, ends], dtype=np.int32, casting="unsafe")
+            yield TokenPart(ids, part.num_bytes, part.is_last, part.document.place)
+
+
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     batch, characters = [], 0
-    for window in windows:
-        batch.append(window)
-        characters += len(window.text)
-        if characters >= ROW_CHARACTERS:
+    for part in parts:
+        batch.append(part)
+        characters += len(part.text)
+        if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _encode(windows: list[_Window], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set the ids of the windows. Set the start of each token as well if a window needs it."""
-    has_loss_mask = any(window.bounds for window in windows)
-    needs_offsets = has_loss_mask or any(window.start or not window.is_last for window in windows)
-    texts = [window.text for window in windows]
+def _encode(parts: list[_Part], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Yield the ids of each part, with ~id for a token without loss."""
+    has_loss_mask = any(part.bounds for part in parts)
+    texts = [part.text for part in parts]
     if not tokenizer.is_fast:
         slow = f"--loss_on completion: {type(tokenizer).__name__} is a slow tokenizer without character offsets"
         require(not has_loss_mask, f"{slow}. Use --loss_on all, or --tokenizer with a fast one.")
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)  # no warning about long texts
-        for window, ids in zip(windows, encoded["input_ids"], strict=True):
-            window.ids = np.asarray(ids, np.int32)
+        yield from (np.asarray(ids, np.int32) for ids in encoded["input_ids"])
         return
     # Call the backend directly: transformers would make Python lists of every field of the encoding.
     backend = tokenizer.backend_tokenizer
-    encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast  # the fast one has no offsets
-    for window, encoding in zip(windows, encode(texts, add_special_tokens=False), strict=True):
-        window.ids = np.asarray(encoding.ids, np.int32)
-        if needs_offsets:
-            window.starts, ends = window.start + np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-            # The last character decides: many tokens begin with the space before the text that carries loss.
-            side = np.searchsorted(window.bounds, np.maximum(ends - 1, window.starts), side="right")
-            window.ids = np.where(side % 2 == 0, window.ids, ~window.ids)
+    encode = backend.encode_batch if has_loss_mask else backend.encode_batch_fast  # the fast one has no offsets
+    for part, encoding in zip(parts, encode(texts, add_special_tokens=False), strict=True):
+        ids = np.asarray(encoding.ids, np.int32)
+        yield np.where(_has_loss(part, encoding.offsets), ids, ~ids) if part.bounds else ids
 
 
-def _join(left: _Window, right: _Window, parts: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Window:
-    """Append the tokens that later windows cannot change to ``parts``; return the window with the other tokens.
+def _has_loss(part: _Part, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """Return whether each token carries loss. Its last character that is no white space decides.
 
-    The tokens of a word may depend on the text near it, but not on text far away. If 8 tokens on either side agree in
-    both windows, the whole text has the same tokens, and the windows are joined there. If they do not agree, both
-    windows are tokenized as one.
+    Many tokens begin with the space before the text that carries loss. A special token such as Phi-3's <|end|> takes
+    the line break behind it along.
     """
-    middle = (right.start + left.start + len(left.text)) // 2
-    i, j = np.searchsorted(left.starts, middle), np.searchsorted(right.starts, middle)
-    near_left, near_right = slice(max(0, i - 8), i + 8), slice(max(0, j - 8), j + 8)
-    if np.array_equal(left.ids[near_left], right.ids[near_right]) and np.array_equal(
-        left.starts[near_left], right.starts[near_right]
-    ):
-        parts.append(left.ids[left.first_own : i])
-        right.first_own = j
-        return right
-    merged = _Window(left.text[: right.start - left.start] + right.text, left.start, right.is_last, 0, right.bounds)
-    _encode([merged], tokenizer)
-    merged.first_own = np.searchsorted(merged.starts, left.starts[left.first_own]) if left.first_own else 0
-    return merged
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    last = np.maximum(ends - 1, 0)
+    if part.text:
+        codes = np.frombuffer(part.text.encode("utf-32-le"), np.uint32)
+        words = np.maximum.accumulate(np.where(np.isin(codes, SPACES), -1, np.arange(len(codes))))[last]
+        last = np.where(words >= starts, words, last)
+    return np.searchsorted(part.bounds, part.start + last, side="right") % 2 == 0
 
 
-def load_stream(config: TextConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenStream:
-    """Return the tokens of the documents, without long ones if they are to be dropped.
-
-    Print the number of long documents and of tokens with loss, if either matters. ``name`` is the label of that line.
-    """
-    stream, drops = tokenize(documents, tokenizer), config.long_documents == "drop"
+def drop_long(config: TextConfig, stream: TokenStream, name: str) -> TokenStream:
+    """Return the stream without its long documents if they are to be dropped. Print their number, labeled ``name``."""
+    if config.long_documents == "split":
+        return stream
     is_long = stream.documents["tokens"] > config.block_size
-    if drops:
-        count = f"all {len(is_long):,} documents of the {name} text are longer than --block_size {config.block_size}"
-        require(not is_long.all(), f"--long_documents drop: {count}. Use a larger block, or --long_documents split.")
-        stream = stream.select(np.flatnonzero(~is_long))
-    if drops or stream.num_loss_tokens < len(stream):
-        print(
-            f"{name:<10}{is_long.sum():,} of {len(is_long):,} documents are longer than {config.block_size} tokens: "
-            f"{'dropped' if drops else 'split'}; {stream.num_loss_tokens:,} of {len(stream):,} tokens carry loss"
-        )
-    return stream
+    count = f"all {len(is_long):,} documents of the {name} text are longer than --block_size {config.block_size}"
+    require(not is_long.all(), f"--long_documents drop: {count}. Use a larger block, or --long_documents split.")
+    longer = f"documents are longer than {config.block_size} tokens: dropped"
+    print(f"{name:<10}{is_long.sum():,} of {len(is_long):,} {longer}")
+    return stream.select(np.flatnonzero(~is_long))

@@ -4,51 +4,50 @@ A token without loss, such as one of a question, is stored as its bitwise comple
 """
 
 import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import numpy as np
 
-# The record of a document: 128 bits of the SHA-256 of its ids, its number of tokens, and how many of them carry loss.
-# "bytes" counts the UTF-8 bytes of the text with loss.
-DOCUMENT = np.dtype([("hash", "S16"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
-RULES = 1  # version of the tokenization rules; a new number makes cached tokens invalid
+from cli.errors import SaveError, root_cause, save_advice
+
+# A document: 128 bits of the SHA-256 of its ids, 64 bits of that of its ids with loss mask, its number of tokens, how
+# many of them carry loss, and the UTF-8 bytes of the text with loss.
+DOCUMENT = np.dtype([("hash", "S16"), ("mask", "S8"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
 
 
 class TokenStream:
     """The tokens of documents, one document after another; a read-only, memory-mapped sequence of int32.
 
-    ``documents``, of dtype DOCUMENT, are all documents of the table, or those with the indices ``numbers``, in that
-    order. ``num_loss_tokens`` tokens carry loss; their text has ``num_bytes`` UTF-8 bytes. ``sha256`` identifies the
-    tokens.
+    ``files`` hold the tokens. ``documents``, of dtype DOCUMENT, begin at the tokens ``starts``, counted over all files.
+    ``num_loss_tokens`` tokens carry loss; their text has ``num_bytes`` UTF-8 bytes.
     """
 
-    def __init__(self, table: datasets.Dataset, numbers: np.ndarray | None = None):
-        self._table, self._selection = table, numbers
-        rows, documents, hashes = (
-            [row for chunk in table.data.column(name).chunks for row in chunk] for name in TOKEN_ROW
-        )
-        self._rows = [np.frombuffer(row.as_buffer(), np.int32) for row in rows]  # no copies
-        self._row_starts = np.cumsum([0] + [len(row) for row in self._rows])
-        documents = np.concatenate([np.frombuffer(row.as_buffer(), DOCUMENT) for row in documents])
-        ends = np.cumsum(documents["tokens"])
-        self.numbers = np.arange(len(ends)) if numbers is None else numbers
-        self.documents, ends = documents[self.numbers], ends[self.numbers]
-        self.num_documents = len(self.documents)
-        self.num_loss_tokens, self.num_bytes = (int(self.documents[name].sum()) for name in ("loss_tokens", "bytes"))
-        # A run is a range of consecutive tokens of the table. It has a start in the table and a start in this stream.
-        starts = ends - self.documents["tokens"]
-        first_of_run = np.flatnonzero(np.append(True, starts[1:] != ends[:-1])[: len(starts)])
-        self._run_table_starts = starts[first_of_run]
-        self._document_starts = np.append(0, np.cumsum(self.documents["tokens"]))
-        self._run_starts = self._document_starts[np.append(first_of_run, len(starts))]
-        selection = b"" if numbers is None else numbers.tobytes()
-        self.sha256 = hashlib.sha256("".join(row.as_py() for row in hashes).encode() + selection).hexdigest()
+    def __init__(self, files: tuple[np.ndarray, ...], documents: np.ndarray, starts: np.ndarray):
+        self._files, self.documents, self._starts = files, documents, starts
+        self._file_starts = np.cumsum([0] + [len(file) for file in files])
+        self.num_documents, self.num_tokens = len(documents), int(documents["tokens"].sum())
+        self.num_loss_tokens, self.num_bytes = (int(documents[name].sum()) for name in ("loss_tokens", "bytes"))
+        # A run is a range of consecutive tokens of one file. It has a start in the files and a start in this stream.
+        ends = starts + documents["tokens"]
+        is_first = np.append(True, (starts[1:] != ends[:-1]) | np.isin(starts[1:], self._file_starts))[: len(starts)]
+        first_of_run = np.flatnonzero(is_first)
+        self._document_starts = np.append(0, np.cumsum(documents["tokens"]))
+        self._run_sources, self._run_starts = starts[first_of_run], self._document_starts[np.append(first_of_run, -1)]
 
-    def __reduce__(self) -> tuple:
-        return TokenStream, (self._table, self._selection)  # another process maps the same file; no tokens are copied
+    @property
+    def sha256(self) -> str:
+        """Return what identifies the tokens and their loss mask."""
+        return hashlib.sha256(np.ascontiguousarray(self.documents)).hexdigest()
 
     def __len__(self) -> int:
-        return int(self._run_starts[-1])
+        return self.num_tokens
 
     def __getitem__(self, key: slice) -> np.ndarray:
         """Return the tokens [start, stop) as a new int64 array, with ~id for a token without loss."""
@@ -56,11 +55,12 @@ class TokenStream:
         parts = [np.empty(0, np.int32)]
         while start < stop:
             run = np.searchsorted(self._run_starts, start, side="right") - 1
-            offset = self._run_table_starts[run] + start - self._run_starts[run]
-            row = np.searchsorted(self._row_starts, offset, side="right") - 1
-            offset -= self._row_starts[row]
-            parts.append(self._rows[row][offset : offset + min(stop, self._run_starts[run + 1]) - start])
-            start += len(parts[-1])
+            count = min(stop, self._run_starts[run + 1]) - start
+            offset = self._run_sources[run] + start - self._run_starts[run]
+            file = np.searchsorted(self._file_starts, offset, side="right") - 1
+            offset -= self._file_starts[file]
+            parts.append(self._files[file][offset : offset + count])
+            start += count
         return np.concatenate(parts, dtype=np.int64)
 
     def positions(self, start: int, stop: int) -> np.ndarray:
@@ -74,16 +74,109 @@ class TokenStream:
 
     def select(self, indices: np.ndarray) -> "TokenStream":
         """Return the stream of the documents at ``indices``, in this order; an index may repeat."""
-        return TokenStream(self._table, self.numbers[indices])
+        return TokenStream(self._files, self.documents[indices], self._starts[indices])
 
 
-# The ids are int32 in one binary value, because `datasets` would turn a list into Python numbers. The record of a
-# document is in the row in which the document ends.
-TOKEN_ROW = datasets.Features(
-    {"input_ids": datasets.Value("binary"), "documents": datasets.Value("binary"), "sha256": datasets.Value("string")}
-)
+def concatenate(streams: Iterable[TokenStream]) -> TokenStream:
+    """Return the documents of several streams as one stream."""
+    streams = list(streams)
+    offsets = np.cumsum([0] + [stream._file_starts[-1] for stream in streams])
+    starts = [stream._starts + offset for stream, offset in zip(streams, offsets, strict=False)]
+    files = tuple(file for stream in streams for file in stream._files)
+    return TokenStream(files, np.concatenate([stream.documents for stream in streams]), np.concatenate(starts))
 
 
 def token_ids(ids: np.ndarray) -> np.ndarray:
     """Return the ids, with or without loss."""
     return np.where(ids < 0, ~ids, ids)
+
+
+def with_prefix(
+    prefix: np.ndarray, ids: np.ndarray, positions: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return ids and positions with ``prefix`` before them, unless it is there. It belongs to the first document."""
+    if not len(prefix) or np.array_equal(ids[: len(prefix)], prefix):
+        return ids, positions
+    if positions is not None:
+        starts = np.append(np.flatnonzero(positions[1:] == 0) + 1, len(positions))
+        positions = np.append(np.arange(len(prefix) + starts[0]), positions[starts[0] :])
+    return np.append(prefix, ids), positions
+
+
+class TokenPart(NamedTuple):
+    """Consecutive tokens of one document, with ~id for a token without loss. The last part has the place behind it."""
+
+    ids: np.ndarray
+    num_bytes: int
+    is_last: bool
+    place: Any
+
+
+def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
+    """Return the stream of ``parts``, from the cache if it holds ``key``.
+
+    The cache is the folder HF_DATASETS_CACHE/tokens. It holds a flat file of int32 tokens and a file of DOCUMENT
+    records. Each is written under another name and renamed, the documents last. Raise SaveError if that fails.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokens"
+    tokens, documents = folder / f"{key}.tokens", folder / f"{key}.documents"
+    if not documents.exists() or not tokens.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
+            with _new_file(documents) as index, _new_file(tokens) as file:
+                _write(parts, file, index)
+        except OSError as error:
+            fix = f"{save_advice(error)} HF_DATASETS_CACHE=DIR moves the cache"
+            raise SaveError(f"{folder}: tokens cannot be written ({root_cause(error)}). {fix}.") from error
+    table = np.memmap(documents, DOCUMENT, "r")
+    return TokenStream((np.memmap(tokens, np.int32, "r"),), table, np.cumsum(table["tokens"]) - table["tokens"])
+
+
+def _write(parts: Iterator[TokenPart], file: BinaryIO, index: BinaryIO) -> None:
+    digest, mask, counts = hashlib.sha256(), hashlib.sha256(), np.zeros(3, np.int64)
+    for ids, num_bytes, is_last, _ in parts:
+        file.write(np.ascontiguousarray(ids))
+        digest.update(np.ascontiguousarray(token_ids(ids)))
+        mask.update(ids >= 0)
+        counts += len(ids), np.count_nonzero(ids >= 0), num_bytes
+        if is_last:
+            index.write(np.array([(digest.digest()[:16], mask.digest()[:8], *counts)], DOCUMENT))
+            digest, mask, counts = hashlib.sha256(), hashlib.sha256(), np.zeros(3, np.int64)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write ``path`` under another name, locked, and rename it at the end. An error removes it."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with ExitStack() as stack:
+            with _locked(path.parent):
+                file = stack.enter_context(open(temporary, "xb"))
+                flock(file, LOCK_EX)
+            yield file
+            file.flush()
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the partial files of processes that died. A living process has locked its own."""
+    with _locked(folder):
+        for path in folder.glob("*.partial"):
+            with suppress(OSError), open(path, "rb") as file:
+                flock(file, LOCK_EX | LOCK_NB)
+                path.unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from making or removing files, so that none is removed before its process has locked it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        flock(descriptor, LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -26,9 +26,9 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint import HuggingFaceStorageReader  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-from corpus.documents import TextFiles  # noqa: E402
 from corpus.flags import TextConfig  # noqa: E402
-from corpus.records import Rows, read_rows  # noqa: E402
+from corpus.records import Documents  # noqa: E402
+from corpus.sources import read_documents  # noqa: E402
 from model import ModelConfig, load_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def jsonl_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(text_file):
-    return load_tokenizer(ModelConfig(tokenizer="train:320"), TextFiles(((str(text_file), 0, None),)))
+    return load_tokenizer(ModelConfig(tokenizer="train:320"), read_documents(TextConfig(), "--files", [str(text_file)]))
 
 
 @pytest.fixture(scope="session")
@@ -161,10 +161,8 @@ def model_dir(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def rows(jsonl_file) -> Rows:
-    from datasets import Dataset
-
-    return read_rows(Dataset.from_json(str(jsonl_file)), TextConfig(text_column="answers.text"))
+def rows(jsonl_file) -> Documents:
+    return read_documents(TextConfig(text_column="answers.text"), "--train_files", [str(jsonl_file)])
 
 
 def talk(question, answer):

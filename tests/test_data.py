@@ -1,14 +1,19 @@
 """Tokens to blocks and batches."""
 
 import math
+import time
+import tracemalloc
+import types
 
+import numpy as np
 import pytest
 import torch
 from texts import all_ids, expected_ids, texts
 
+from corpus.flags import DataConfig
 from corpus.position import Position
 from corpus.tokenize import tokenize
-from data import TrainingData, collate, group_texts, make_loader
+from data import Blocks, TrainingData, collate, group_texts, load_data, load_documents, make_loader
 
 
 @pytest.mark.parametrize("block_size", [2, 7, 64, 10**6])
@@ -67,6 +72,46 @@ def test_each_epoch_uses_each_block_once_and_resumes_anywhere(rows, tokenizer, m
             assert place == same_place
             assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(before, after, strict=True))
     assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(0)))  # drew nothing
+
+
+def test_an_epoch_starts_soon_and_with_little_memory():
+    """Also an epoch of 8 million blocks, at whose start all steps were divided among the ranks at once."""
+
+    class Many(Blocks):
+        def __init__(self):
+            self.stream, self.block_size, self.isolate_documents = plain_stream, 2, False
+
+        def __len__(self):
+            return 8_000_000
+
+        def tokens(self, number):
+            return np.array([number, 1]), None
+
+    plain_stream = types.SimpleNamespace(sha256="", num_loss_tokens=1, num_tokens=1)
+    training, started = TrainingData(Many(), 3), time.monotonic()
+    tracemalloc.start()
+    batches = training.batches(2, 4, Position(1, 7_999_996))
+    (batch, _), position, numbers = next(batches)
+    after = next(batches)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.monotonic() - started < 6 and peak < 100e6  # for two epochs; usually 1 s
+    expected = np.random.default_rng([3, 1]).permutation(8_000_000)
+    assert numbers == expected[-4:].tolist() and batch["input_ids"][:, 0].tolist() == numbers[:2]
+    assert (position, after) == (Position(2), Position(2, 4))
+
+
+def test_evaluation_is_on_as_many_blocks_as_wanted(rows, tokenizer):
+    def chosen(count, seed):
+        config = DataConfig(train_files=rows.records.paths, text_column="answers.text", block_size=8)
+        config.max_eval_blocks = count
+        _, blocks = load_data(config, *load_documents(config, 0), tokenizer, seed)
+        return blocks.total, list(blocks.kept)
+
+    total, some = chosen(20, 0)
+    assert len(some) == 20 and some == sorted(set(some)) and set(some) < set(range(total)) and some != list(range(20))
+    assert chosen(20, 0)[1] == some != chosen(20, 1)[1]
+    assert chosen(0, 0) == chosen(2000, 0) == (total, list(range(total)))
 
 
 def test_iterating_leaves_the_global_random_state_alone(rows, tokenizer):

@@ -120,7 +120,7 @@ CHANGES = {
         "return peak * (num_steps - step) / max(1, num_steps - warmup_steps)", COSINE)),
     "optimizer": ("train.py", replace(
         'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)', "torch.optim.NAdam(groups)")),
-    "format": ("corpus/formats.py", replace('    ".txt": "text",\n', '    ".txt": "text",\n    ".md": "text",\n')),
+    "format": ("corpus/readers.py", replace('    ".txt": None,\n', '    ".txt": None,\n    ".rst": None,\n')),
     "tracker": ("training/log.py", replace('\n\nTRACKERS = {"tensorboard": TensorBoard}\n', CSV)),
 }  # fmt: skip
 
@@ -135,7 +135,7 @@ def changed(tmp_path_factory, model_dir, text_file):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
             copy(ROOT / part, root / part)
         (root / file).write_text(change((root / file).read_text()))
-        shutil.copy2(text_file, text := root / ("notes.md" if name == "format" else "notes.txt"))
+        shutil.copy2(text_file, text := root / ("notes.rst" if name == "format" else "notes.txt"))
         flags = ["--model", model_dir, "--train_files", text, "--block_size", 32, "--max_steps", 6, "--warmup_steps", 2]
         flags += ["--log_every", 1, "--precision", "fp32", "--sample_prompt", "the"]
         started[name] = root, processes.start(root / "train.py", *flags, cwd=root, fresh=True)

@@ -274,7 +274,7 @@ def save(path, model, optimizer):
 
 
 def restore(path, model, optimizer):
-    state, _ = checkpoint.load(path)
+    state = checkpoint.load(path)
     checkpoint.load_tensors(path / "optimizer", make_moments(model, optimizer, state["moments"]), World())
     checkpoint.load_tensors(path / "weights", trained_weights(model), World())
 

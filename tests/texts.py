@@ -7,12 +7,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from corpus.flags import TextConfig
-from corpus.records import read_rows
+from corpus.records import Documents
+from corpus.sources import Table
 from data import group_texts
 
 
 def texts(documents):
     return ["".join(pieces) for pieces in documents]
+
+
+def read_rows(table, config):
+    return Documents(Table("--dataset test", table, table._fingerprint), config)
 
 
 def plain(documents):

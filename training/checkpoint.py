@@ -2,7 +2,7 @@
 
     save(path := run_dir / "checkpoints" / "step-000100", tensors={"weights": {...}}, state={"step": 100}, world=world)
     prune(run_dir / "checkpoints", keep=2, newest=path)
-    state, stream = load(path := newest(run_dir / "checkpoints", world))
+    state = load(path := newest(run_dir / "checkpoints", world))
     load_tensors(path / "weights", weights, world)
 
 `torch.distributed.checkpoint` (DCP) writes and reads the shards of all ranks. A checkpoint holds safetensors and JSON
@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from cli.errors import UserError, require, warn
 from distributed.world import World
 from training import atomic
 
-MANIFEST, STREAM = "manifest.json", "stream.safetensors"
+MANIFEST = "manifest.json"
 FILES, FILE_BYTES = 8, 8 << 20  # a file holds an eighth of a group, or this much, or one larger tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so in one process
@@ -55,16 +54,10 @@ def require_shared_directory(path: Path, world: World) -> None:
         world.on_main(lambda: require(not blind, f"{wrong}. Use a shared file system."))
 
 
-def save(
-    path: Path,
-    tensors: dict[str, dict[str, torch.Tensor]],
-    state: dict[str, Any],
-    world: World,
-    stream: dict[str, torch.Tensor] | None = None,
-) -> None:
+def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], world: World) -> None:
     """Write each group of ``tensors`` as safetensors files, and ``state`` as JSON. Afterwards ``path`` is complete.
 
-    All ranks must call this. Each writes and hashes its own shards; rank 0 alone writes ``state`` and ``stream``. Raise
+    All ranks must call this. Each writes and hashes its own shards; rank 0 alone writes ``state``. Raise
     SaveError, and leave no trace, if writing fails on a rank.
     """
     path, temporary = atomic.real_paths(path)
@@ -86,8 +79,6 @@ def save(
 
     def finish() -> None:
         with atomic.saving(path, num_bytes):
-            if stream:
-                save_file({name: tensor.contiguous() for name, tensor in stream.items()}, temporary / STREAM)
             (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
             own = {file.name: _described(file) for file in temporary.iterdir() if file.is_file()}
             files = {name: entry for part in (*written, own) for name, entry in part.items()}
@@ -105,10 +96,9 @@ def save(
             atomic.end(path, num_bytes)
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the state of a verified checkpoint, and the tensors of streamed text on the CPU."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return state, load_file(path / STREAM) if (path / STREAM).exists() else {}
+def load(path: Path) -> dict[str, Any]:
+    """Return the state of a verified checkpoint."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
 def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World) -> None:

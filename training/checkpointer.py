@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ class Checkpointer:
 
     @contextmanager
     def saving_if_text_fails(self) -> Iterator[None]:
-        """Save before an error of streamed text, such as a lost connection, ends a run of one process."""
+        """Save before an error of streamed text, such as a lost connection, ends a run of one process.
+
+        The text may be mended before the run resumes, so its identity is left out.
+        """
         try:
             yield
         except UserError:
             if self._run.world.size == 1:  # other ranks would not come to save
+                self._run.identity.pop("training text")
                 self.save()
             raise
 
@@ -66,17 +71,17 @@ class Checkpointer:
         world, directory = self._run.world, self._run.directory / "checkpoints"
         path = directory / f"step-{self.state.step:06}"
         tensors = {"weights": trained_weights(self._model), "optimizer": moments(self._model, self._optimizer)}
-        data_state, data_tensors = self._data.joined(world.on_all(partial(self._data.state, world.rank, world.size)))
+        shards = dict(chain(*map(dict.items, world.on_all(partial(self._data.state, world.rank, world.size)))))
         state = {
             "train_state": self.state.to_json(),
             "moments": describe(tensors["optimizer"]),
-            "data": data_state,
+            "shards": [shards[s] for s in sorted(shards)],  # of streamed text
             "scaler": self._scaler.state_dict(),
             "identity": self._run.identity,
             "settings": self._run.settings,
             "compiled": self._model.is_compiled,
         }
-        checkpoint.save(path, tensors, state, world, data_tensors.get("stream"))
+        checkpoint.save(path, tensors, state, world)
         world.on_main(lambda: checkpoint.prune(directory, self._run.config.keep_checkpoints, path))
 
 

@@ -54,8 +54,7 @@ print(generator("Once upon a time")[0]["generated_text"])
 
 ## Data
 
-Trained on: {facts["training_text"]} tokens. Held out: {facts["eval_documents"]:,} documents,
-{facts["eval_tokens"]:,} tokens.
+Trained on: {facts["training_text"]}. Evaluated on: {facts["eval_text"]}.
 
 ## Metrics
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import require, warn
+from corpus.preview import preview
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from modeling.architectures import flops_per_token, position_limit
@@ -18,7 +20,7 @@ from training.state import TrainState
 
 # Settings that must not change when a run resumes: with another value it would be another run.
 SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
-SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer")
+SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer", "max_eval_blocks")
 
 
 def share_batch(config: Any, world: World) -> None:
@@ -53,7 +55,7 @@ def identity(
         "model": base.name if base.exists() else str(base),  # a directory may have moved
         **{f"model's {key}": value for key, value in json.loads(model_config.to_json_string()).items()},
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "training text": train_data.identity,
+        **train_data.identity,
         "evaluation text": eval_data.stream.sha256,
         **{name: getattr(config, name) for name in SAME_RUN},
     }
@@ -76,14 +78,14 @@ class Plan:
         warmup_steps: int,
     ):
         self._config, self._world, self._device, self._model, self._tokenizer = config, world, device, model, tokenizer
-        self._train_data, self._eval_blocks, self._warmup_steps = train_data, eval_blocks, warmup_steps
+        self._train_data, self._warmup_steps = train_data, warmup_steps
         self.facts = {
             "model_type": model.config.model_type,
             "parameters": model.num_parameters(),
             "trained_parameters": model.num_parameters(only_trainable=True),
-            "training_text": str(train_data),
-            "eval_documents": eval_blocks.stream.num_documents,
-            "eval_tokens": len(eval_blocks.stream),
+            "training_text": str(train_data.blocks),
+            "eval_text": f"{eval_blocks.stream.num_documents:,} documents, {len(eval_blocks.stream):,} tokens, "
+            f"{len(eval_blocks):,} of {eval_blocks.total:,} blocks",
             "max_steps": num_steps,
             "precision": precision,
         }
@@ -104,7 +106,7 @@ class Plan:
         return Throughput(state, self.facts["max_steps"], self._device, peak_seconds, self._train_data.loss_fraction)
 
     def __str__(self) -> str:
-        config, facts, eval_blocks = self._config, self.facts, self._eval_blocks
+        config, facts = self._config, self.facts
         base = Path(config.model or config.model_config)
         total, trained, num_steps = facts["parameters"], facts["trained_parameters"], facts["max_steps"]
         part = f", {trained / 1e6:.1f} M of them trained" if trained < total else ""
@@ -116,12 +118,13 @@ class Plan:
             "model": f"{base.name if base.exists() else base}: {facts['model_type']}, {total / 1e6:.1f} M parameters, "
             f"{'pretrained' if config.model else 'from scratch'}{part}",
             "training": facts["training_text"],
-            "held out": f"{facts['eval_documents']:,} documents, {facts['eval_tokens']:,} tokens, "
-            f"{len(eval_blocks):,} blocks",
+            "held out": facts["eval_text"],
             "steps": f"{num_steps:,} of {config.batch_size} blocks{at_once}{epochs}, "
             f"learning rate {config.learning_rate:g}, {self._warmup_steps} to warm up",
             "device": f"{self._world}{device_name(self._device)}, {facts['precision']}"
             f"{', compiled' if self._model.is_compiled else ''}",
             "output": str(config.output_dir),
         }
+        if config.dry_run:
+            lines["text"] = preview(self._train_data, self._tokenizer, in_color=sys.stdout.isatty())
         return "\n".join(f"{name:<10}{text}" for name, text in lines.items())

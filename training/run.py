@@ -51,7 +51,6 @@ class Saved:
     path: Path | None = None
     state: TrainState = field(default_factory=TrainState)
     content: dict[str, Any] = field(default_factory=dict)  # of its state.json
-    stream: dict[str, torch.Tensor] = field(default_factory=dict)  # the state of streamed text
 
     @property
     def compiled(self) -> bool | None:
@@ -112,8 +111,8 @@ class Run:
             kept_step = self.world.on_main(lock)
             saved.path = checkpoint.newest(self.directory / "checkpoints", self.world)
         if saved.path:
-            saved.content, saved.stream = checkpoint.load(saved.path)
-            known = "moments" in saved.content
+            saved.content = checkpoint.load(saved.path)
+            known = {"moments", "shards"} <= saved.content.keys()
             fix = "Use --overwrite, or another --output_dir"
             require(known, f"--resume: {saved.path} was made by an earlier version of this program. {fix}.")
             self._require_same_run(saved.content["identity"])
@@ -181,7 +180,7 @@ class Run:
             moments = make_moments(model, optimizer, saved.content["moments"])
             checkpoint.load_tensors(saved.path / "weights", trained_weights(model), self.world)
             checkpoint.load_tensors(saved.path / "optimizer", moments, self.world)
-            data.restore(saved.content["data"], saved.stream)
+            data.restore(saved.content["shards"])
             scaler.load_state_dict(saved.content["scaler"])
             print(f"resuming from {saved.path} at step {saved.state.step}")
 

@@ -3,16 +3,21 @@
 import copy
 import json
 
+import chat_families
 import datasets
+import numpy as np
 import pytest
-from texts import loss_text, texts
+from texts import loss_text, read_rows, texts
+from tokenizers import decoders, processors
 
 from cli.errors import UserError
 from corpus.chat import CHAT_TEMPLATE, render
 from corpus.flags import DataConfig, TextConfig
-from corpus.records import read_rows
-from corpus.sources import load_documents
+from corpus.messages import read_messages
+from corpus.sources import read_documents
 from corpus.tokenize import tokenize
+from corpus.tokens import concatenate
+from data import load_documents
 
 
 def turns(*contents, system=None):
@@ -105,10 +110,9 @@ def test_an_answer_is_found_where_the_template_puts_it(chat_tokenizer):
     [
         ([{"role": "user", "content": None}], "record 2: message 1 lacks a role or content"),
         ([*CHATS[0], {"role": None, "content": "a"}], "record 2: message 5 lacks"),
-        (turns("the", "</s>", "a")[1:], "record 2 does not fit the chat template .*the user first"),
+        (turns("the", "</s>", "a")[1:], "record 2: does not fit the chat template .*the user first"),
         (CHATS[2], "record 2 has no message of the assistant"),
         ([], "record 2 has no messages"),
-        (turns("a\0", "b"), "record 2: message 1 lacks"),
     ],
 )
 def test_malformed_conversations_are_named(messages, words, chat_tokenizer):
@@ -124,10 +128,9 @@ def test_conversations_and_plain_text_mix(chat_tokenizer, tmp_path):
     (tmp_path / "b.txt").write_text("a text of loss " * 20)
     config = DataConfig(mix=[f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.txt:1"])
     train, _ = load_documents(config, 0)
-    with_loss = loss_text(tokenize(train, chat_tokenizer), chat_tokenizer).removesuffix(END).split(END)
-    assert with_loss == ["model"] * 3 + [texts(train)[-1]]
-    with pytest.raises(UserError, match="cannot hold out a part of a single record"):
-        load_documents(DataConfig(train_files=[f"{tmp_path}/a.jsonl"], max_documents=1), 0)
+    streams = [tokenize(source, chat_tokenizer) for source in train.sources]
+    with_loss = loss_text(concatenate(streams), chat_tokenizer).removesuffix(END).split(END)
+    assert with_loss == ["model"] * 4 + ["a text of loss " * 20]
 
 
 def test_end_of_text_ends_an_answer_without_an_end_token(tokenizer):
@@ -139,12 +142,62 @@ def test_end_of_text_ends_an_answer_without_an_end_token(tokenizer):
     )
     turns = [("user", "q"), ("assistant", "first"), ("user", "r"), ("assistant", "last")]
     pieces = render([{"role": role, "content": content} for role, content in turns], twin)
-    assert [text for text, has_loss in pieces if has_loss] == ["first", "last\n\n"] and pieces[-1][1]
+    assert [text for text, has_loss in pieces if has_loss] == ["first\n\n", "last\n\n"] and pieces[-1][1]
 
 
 def test_messages_in_braces_are_messages():
     table = datasets.Dataset.from_list([{"chat": {"messages": messages}} for messages in CHATS[:2]])
     assert read_rows(table, TextConfig(text_column="{chat.messages}")).has_messages
     template = read_rows(table, TextConfig(text_column="{chat.messages}!"))
-    with pytest.raises(UserError, match=r"record 1 contains .*, not text\. Remove the record"):
+    with pytest.raises(
+        UserError, match=r"record 1 contains .*, not text, in column chat.messages.*Use --text_column chat\.messages"
+    ):
         texts(template)
+
+
+@pytest.mark.parametrize("trims", [False, True], ids=["", "trim_offsets"])
+@pytest.mark.parametrize("family", [name for name in chat_families.FAMILIES if name != "generation"])
+def test_the_tokens_that_are_learnt_are_what_the_assistant_says(family, trims, tmp_path):
+    """Also if a token takes the white space behind it along (Phi-3), or offsets leave white space out (GPT-NeoX)."""
+    tokenizer, said = chat_families.FAMILIES[family]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    if trims:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    call = {
+        "type": "function",
+        "id": "call00000",
+        "function": {"name": "find", "arguments": {"city": "Rome", "x": None}},
+    }
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+    talks = [turns("a", "b ", "c\n", "d e"), turns("x", "é 東京\n\ny")]
+    if family in ("llama", "mistral", "qwen"):
+        rest = [{"role": "tool", "content": "rain", "tool_call_id": "call00000"}, *turns("", "It rains.")[1:]]
+        talks.append([*turns("weather?"), {"role": "assistant", "content": None, "tool_calls": [call]}, *rest])
+    records = [{"chat": talk} | ({"tools": tools} if i == 2 else {}) for i, talk in enumerate(talks)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    stream = tokenize(read_documents(TextConfig(text_column="chat"), "--files", [f"{tmp_path}/a.jsonl"]), tokenizer)
+    for i, talk in enumerate(talks):
+        answers = [said(message) for message in read_messages(talk, "") if message["role"] == "assistant"]
+        learnt = loss_text(stream.select(np.array([i])), tokenizer)
+        assert learnt in ("".join(answers), "".join(answers) + tokenizer.eos_token)
+    assert family not in ("llama", "mistral", "qwen") or '{"city": "Rome", "x": null}' in learnt
+
+
+def test_prompts_and_completions_may_be_messages(chat_tokenizer, tmp_path):
+    chat_tokenizer.chat_template = CHATML
+    shapes = {
+        "prompt": [{"prompt": turns("q", "old", "r"), "completion": turns("", "new")[1:]}] * 3,
+        "share": [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "new"}]}] * 3,
+    }
+    for name, records in shapes.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        columns = {"prompt_column": "prompt", "completion_column": "completion"}
+        config = TextConfig(**columns) if name == "prompt" else TextConfig(text_column="conversations")
+        documents = read_documents(config, "--files", [f"{tmp_path}/{name}.jsonl"])
+        assert loss_text(tokenize(documents, chat_tokenizer), chat_tokenizer) == "new<|im_end|>" * 3
+    (tmp_path / "alpaca.jsonl").write_text(json.dumps({"instruction": "add", "input": "1 1", "output": "2"}) + "\n")
+    columns = {"prompt_column": "{instruction}\\n{input}\\n", "completion_column": "output"}
+    documents = read_documents(TextConfig(**columns), "--files", [f"{tmp_path}/alpaca.jsonl"])
+    assert texts(documents) == ["add\n1 1\n2"]
+    assert loss_text(tokenize(documents, chat_tokenizer), chat_tokenizer) == f"2{END}"

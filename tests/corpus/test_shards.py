@@ -7,7 +7,7 @@ from itertools import chain, islice
 import datasets
 import pytest
 from conftest import make_text
-from streams import same, saved, streamed
+from streams import saved, streamed
 
 from cli.errors import UserError
 from corpus import sources
@@ -21,7 +21,7 @@ from modeling.linear_cross_entropy import IGNORED_LABEL
 @pytest.fixture(params=["jsonl", "parquet", "txt"])
 def files(request, corpus, tmp_path, monkeypatch):
     """Four files. Two or four ranks read whole files; three ranks read every third record, except of .txt files."""
-    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 150)  # small rows, so that the shards take turns
+    monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 150)  # small rows, so that the shards take turns
     for i in range(4):
         part = datasets.Dataset.from_list([{"text": make_text(5 + 9 * (j % 4), 8 * i + j)} for j in range(8 + i)])
         if request.param == "parquet":
@@ -37,9 +37,9 @@ def files(request, corpus, tmp_path, monkeypatch):
 def on_ranks(config, tokenizer, ranks, at=None):
     """Return the data of the ranks, restored from ``at``, and an endless iterator over their steps."""
     trainings = [streamed(config, tokenizer) for _ in range(ranks)]
-    position, state, tensors = at or (Position(), None, None)
+    position, state = at or (Position(), [])
     for training in trainings if at else []:
-        training.restore(json.loads(json.dumps(state)), tensors["stream"])
+        training.restore(state)
     updates = (training.batches(2, 9, position, rank, ranks) for rank, training in enumerate(trainings))
     return trainings, zip(*updates, strict=True)
 
@@ -86,15 +86,15 @@ def test_resumes_with_the_same_steps_on_any_number_of_ranks(shards, files, token
     for ranks in (shards, 3, 1, 8, 4, 2, shards):
         trainings, updates = on_ranks(files, tokenizer, ranks, at)
         if at:
-            assert same([saved(*trainings)[1]["stream"]], [at[2]["stream"]])  # nothing was drawn yet
+            assert saved(*trainings) == at[1]  # nothing was drawn yet
         for ranks_updates in islice(updates, 5):
             blocks = sorted(block for update in ranks_updates for block in tokens(update))
             assert (ranks_updates[0][1], blocks) == expected[place]
             assert len({len(micro_batches) for micro_batches, *_ in ranks_updates}) == 1
             place += 1
-        at = ranks_updates[0][1], *saved(*trainings)
-        assert len(at[1]["shards"]) == shards
-    assert place == 35 and [len(t._shard_states) for t in first] == [1] * shards
+        at = ranks_updates[0][1], saved(*trainings)
+        assert len(at[1]) == shards
+    assert place == 35 and [len(t.blocks._own) for t in first] == [1] * shards
 
 
 def test_a_rank_reads_only_its_own_files(files, tokenizer, tmp_path):
@@ -112,12 +112,12 @@ def test_a_rank_reads_only_its_own_files(files, tokenizer, tmp_path):
 
 
 def test_shards_that_cannot_be_read_are_named(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 100)
+    monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 100)
     rows = [{"text": make_text(30, i)} for i in range(9)]
     rows[7] = {"text": None}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(**corpus | {"train_files": [f"{tmp_path}/rows.jsonl"]}, streaming=True)
-    with pytest.raises(UserError, match=r"rows.jsonl, shard 1 of 2, --text_column text: record 4 contains None"):
+    with pytest.raises(UserError, match=r"rows.jsonl, --text_column text: record 8 contains None"):
         next(on_ranks(config, tokenizer, 2)[1])
     few = r"shard 0 of 4: the training text has [1-9]\d* tokens, and 64 or more are needed"
     with pytest.raises(UserError, match=few):

@@ -1,37 +1,23 @@
 """Documents to tokens: windows, the cache, and which tokens carry loss."""
 
 import os
-import pickle
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_text, write_jsonl
-from texts import FAMILIES, all_ids, expected_ids, loss_text, pairs, plain, texts
+from texts import FAMILIES, all_ids, expected_ids, loss_text, pairs, texts
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cli.errors import UserError
 from corpus import tokenize as tokenize_module
-from corpus.documents import TextFiles
-from corpus.flags import DataConfig
-from corpus.sources import load_documents
-from corpus.tokenize import token_rows, tokenize, tokenizer_fingerprint
-from corpus.tokens import DOCUMENT, TokenStream, token_ids
+from corpus.flags import TextConfig
+from corpus.sources import read_documents
+from corpus.tokenize import token_parts, tokenize, tokenizer_fingerprint
+from corpus.tokens import concatenate, token_ids
 from data import group_texts
-
-
-def test_the_stream_may_span_many_rows(rows, tokenizer, monkeypatch):
-    whole = tokenize(rows, tokenizer)[:]
-    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 500)
-    table = datasets.Dataset.from_list(list(token_rows(rows, tokenizer, tokenizer.eos_token_id)))
-    stream = TokenStream(table)
-    assert len(table) > 20
-    assert np.array_equal(stream[:], whole)
-    for start, stop in ((0, 1), (3, 500), (17, 4000), (len(whole) - 3, len(whole)), (5, 5), (0, 10**9)):
-        assert np.array_equal(stream[start:stop], whole[start:stop])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,28 +26,16 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_pa
     tokenizer = FAMILIES[family]()
     # Runs of newlines and a word longer than the overlap are where cutting goes wrong.
     text = make_text(3000) + "\n" * 70 + "x" * 300 + " " * 90 + make_text(500, seed=5) + "\r\n"
-    path = tmp_path / "long.txt"
+    path = tmp_path / f"{family}-{window}.txt"
     path.write_bytes(text.encode())
-    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", window)
-    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", window // 2)
-    documents = TextFiles(((str(path), 0, None),))
+    monkeypatch.setattr(tokenize_module, "PART_CHARACTERS", window)
+    documents = read_documents(TextConfig(), "--files", [str(path)])
     assert texts(documents) == [text]
-    rows = list(token_rows(documents, tokenizer, tokenizer.eos_token_id))
-    ids = np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist()
-    assert ids == expected_ids(documents, tokenizer)
-    records = np.frombuffer(b"".join(row["documents"] for row in rows), DOCUMENT)
-    assert records[["tokens", "loss_tokens", "bytes"]].tolist() == [(len(ids), len(ids), len(text.encode()))]
-
-
-def test_a_long_row_is_windowed_too(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 500)
-    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 100)
-    documents = plain(["short one", make_text(2000), "", make_text(900)])
-    rows = list(token_rows(documents, tokenizer, tokenizer.eos_token_id))
-    assert np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32).tolist() == expected_ids(
-        documents, tokenizer
-    )
-    assert sum(len(row["documents"]) for row in rows) == 4 * DOCUMENT.itemsize
+    stream = tokenize(documents, tokenizer)
+    ids = expected_ids(documents, tokenizer)
+    assert stream[:].tolist() == ids
+    counts = [(len(ids), len(ids), len(text.encode()))]
+    assert stream.documents[["tokens", "loss_tokens", "bytes"]].tolist() == counts
 
 
 def test_the_truncation_of_the_tokenizer_file_is_off(rows, tokenizer, tmp_path):
@@ -76,16 +50,21 @@ def test_the_truncation_of_the_tokenizer_file_is_off(rows, tokenizer, tmp_path):
 
 def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", 5)
-    config = DataConfig(train_files=[str(path)], text_column="answers.text", eval_files=[str(path)])
-    first = tokenize(load_documents(config, 0)[0], tokenizer)
+    documents = read_documents(TextConfig(text_column="answers.text"), "--train_files", [str(path)])
+    first = tokenize(documents, tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_module, "token_rows", lambda *_: pytest.fail("tokenized again"))
-        assert tokenize(load_documents(config, 0)[0], tokenizer).sha256 == first.sha256
-    write_jsonl(path, 5, seed=1)
-    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**9))
-    second = tokenize(load_documents(config, 0)[0], tokenizer)
+        patch.setattr(tokenize_module, "_encode", lambda *_: pytest.fail("tokenized again"))
+        assert tokenize(documents, tokenizer).sha256 == first.sha256
+    before = path.stat()
+    path.write_text(path.read_text().replace("model", "token"))  # as many bytes
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p`, rsync and tar do
+    second = tokenize(documents, tokenizer)
     assert second.sha256 != first.sha256
-    assert second[:].tolist() == expected_ids(load_documents(config, 0)[0], tokenizer)
+    assert second[:].tolist() == expected_ids(documents, tokenizer)
+    copied = tmp_path / "copied.jsonl"
+    copied.write_bytes(path.read_bytes())
+    moved = read_documents(TextConfig(text_column="answers.text"), "--train_files", [str(copied)])
+    assert tokenize(moved, tokenizer).sha256 == second.sha256  # what --resume compares is the content alone
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
@@ -100,12 +79,13 @@ import resource, sys
 from transformers import AutoTokenizer
 from corpus.tokenize import tokenize
 from data import group_texts, make_loader
-from corpus.documents import TextFiles
+from corpus.flags import TextConfig
+from corpus.sources import read_documents
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] + "/tokenizer")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-tokenize(TextFiles(((sys.argv[2], 0, None),)), tokenizer)
+tokenize(read_documents(TextConfig(), "--files", [sys.argv[2]]), tokenizer)
 before = peak()
-stream = tokenize(TextFiles(((sys.argv[1] + "/large.txt", 0, None),)), tokenizer)
+stream = tokenize(read_documents(TextConfig(), "--files", [sys.argv[1] + "/large.txt"]), tokenizer)
 total = sum(int((batch["labels"] >= 0).sum()) for batch in make_loader(group_texts(stream, 1024), 64))
 print(len(stream), total, peak() - before)
 """
@@ -143,10 +123,9 @@ def test_only_completions_carry_loss(tokenizer):
 def test_the_loss_mask_of_a_long_document_does_not_depend_on_the_windows(tokenizer, monkeypatch):
     documents = pairs([(make_text(700, i), " " + make_text(600, i + 1)) for i in range(3)])
     whole = tokenize(documents, tokenizer)[:]
-    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 500)
-    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 100)
-    rows = list(token_rows(documents, tokenizer, tokenizer.eos_token_id))
-    assert np.array_equal(np.frombuffer(b"".join(row["input_ids"] for row in rows), np.int32), whole)
+    monkeypatch.setattr(tokenize_module, "PART_CHARACTERS", 500)
+    parts = [part.ids for part in token_parts(documents.read(tokenizer), tokenizer)]
+    assert len(parts) > 20 and np.array_equal(np.concatenate(parts), whole)
     assert 0.3 < (whole < 0).mean() < 0.7
 
 
@@ -160,15 +139,15 @@ def test_a_slow_tokenizer_has_no_loss_mask():
     ] + [1]
 
 
-def test_a_stream_of_selected_documents(rows, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenize_module, "ROW_CHARACTERS", 300)
-    monkeypatch.setattr(tokenize_module, "WINDOW_CHARACTERS", 200)
-    monkeypatch.setattr(tokenize_module, "OVERLAP_CHARACTERS", 90)
-    stream = TokenStream(datasets.Dataset.from_list(list(token_rows(rows, tokenizer, 0))))
+def test_a_stream_of_selected_documents(rows, tokenizer):
+    """Also of documents in several files."""
+    whole = tokenize(rows, tokenizer)
+    stream = concatenate([whole.select(np.arange(20)), whole, whole.select(np.arange(40, 60))])
     ids = [tokenizer(text)["input_ids"] + [0] for text in texts(rows)]
+    ids = ids[:20] + ids + ids[40:]
     draw, sums = np.random.default_rng(0), set()
     for share in (0, 0.1, 0.5, 0.9, 1):
-        dropped = draw.random(60) < share
+        dropped = draw.random(100) < share
         kept = stream.select(np.flatnonzero(~dropped))
         expected = [token for document, gone in zip(ids, dropped, strict=True) for token in document if not gone]
         assert kept[:].tolist() == expected and len(kept) == kept.num_loss_tokens == len(expected)
@@ -176,8 +155,6 @@ def test_a_stream_of_selected_documents(rows, tokenizer, monkeypatch):
             expected[i : i + 7] for i in range(0, len(expected), 5)
         ]
         assert kept.documents["tokens"].tolist() == [len(ids[i]) for i in np.flatnonzero(~dropped)]
-        again = pickle.loads(pickle.dumps(kept))
-        assert again[:].tolist() == expected and again.sha256 == kept.sha256
         sums.add(kept.sha256)
         back = kept.select(np.arange(kept.num_documents)[::-2])
         assert back[:].tolist() == [token for i in np.flatnonzero(~dropped)[::-2] for token in ids[i]]

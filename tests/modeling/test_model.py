@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cli.errors import UserError
-from corpus.documents import TextFiles
+from corpus.flags import TextConfig
+from corpus.sources import read_documents
 from model import ModelConfig, load_config, load_model, load_tokenizer
 from modeling.architectures import flops_per_token, position_limit
 from modeling.checks import check_causal, check_isolated, check_model
@@ -304,7 +305,7 @@ def test_a_trained_tokenizer_writes_any_text(text_file, tokenizer, tmp_path):
     assert len(tokenizer) == 320 and tokenizer.unk_token is None and tokenizer.eos_token == "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
-    documents = TextFiles(((str(text_file), 0, None),))
+    documents = read_documents(TextConfig(), "--files", [str(text_file)])
     assert load_tokenizer(ModelConfig(tokenizer="train:320"), documents).get_vocab() == tokenizer.get_vocab()
 
 
@@ -390,7 +391,7 @@ def test_documents_that_cannot_be_isolated_are_refused(kind):
 
 def test_added_tokens_begin_at_the_mean(model_dir, text_file):
     config = ModelConfig(model=str(model_dir), add_tokens=["<note>", "<end>"])
-    tokenizer = load_tokenizer(config, TextFiles(((str(text_file), 0, None),)))
+    tokenizer = load_tokenizer(config, read_documents(TextConfig(), "--files", [str(text_file)]))
     before = load_pretrained(str(model_dir)).get_input_embeddings().weight
     model = load(config, tokenizer)
     weight = model.get_input_embeddings().weight
@@ -399,7 +400,7 @@ def test_added_tokens_begin_at_the_mean(model_dir, text_file):
     torch.testing.assert_close(weight[-2:], before.mean(0).expand(2, -1))
     assert model.get_output_embeddings().weight is weight
     with pytest.raises(UserError, match=r"--add_tokens <.endoftext.>: the tokenizer has it already"):
-        load_tokenizer(ModelConfig(model=str(model_dir), add_tokens=["<|endoftext|>"]), TextFiles(()))
+        load_tokenizer(ModelConfig(model=str(model_dir), add_tokens=["<|endoftext|>"]), None)
 
 
 def test_attention_of_ones_choice(model_dir, tokenizer):

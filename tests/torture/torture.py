@@ -290,8 +290,8 @@ class Runs:
         jobs.append(("add a file of tensors to the newest checkpoint", "add", "weights/more.safetensors"))
         self.trials((row, self.damage_one, path, kind, name) for row, kind, name in jobs)
         self.table.trial("all checkpoints damaged: exit 3, nothing changed", self.damage_all, stopped)
-        small, stream = self.fast / "step-000001", {"stream": torch.arange(2)}
-        checkpoint.save(small, {"weights": {"w": torch.arange(2.0)}}, {"step": 1}, World(), stream)
+        small = self.fast / "step-000001"
+        checkpoint.save(small, {"weights": {"w": torch.arange(2.0)}}, {"step": 1}, World())
         for name in files(small):
             self.table.trial("flip each bit of each file of a small checkpoint", flip_each_bit, small, name)
 
@@ -696,6 +696,18 @@ class Runs:
         expect(found[0] == found[1], "two runs that were left alone differ")
         expect(found[0] == found[2], "the resumed run differs from one that was left alone")
 
+    def cuts(self, args: argparse.Namespace) -> None:
+        """Long documents in parts, whose tokens are those of the whole: the property test with more documents."""
+
+        def one(seed: int) -> None:
+            command = [sys.executable, "-m", "pytest", "tests/corpus/test_cuts.py", "-k", "parts_have_the_tokens"]
+            env = os.environ | {"CUT_DOCUMENTS": "2000", "CUT_SEED": str(seed)}
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+            expect(done.returncode == 0, done.stdout[-300:])
+
+        for i in range(10):
+            self.table.trial("2,000 documents have the tokens of the whole", one, 2000 * (args.seed + i + 1))
+
     def inputs(self, args: argparse.Namespace) -> None:
         """The table of inputs.py, each case in a process, and what each answered as a table to be shown at the end."""
         self.answers: dict[str, str] = {}
@@ -727,7 +739,7 @@ class Runs:
 
 
 PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage, Runs.full_disks, Runs.signals,
-                                          Runs.ranks, Runs.compiled, Runs.inputs)}  # fmt: skip
+                                          Runs.ranks, Runs.compiled, Runs.inputs, Runs.cuts)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

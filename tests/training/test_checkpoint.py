@@ -40,8 +40,7 @@ def newest(directory):
 
 def test_what_was_saved_is_loaded(tmp_path):
     save(tmp_path / "step-000010", TENSORS, {"step": 10, "loss": 0.1 + 0.2})
-    state, stream = load(tmp_path / "step-000010")
-    assert state == {"step": 10, "loss": 0.1 + 0.2} and not stream
+    assert load(tmp_path / "step-000010") == {"step": 10, "loss": 0.1 + 0.2}
     for group, content in TENSORS.items():
         loaded = {name: torch.zeros_like(tensor) for name, tensor in content.items()}
         load_tensors(tmp_path / "step-000010" / group, loaded, World())
@@ -71,7 +70,7 @@ def test_weights_and_optimizers_without_moments_are_resumed_to_the_bit(tmp_path,
     resumed = make_run()
     with torch.no_grad():
         resumed[0].transformer.idle.weight.zero_()
-    content = {"moments": describe(tensors["optimizer"]), "data": {}, "scaler": {}}
+    content = {"moments": describe(tensors["optimizer"]), "shards": [], "scaler": {}}
     data = SimpleNamespace(restore=lambda *_: None)
     Run.restore(SimpleNamespace(world=World()), Saved(tmp_path / "step-000002", content=content), *resumed[:3], data)
     assert step().loss == resumed[3]().loss
@@ -230,7 +229,7 @@ def test_a_run_in_a_lower_layer_of_overlayfs_is_saved_pruned_and_deleted(tmp_pat
         save(run / "checkpoints/step-000003", TENSORS, {"step": 3})
         prune(run / "checkpoints", 2, run / "checkpoints/step-000003")
         assert sorted(os.listdir(run / "checkpoints")) == ["step-000002", "step-000003"]
-        assert load(run / "checkpoints/step-000002")[0] == {"step": 20}
+        assert load(run / "checkpoints/step-000002") == {"step": 20}
         write_directory(run / "model", write("new"), 3)
         assert (run / "model/a").read_text() == "new" and sorted(os.listdir(run)) == ["checkpoints", "model"]
         remove_run(run)

@@ -70,7 +70,7 @@ def test_what_is_printed(finished):
     _, done = finished
     for pattern in (
         r"model +.*tiny-gpt2: gpt2, 0\.0 M parameters, pretrained",
-        r"training +4 documents, [\d,]+ tokens, \d+ blocks of 32",
+        r"training +4 documents, \d+ blocks of 32, learnt: ([\d,]+) of \1 tokens",
         r"held out +2 documents",
         r"steps +24 of 8 blocks, 4 at once",
         r"device +CPU \(\d+ threads\), fp32",
@@ -368,7 +368,8 @@ def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(
     """What a process adds to the table of inputs.py: libraries that write to stderr on their own."""
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text":\n')
     done = run_script("train.py", "--model", model_dir, "--train_files", "x.jsonl", cwd=tmp_path)
-    line = "--train_files x.jsonl: not readable as json (line 2: Expecting value). Pass valid json files."
+    line = "--train_files x.jsonl: cannot be read (line 2: Expecting value). Pass a valid file. If it was readable "
+    line += "before, use --resume when it is readable again."
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {line}\n")
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
