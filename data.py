@@ -50,10 +50,10 @@ class Blocks(Dataset):
         isolate_documents: bool = False,
         begin: Sequence[int] = (),
     ):
-        self.stream, self.block_size, self.stride = stream, block_size, stride or block_size
-        self.isolate_documents = isolate_documents
-        self._begin = ~np.array(begin, np.int64) if self.stride < block_size else np.empty(0, np.int64)
-        self._window = max(self.stride, block_size - len(self._begin))  # tokens of the stream in a block
+        self.stream, self.block_size, self.isolate_documents = stream, block_size, isolate_documents
+        self._begin = ~np.array(begin if (stride or block_size) < block_size else (), np.int64)
+        self._window = block_size - len(self._begin)  # tokens of the stream in a block
+        self.stride = min(stride or block_size, self._window)
         self.total = min(1, len(stream)) + math.ceil(max(0, len(stream) - self._window) / self.stride)
         self.kept: Sequence[int] = range(self.total)
 
@@ -77,8 +77,7 @@ class Blocks(Dataset):
         ids = self.stream[start : start + self._window]
         positions = self.stream.positions(start, start + self._window) if self.isolate_documents else None
         if number:
-            known = slice(0, self._window - self.stride)
-            ids[known] = ~token_ids(ids[known])
+            ids[: self._window - self.stride] = ~token_ids(ids[: self._window - self.stride])
         return with_prefix(self._begin, ids, positions)
 
 
@@ -103,7 +102,7 @@ def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> Batch:
 def require_predictions(blocks: Blocks) -> None:
     """Raise UserError if no token has a loss: nothing predicts the first one of a block."""
     has_loss = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
-    require(has_loss, "the evaluation text: none of its tokens has a loss. Use more text.")
+    require(has_loss, "the evaluation text: none of its tokens has a loss. Use more text, or remove --deduplicate.")
 
 
 def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_documents: bool = False) -> Batch:
@@ -152,7 +151,7 @@ def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Steps(IterableDataset):
-    """What ``make()`` yields: micro-batches that are made already."""
+    """Wrap an iterator of steps, so that the DataLoader pins their memory."""
 
     def __init__(self, make: Callable[[], Iterator]):
         self._make = make
@@ -162,10 +161,10 @@ class Steps(IterableDataset):
 
 
 class TrainingData:
-    """The blocks to train on, stored or streamed, in an order of the ``seed``, and the documents that they are of."""
+    """The blocks to train on, stored or streamed, in an order of the ``seed``."""
 
-    def __init__(self, blocks: Blocks | StreamedBlocks, seed: int, documents: Documents | None = None):
-        self.blocks, self.documents, self._seed = blocks, documents, seed
+    def __init__(self, blocks: Blocks | StreamedBlocks, seed: int):
+        self.blocks, self._seed = blocks, seed
         self._num_blocks = len(blocks) if isinstance(blocks, Blocks) else None  # of an epoch, if known
         stream = blocks.stream if self._num_blocks else blocks
         self.identity = {"training text": stream.sha256} if self._num_blocks else blocks.identity
@@ -263,4 +262,4 @@ def load_data(
         order = np.random.default_rng(seed).permutation(eval_blocks.total)
         eval_blocks.kept = np.sort(order[: config.max_eval_blocks])
     require_predictions(eval_blocks)
-    return TrainingData(blocks, seed, training.sources[0]), eval_blocks
+    return TrainingData(blocks, seed), eval_blocks

@@ -30,6 +30,7 @@ from transformers import (
 
 from cli.errors import UserError, require, warn
 from cli.flags import AnyPath, flag
+from corpus.selection import TrainingDocuments
 from distributed.world import World
 from modeling.adapters import add_lora, freeze, frozen_digest
 from modeling.architectures import generate_as_trained, make_causal, needs_padding, recompute_activations
@@ -88,7 +89,7 @@ def _vocab_size(tokenizer: str | None) -> int | None:
 # Tokenizer
 
 
-def load_tokenizer(config: ModelConfig, documents: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, documents: TrainingDocuments) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or train one on ``documents``: the training part, never the held-out part."""
     tokenizer = _load_tokenizer(config, documents)
     known = [token for token in config.add_tokens if token in tokenizer.get_vocab()]
@@ -97,7 +98,7 @@ def load_tokenizer(config: ModelConfig, documents: Any) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _load_tokenizer(config: ModelConfig, documents: Any) -> PreTrainedTokenizerBase:
+def _load_tokenizer(config: ModelConfig, documents: TrainingDocuments) -> PreTrainedTokenizerBase:
     size = _vocab_size(config.tokenizer)
     if size:
         if config.model:
@@ -111,7 +112,7 @@ def _load_tokenizer(config: ModelConfig, documents: Any) -> PreTrainedTokenizerB
     return load_tokenizer_by_name(str(source.parent if source.is_file() else source), "--model_config")
 
 
-def _train_tokenizer(size: int, documents: Any) -> PreTrainedTokenizerFast:
+def _train_tokenizer(size: int, documents: TrainingDocuments) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: it can write any text, so there is no unknown token."""
     key = hashlib.sha256(f"{documents.fingerprint}\n{size}".encode()).hexdigest()[:32]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "trained_tokenizers" / f"{key}.json"

@@ -20,7 +20,9 @@ Turn = tuple[int, int, int]  # positions in the rendered text: after the prompt,
 
 # For tokenizers without a template. It needs no new tokens.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role + ':\\n' + message.content + (eos_token or sep_token) }}{% endfor %}"
+    "{% set end = eos_token or sep_token %}{% if tools %}{{ 'tools:\\n' + (tools | tojson) + end }}{% endif %}"
+    "{% for message in messages %}{{ message.role + ':\\n' + (message.content or '') }}"
+    "{{ (message.tool_calls | tojson if message.tool_calls else '') + end }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 # Tokens must not depend on the day: templates get Llama 3.1's default. They take no functions, so it is a macro.
@@ -40,11 +42,6 @@ class RenderError(ValueError):
     """The chat template cannot render a conversation, or a turn cannot be located in the rendered text."""
 
 
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer itself puts its BOS token before a text."""
-    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
 def render(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, loss_on: str = "completion", tools: Any = None, first=0
 ) -> list[Piece]:
@@ -61,6 +58,9 @@ def render(
 
     try:
         tools = (json.loads(tools or "null") if isinstance(tools, str) else tools) or None
+    except ValueError as error:
+        raise RenderError("the column tools is no JSON list of tools. Rename or remove it.") from error
+    try:
         template = tokenizer.get_chat_template(tools=tools)
         template = DATE_CALL.sub(lambda call: repr(DAY.strftime(call[1][1:-1])), template)  # faster than the macro
         template = DATE_MACRO + template if "strftime_now" in template else template
@@ -68,17 +68,21 @@ def render(
     except TEMPLATE_ERRORS as error:
         reason = root_cause(error).rstrip(".")
         raise RenderError(f"does not fit the chat template ({reason}). Remove or change the record.") from error
-    end, bos = tokenizer.eos_token or tokenizer.sep_token or "", tokenizer.bos_token
-    spans = [(0, len(text))]
+    end, spans = tokenizer.eos_token or tokenizer.sep_token or "", [(0, len(text))]
+    if loss_on == "all" and any("tool_calls" in message for message in messages):  # many templates know no tools
+        (layout,) = apply([[_mark(message, i) for i, message in enumerate(messages)]])
+        for i, message in enumerate(messages):
+            if any(f"{name}{MARK}{i}{MARK}" not in layout for name in _said(message)[1:]):
+                omits = f"the chat template omits the tool calls of message {i + 1}"
+                raise RenderError(f"{omits}. Use a tokenizer whose template has tool calls, or remove the record.")
     if loss_on != "all":
         turns = _turns(messages, text, apply, end, first)
         spans = [(start, stop) for start, _, stop in turns]
         if GENERATION.search(template):
             template = GENERATION.sub(rf"{{%\1 if true %}}{MARK}b{MARK}{{% endif %}}{{% \2 \3%}}", template)
             spans = _narrow(turns, text, apply([messages])[0].split(f"{MARK}b{MARK}"))
-    start = len(bos) if bos and text.startswith(bos) and adds_bos(tokenizer) else 0
     stop = len(_without(text, end))  # tokenize() appends end-of-text; two of them would be one too many
-    bounds = [start, *(min(max(bound, start), stop) for span in spans for bound in span), stop]
+    bounds = [0, *(min(bound, stop) for span in spans for bound in span), stop]
     return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
 
 

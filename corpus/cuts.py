@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import Split
@@ -33,6 +33,21 @@ _TOKEN = re.compile(  # of a regular expression; all else is unknown
 )
 
 
+class _Atom(NamedTuple):
+    """A part of a regular expression that matches one character: a class, an escape or a letter."""
+
+    pattern: Split
+    in_group: bool
+    alternative: int
+    place: int  # in its alternative
+    repeats: bool
+
+    def may_precede(self, other: "_Atom") -> bool:
+        """Return whether a match may hold this atom's character right before the other's."""
+        is_earlier = self.place < other.place or (self.place == other.place and self.repeats)
+        return self.alternative == other.alternative and is_earlier
+
+
 class _Step:
     """A step of a normalizer or pre-tokenizer, with the pairs of characters that matches of its pattern may hold."""
 
@@ -54,12 +69,13 @@ class _Step:
             alternative += kind == "alternative" and not depth
             if kind == "atom":  # a group is one place: its atoms may follow one another in any order
                 repeats = depth > 0 or after[0] in "*+{"
-                self._atoms.append((Split(Regex(token), "removed"), depth > 0, alternative, place, repeats))
+                self._atoms.append(_Atom(Split(Regex(token), "removed"), depth > 0, alternative, place, repeats))
             place += not depth
 
-    def at(self, char: str) -> list[tuple]:
+    def at(self, char: str) -> list["_Atom"]:
         """Return the atoms that match a character. In a group, which may ignore case, each may match any letter."""
-        return [atom for atom in self._atoms if (atom[1] and not char.isspace()) or not atom[0].pre_tokenize_str(char)]
+        may_be_any = not char.isspace()
+        return [a for a in self._atoms if (a.in_group and may_be_any) or not a.pattern.pre_tokenize_str(char)]
 
     def splits(self, left: str, right: str) -> bool | None:
         """Return True if the step always splits between two characters, None if it does nothing, False if unknown."""
@@ -67,7 +83,7 @@ class _Step:
             return right in (" ", self.settings["replacement"])
         before, after = self.at(left), self.at(right)
         # If no match holds both characters, even with all atoms optional, each side is matched independently.
-        crosses = any(i[2] == j[2] and (i[3] < j[3] or (i[3] == j[3] and i[4])) for i, j in product(before, after))
+        crosses = any(first.may_precede(second) for first, second in product(before, after))
         joins = self.settings.get("behavior", "Isolated") not in ("Isolated", "Removed") and (before or after)
         if not self.is_known or crosses or joins:
             return False
@@ -81,7 +97,7 @@ def _steps(component: Any, key: str) -> list[_Step]:
 
 
 class Cutter:
-    """Cuts documents for one tokenizer. Make one per tokenizer: it remembers where a cut is proved."""
+    """Cut documents for one tokenizer. Make one per tokenizer: it remembers where a cut is proved."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._can_cut = tokenizer.is_fast

@@ -2,11 +2,13 @@
 
 import glob
 import hashlib
+import math
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,21 +53,24 @@ class Files:
 
     @property
     def fingerprint(self) -> str:
-        """Return what changes if a file does: size, times and inode. A copy may keep the time of modification."""
+        """Return size, times and inode of each file, for the key of the cache. Times alone may survive a rewrite."""
         stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
         return str([(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats])
 
     @property
     def identity(self) -> str:
-        """Return a hash of the content alone: sizes, and up to 16 samples of a file. Of a URL it is size and ETag."""
+        """Return a hash of the content alone: 64 MB of each local file, size and version of each remote one."""
         digest = hashlib.sha256()
         for number, path in enumerate(self.paths):
             with reading(self.name({"file": number})):
                 system, name = fsspec.core.url_to_fs(path) if "://" in path else (LocalFileSystem(), path)
                 facts = system.info(name)
-                digest.update(f"{facts['size']} {facts.get('ETag')}".encode())
-                for i in range(0 if "://" in path else 16 if facts["size"] > PIECE else 1):
-                    digest.update(system.read_block(name, max(0, facts["size"] - PIECE) * i // 15, PIECE))
+                digest.update(f"{facts['size']} {facts.get('ETag') or facts.get('blob_id')}".encode())
+                count = min(1024, math.ceil(facts["size"] / PIECE)) if isinstance(system, LocalFileSystem) else 0
+                with system.open(name) if count else nullcontext() as file:
+                    for i in range(count):
+                        file.seek((facts["size"] - PIECE) * i // (count - 1) if count > 1 else 0)
+                        digest.update(file.read(PIECE))
         return digest.hexdigest()
 
     def read(
@@ -119,6 +124,7 @@ def find_files(flag_name: str, patterns: list[str], allow_urls: bool = False) ->
     paths: list[str] = []
     for pattern in patterns:
         if "://" in pattern and allow_urls:
+            _check_format(flag_name, pattern)
             paths.append(pattern)
         elif os.path.isdir(pattern):
             paths += _files_below(flag_name, pattern)
@@ -139,6 +145,8 @@ def _files_below(flag_name: str, directory: str) -> list[str]:
     """Return the files of known formats below a directory. Print how many others are skipped."""
     found, skipped = [], Counter()
     for path in sorted(Path(directory).rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            skipped["links to directories"] += 1
         if not path.is_file():
             continue
         if any(part.startswith(".") for part in path.relative_to(directory).parts):
@@ -161,10 +169,14 @@ def _check_file(flag_name: str, path: str) -> None:
     name = f"{flag_name} {path}"
     require(os.path.exists(path), f"{name}: no such file. Pass an existing one.")
     require(os.path.isfile(path), f"{name}: not a regular file. Pass a regular file.")  # a pipe would block forever
-    known = f"{name}: unknown format. Use one of {' '.join(READERS)}, also with .gz."
-    require(suffix(path) in READERS, known)
+    _check_format(flag_name, path)
     try:
         with open(path, "rb") as file:
             require(file.read(1) != b"", f"{name}: is empty. Pass a file with text.")
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}). Pass a readable file.") from error
+
+
+def _check_format(flag_name: str, path: str) -> None:
+    known = f"unknown format. Use one of {' '.join(READERS)}, also with .gz."
+    require(suffix(path) in READERS, without_credentials(f"{flag_name} {path}: {known}"))

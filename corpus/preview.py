@@ -1,14 +1,11 @@
 """Show documents as the model sees them: token boundaries, special tokens, and which tokens are learnt."""
 
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from corpus.records import Documents
-from corpus.tokenize import token_parts
 from corpus.tokens import token_ids
 
 NUM_DOCUMENTS, NUM_TOKENS = 3, 300  # to show; of a longer document the first tokens
@@ -18,28 +15,18 @@ LEARNT, SPECIAL, OTHER, PLAIN = "\033[32m", "\033[33m", "\033[2m", "\033[0m"  # 
 def preview(train_data: Any, tokenizer: PreTrainedTokenizerBase, in_color: bool) -> str:
     """Return the first documents and the first block of the training data as text.
 
-    A bar stands between two tokens. What is learnt is in [[ ]], or green with ``in_color``, where special tokens are
-    yellow and text without loss is dim.
+    A bar stands between two tokens. Text with loss is in [[ ]]. With ``in_color`` it is green, special tokens are
+    yellow, and other text is dim.
     """
-    documents = enumerate(_first_documents(train_data.documents, tokenizer), 1)
-    shown = [(f"document {number}", *document) for number, document in documents]
-    shown.append(("block 0", train_data.blocks.first(1)[0][0], False))
+    source = getattr(train_data.blocks, "stream", train_data.blocks)  # stored or streamed
+    documents = source.first_documents(NUM_DOCUMENTS, NUM_TOKENS + 1)
+    shown = [(f"document {number}", ids) for number, ids in enumerate(documents, 1)]
+    shown.append(("block 0", train_data.blocks.first(1)[0][0]))
     legend = "green: learnt, yellow: special" if in_color else "[[learnt]], token|token"
-    return "\n".join(
-        [f"as the model sees it ({legend})"]
-        + [f"{name}: {_show(ids, tokenizer, in_color)}{' ...' if is_cut else ''}" for name, ids, is_cut in shown]
-    )
-
-
-def _first_documents(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, bool]]:
-    count, ids = 0, np.empty(0, np.int32)
-    for part in token_parts(documents.read(tokenizer), tokenizer):
-        ids = np.append(ids, part.ids)
-        if part.is_last or len(ids) > NUM_TOKENS:
-            yield ids[:NUM_TOKENS], len(ids) > NUM_TOKENS
-            count, ids = count + 1, ids[:0]
-            if count == NUM_DOCUMENTS or not part.is_last:  # a long document is not read to its end
-                return
+    lines = [f"as the model sees it ({legend})"]
+    for name, ids in shown:
+        lines.append(f"{name}: {_show(ids[:NUM_TOKENS], tokenizer, in_color)}{' ...' if len(ids) > NUM_TOKENS else ''}")
+    return "\n".join(lines)
 
 
 def _show(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, in_color: bool) -> str:

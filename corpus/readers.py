@@ -37,7 +37,8 @@ def reading(name: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 ({error.reason}). Use iconv to convert it.") from error
     except Exception as error:  # the class depends on the format and on the library that reads a URL
-        fix = "Pass a valid file. If it was readable before, use --resume when it is readable again."
+        is_wrong = isinstance(error, (ContentError, pa.ArrowInvalid))
+        fix = "Pass a valid file." if is_wrong else "Pass a readable file, or use --resume when it is readable again."
         raise UserError(f"{name}: cannot be read ({root_cause(error) or type(error).__name__}). {fix}") from error
 
 
@@ -123,7 +124,9 @@ def read_csv(file: BinaryIO, place: list | None, delimiter: str = ",") -> Iterat
         if row is None:
             return
         if header is None:
-            header = row
+            header = row or None
+            if len(set(row)) < len(row):
+                raise ContentError(f"line {line} names a column twice")
         elif len(row) == len(header):
             yield dict(zip(header, row, strict=True)), [offset, line, header]
         elif row:
@@ -134,8 +137,12 @@ def read_parquet(file: BinaryIO, place: list[int] | None, columns: set[str] | No
     """Yield the rows of a Parquet file. A place is [row group, rows of it]."""
     table, (first, _) = pa.parquet.ParquetFile(file), place or (0, 0)
     names = [name for name in table.schema_arrow.names if columns is None or name in columns]
-    groups = (table.iter_batches(100, [group], names) for group in range(first, table.num_row_groups))
-    return _rows(groups, place or [0, 0], columns)
+
+    def batches(group: int) -> Iterator[pa.RecordBatch]:
+        some = next(table.iter_batches(1, [group], names), None)  # what is on the disk may be smaller
+        return table.iter_batches(rows_at_once(some.nbytes, 1), [group], names) if some else iter([])
+
+    return _rows(map(batches, range(first, table.num_row_groups)), place or [0, 0], columns)
 
 
 def read_arrow(file: BinaryIO, place: list[int] | None, columns: set[str] | None) -> Iterator:
@@ -146,12 +153,21 @@ def read_arrow(file: BinaryIO, place: list[int] | None, columns: set[str] | None
         batches = map(source.get_batch, range(first, source.num_record_batches))
     else:
         batches = islice(pa.ipc.open_stream(file), first, None)
-    groups = ((batch.slice(start, 100) for start in range(0, len(batch), 100)) for batch in batches)
+    groups = (_slices(batch, rows_at_once(batch.nbytes, len(batch))) for batch in batches)
     return _rows(groups, place, columns)
 
 
+def rows_at_once(num_bytes: int, num_rows: int) -> int:
+    """Return how many rows to turn into Python objects at once: about 16 MB, and at most 1,000 rows."""
+    return max(1, min(1000, (1 << 24) * num_rows // max(1, num_bytes)))
+
+
+def _slices(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
+    return (batch.slice(start, size) for start in range(0, len(batch), size))
+
+
 def _rows(groups: Iterator[Iterable[pa.RecordBatch]], place: list[int], columns: set[str] | None) -> Iterator:
-    """Yield the rows behind ``place``. Batches are small, since a cell may be large."""
+    """Yield the rows behind ``place``."""
     first, num_read = place
     for group, batches in enumerate(groups, first):
         row = 0

@@ -15,7 +15,12 @@ from corpus.messages import is_messages, read_messages
 from corpus.templates import join_text, matches, parse_filter, parse_template, value_at
 
 FIRST_RECORDS = 100  # a column that none of them has does not exist
-PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))  # common names
+SHAPES = {  # common columns, and the flags that read them
+    ("instruction", "input", "output"): r"--prompt_column '{instruction}\n{input}\n' --completion_column output",
+    ("instruction", "output"): "--prompt_column instruction --completion_column output",
+    ("prompt", "completion"): "--prompt_column prompt --completion_column completion",
+    ("question", "answer"): "--prompt_column question --completion_column answer",
+}
 
 
 @dataclass(frozen=True)
@@ -50,23 +55,26 @@ class Documents:
             self._check_columns()
 
     def _check_columns(self) -> None:
-        sources = {parse_filter(rule)[0]: f"--filter {rule}" for rule in self._config.filter}
-        sources |= dict.fromkeys(self._columns, self._source)
-        missing, first = dict(sources), None
+        """Find the columns of the text in the first records. The first one that the filters keep decides the shape."""
+        missing, first, shape = set(self._columns), None, None
         for record, place in islice(self.records.read(), FIRST_RECORDS):
-            is_object = isinstance(record, dict)
-            require(
-                is_object, f"{self.records.name(place)}: record 1 is no object. Pass objects such as {{'text': ...}}."
-            )
+            name = f"{self.records.name(place)}: record {place['record']}"
+            require(isinstance(record, dict), f"{name} is no object. Pass objects such as {{'text': ...}}.")
             first = first or record
-            missing = {c: s for c, s in missing.items() if c not in record and value_at(record, c) is None}
-            if not missing:
+            missing = {column for column in missing if column not in record and value_at(record, column) is None}
+            if self._is_kept(record) and any(self._values(record)):
+                shape = shape or record
+            if shape and not missing:
                 break
         require(first is not None, f"{self.records.name({'file': 0})}: has no records. Pass a file with text.")
-        for column, source in missing.items():
-            raise UserError(f"{source}: column {column} does not exist. {shape_advice(first)}")
-        self.has_messages = all(is_messages(value) for value in self._values(first))
-        self._top_columns = {column if column in first else column.split(".")[0] for column in sources} | {"tools"}
+        for column in [column for column in self._columns if column in missing]:
+            raise UserError(f"{self._source}: column {column} does not exist. {shape_advice(first)}")
+        self.has_messages = all(is_messages(value) for value in self._values(shape or first))
+        filtered = [column for column, *_ in self._filters]
+        self._top_columns = {*self._columns, *filtered, *(c.split(".")[0] for c in self._columns + filtered), "tools"}
+
+    def _is_kept(self, record: dict[str, Any]) -> bool:
+        return all(matches(record, *rule, self._config.text_separator) for rule in self._filters)
 
     @property
     def fingerprint(self) -> str:
@@ -90,26 +98,37 @@ class Documents:
         count: int = 1,
     ) -> Iterator[Document]:
         """Yield the documents of shard ``index`` of ``count`` that follow ``place``."""
-        place = place or {"documents": 0, "records": None}
-        num_documents, limit = place["documents"], self._config.max_documents
-        limit = limit and len(range(index, limit, count))
-        records, seen, first = self.records.read(place["records"], self._top_columns, index, count), 0, None
-        while num_documents != limit and (item := next(records, None)):
-            record, after = item
-            seen, first = seen + 1, first or record
-            if all(matches(record, *rule, self._config.text_separator) for rule in self._filters):
+        place, limit = place or {"documents": 0, "records": None}, self._config.max_documents
+        num_documents, shard = place["documents"], (index, count)
+        if limit:  # of all documents, so each shard reads them all
+            shard, (index, count) = (0, 1), shard
+        else:
+            index, count = 0, 1
+        num_records, first, unseen = 0, None, {column for column, *_ in self._filters}
+        for record, after in self.records.read(place["records"], self._top_columns, *shard):
+            if num_documents == limit:
+                break
+            num_records, first = num_records + 1, first or record
+            unseen = {column for column in unseen if column not in record and value_at(record, column) is None}
+            if self._is_kept(record):
                 num_documents += 1
                 name = f"{self.records.name(after)}, {self._source}: record {after['record']}"
-                yield Document(
-                    self._pieces(record, name, tokenizer), name, {"documents": num_documents, "records": after}
-                )
-        if self._filters and seen and not num_documents:
-            rules, value = (
-                " ".join(f"--filter {rule}" for rule in self._config.filter),
-                value_at(first, self._filters[-1][0]),
+                if (num_documents - 1) % count == index:
+                    here = {"documents": num_documents, "records": after}
+                    yield Document(self._pieces(record, name, tokenizer), name, here)
+        if shard == (0, 1) and place["records"] is None:
+            self._check_filters(num_records, num_documents, first, unseen)
+
+    def _check_filters(self, num_records: int, num_documents: int, first: Any, unseen: set[str]) -> None:
+        """Raise UserError if a filter names a column of no record, or if no record passes."""
+        rules = " ".join(f"--filter {rule}" for rule in self._config.filter)
+        if num_records and unseen:
+            raise UserError(
+                f"{rules}: column {min(unseen)} does not exist. The record has {', '.join(first)}. Use one."
             )
-            none = f"{rules}: none of {seen:,} records passes; the value of the first is {str(value)[:40]}"
-            raise UserError(f"{none}. Use another filter.")
+        value = value_at(first, self._filters[-1][0]) if self._filters and num_records else None
+        none = f"{rules}: none of {num_records:,} records passes; the value of the first is {str(value)[:40]}"
+        require(bool(num_documents or not num_records or not self._filters), f"{none}. Use another filter.")
 
     def _pieces(self, record: Any, name: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Piece]:
         if isinstance(record, Iterator):  # a text file
@@ -123,12 +142,13 @@ class Documents:
         return ((text, has_loss or self._config.loss_on == "all") for text, has_loss in pieces)
 
     def _fill(self, template: Any, record: dict[str, Any], name: str) -> str:
-        filled = []
+        filled, kinds = [], str if len(template) == 1 and not template[0][0] else (str, int, float)
         for text, column in template:
-            value = join_text(value_at(record, column), self._config.text_separator) if column else ""
+            found = value_at(record, column) if column else ""
+            value = join_text(found, self._config.text_separator, kinds)
             if value is None:
-                problem = f"{name} contains {str(value_at(record, column))[:40]}, not text, in column {column}"
-                raise UserError(f"{problem}. {shape_advice(record)} Or use --filter.")
+                use = f"Use --filter {column}!=None to leave it out." if found is None else shape_advice(record)
+                raise UserError(f"{name} contains {str(found)[:40]}, not text, in column {column}. {use}")
             filled += [text, value]
         return "".join(filled)
 
@@ -153,7 +173,7 @@ class Documents:
 def shape_advice(record: dict[str, Any]) -> str:
     """Return the columns of a record, and the flags that would read it."""
     columns = dict(_columns(record))
-    flags = [f"--prompt_column {p} --completion_column {c}" for p, c in PAIRS if {p, c} <= columns.keys()]
+    flags = [flags for keys, flags in SHAPES.items() if columns.keys() >= set(keys)][:1]
     readable = (c for c, value in columns.items() if is_messages(value) or join_text(value, "") is not None)
     flags += [f"--text_column {column}" for column in readable]
     use = f" Use {' or '.join(flags[:4])}." if flags else " Pass records with text."

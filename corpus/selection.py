@@ -1,4 +1,4 @@
-"""Select the training documents: what is held out of them, proportions of a mixture, and documents that occur twice."""
+"""Select the training documents: the held-out part, the proportions of a mixture, and documents that occur twice."""
 
 import math
 from collections.abc import Iterator
@@ -106,6 +106,7 @@ def select_text(
     streams = [drop_long(config, stream, "training") for stream in streams]
     train, held_out = concatenate(streams), drop_long(config, concatenate(held_out), "held out")
     sources = np.repeat(np.arange(len(streams)), [stream.num_documents for stream in streams])
+    # A document is known if the first one with its hash is an earlier training document.
     hashes = np.concatenate([train.documents["hash"], held_out.documents["hash"]])
     _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
     numbers = np.arange(len(hashes))
@@ -120,5 +121,5 @@ def select_text(
     twice, known = int(is_twice.sum()), int(is_known.sum())
     if twice or known:
         done = "dropped" if config.deduplicate else "kept; --deduplicate drops them"
-        print(f"twice     {twice:,} training documents; trained on are {known:,} held-out documents: {done}")
+        print(f"twice     {twice:,} training documents, {known:,} held-out documents that are also trained on: {done}")
     return train, held_out

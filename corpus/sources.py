@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from cli.errors import UserError, require, root_cause, warn
 from cli.hub import find_hub, split_revision
 from corpus.files import Files, Place, find_files, suffix
 from corpus.flags import DataConfig, TextConfig
-from corpus.readers import READERS, reading, without_nulls
+from corpus.readers import READERS, reading, rows_at_once, without_nulls
 from corpus.records import Documents
 from corpus.templates import parse_source
 
@@ -30,12 +31,9 @@ class Table:
 
     flag_text: str
     table: datasets.Dataset | datasets.IterableDataset
-    identity: str  # the commit on the Hub, or the fingerprint of `datasets`
+    fingerprint: str  # dataset, configuration and split, with the commit on the Hub or the state of the local files
+    identity: str  # the same, but with the content of the local files
     max_shards = sys.maxsize
-
-    @property
-    def fingerprint(self) -> str:
-        return self.identity
 
     def __str__(self) -> str:
         return self.flag_text
@@ -51,7 +49,9 @@ class Table:
         if columns is not None and table.column_names:
             table = table.select_columns([name for name in table.column_names if name in columns])
         if isinstance(table, datasets.Dataset):
-            rows = (row for batch in table.select(range(number, len(table))).iter(100) for row in _rows(batch))
+            rest = table.select(range(number, len(table)))
+            batches = rest.iter(rows_at_once(table.data.nbytes, len(table)))
+            rows = (row for batch in batches for row in _rows(batch))
             for number, row in enumerate(rows, number + 1):  # noqa: B020
                 if (number - 1) % count == index:
                     yield without_nulls(row), {"record": number}
@@ -85,8 +85,7 @@ def load_documents(config: DataConfig) -> tuple[list[Documents], Documents | Non
     if config.eval_files:
         return training, read_documents(config, "--eval_files", config.eval_files)
     # Stream the evaluation split as well: without it, `datasets` would download all splits.
-    commit = training[0].records.identity if config.streaming else ""
-    table = _open_dataset("--dataset", config.dataset, config, config.dataset_eval_split, config.streaming, commit)
+    table = _open_dataset("--dataset", config.dataset, config, config.dataset_eval_split, config.streaming)
     return training, Documents(table, config)
 
 
@@ -113,9 +112,7 @@ def _open_source(name: str, config: DataConfig) -> Documents:
         raise error if name in str(error) else UserError(f"--mix {name}: {error}") from error
 
 
-def _open_dataset(
-    flag_name: str, name: str, config: TextConfig, split: str, streaming: bool = False, commit: str = ""
-) -> Table:
+def _open_dataset(flag_name: str, name: str, config: TextConfig, split: str, streaming: bool = False) -> Table:
     """Return a Hub dataset, ``ID`` or ``ID@REVISION``, or one made by save_to_disk. Raise UserError if it fails.
 
     A dataset that is streamed is that of one commit, even if the Hub has a newer one by then.
@@ -129,17 +126,25 @@ def _open_dataset(
             splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
             missing = f"{flag_name} {name}: split {split} does not exist. Use one of {', '.join(splits)}."
             require(split in splits, missing)
-            return Table(f"{flag_name} {name}", splits[split], splits[split]._fingerprint)
+            return Table(f"{flag_name} {name}", splits[split], *[f"{splits[split]._fingerprint} {split}"] * 2)
         dataset_id, revision = split_revision(name, flag_name)
-        if not path.exists():
+        part, cache_dir = f"{dataset_id} {config.dataset_config} {split}", None
+        if path.exists():
+            files = Files(flag_name, tuple(sorted(str(file) for file in path.rglob("*") if file.is_file())))
+            fingerprint, identity = f"{part} {files.fingerprint}", f"{config.dataset_config} {split} {files.identity}"
+            # Else `datasets` would take the old text for a file that is rewritten with the same time of modification.
+            state = hashlib.sha256(files.fingerprint.encode()).hexdigest()[:16]
+            cache_dir = os.path.join(datasets.config.HF_DATASETS_CACHE, "directories", state)
+        else:
             find_hub()
             if streaming:
-                revision = commit = commit or HfApi().dataset_info(dataset_id, revision=revision).sha
-        if streaming and path.exists():
-            commit = Files(flag_name, tuple(sorted(str(file) for file in path.rglob("*") if file.is_file()))).identity
-        options = {"split": split, "revision": revision, "streaming": streaming}
+                revision = HfApi().dataset_info(dataset_id, revision=revision).sha
+            fingerprint = identity = f"{revision} {part}"
+        options = {"split": split, "revision": revision, "streaming": streaming, "cache_dir": cache_dir}
         table = datasets.load_dataset(dataset_id, config.dataset_config, **options)
-        return Table(f"{flag_name} {name}", table, commit if streaming else table._fingerprint)
+        if not streaming:
+            fingerprint = f"{fingerprint} {table._fingerprint}"
+        return Table(f"{flag_name} {name}", table, fingerprint, identity)
     except UserError:
         raise
     except Exception as error:  # the class depends on the HTTP library of the Hub's client

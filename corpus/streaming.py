@@ -158,6 +158,16 @@ class StreamedBlocks:
         settings = hashlib.sha256(text.encode()).hexdigest()
         return {"training text": self._documents.records.identity, "text settings": settings}
 
+    def first_documents(self, count: int, most: int) -> list[np.ndarray]:
+        """Return the first documents, and of each about the first ``most`` tokens."""
+        documents: list[np.ndarray] = []
+        for part, is_first, _ in self._shard(0, 1)._parts(None):
+            if is_first and len(documents) == count:
+                break
+            known = np.empty(0, np.int32) if is_first else documents.pop()
+            documents.append(np.append(known, part[0])[:most])
+        return documents
+
     def first(self, count: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Return the first blocks of the whole text as (ids, positions)."""
         blocks = chain.from_iterable(blocks for blocks, _ in self._shard(0, 1).chunks())

@@ -37,7 +37,7 @@ def matches(record: dict[str, Any], column: str, is_equal: bool, wanted: str, se
         found = wanted.lower() == str(value).lower()
     elif isinstance(value, (int, float)):
         try:
-            found = float(wanted) == value
+            found = wanted == str(value) or float(wanted) == value
         except ValueError:
             found = False
     else:
@@ -67,7 +67,7 @@ def value_at(value: Any, column: str) -> Any:
     return value_at(value.get(key), rest) if rest else None
 
 
-def join_text(value: Any, separator: str, kinds: type = str) -> str | None:
+def join_text(value: Any, separator: str, kinds: type | tuple[type, ...] = str) -> str | None:
     """Return a value of type ``kinds`` as text, with the items of lists joined; None for any other type."""
     if isinstance(value, list):
         parts = [join_text(item, separator, kinds) for item in value]

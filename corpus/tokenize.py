@@ -12,7 +12,7 @@ from corpus.chat import CHAT_TEMPLATE
 from corpus.cuts import Cutter
 from corpus.flags import TextConfig
 from corpus.records import Document, Documents
-from corpus.tokens import TokenPart, TokenStream, cached_stream
+from corpus.tokens import TokenPart, TokenStream, cached_stream, token_ids
 
 RULES = 2  # version of the rules here and in chat.py and cuts.py; a new number makes cached tokens invalid
 PART_CHARACTERS = 1 << 16  # a longer document is tokenized in parts, so that memory stays flat
@@ -73,7 +73,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         settings = sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items())
         description = f"{type(tokenizer).__name__}{settings}{sorted(tokenizer.get_vocab().items())}"
-    special = f"{tokenizer.eos_token_id} {tokenizer.sep_token_id} {begin_of_text_ids(tokenizer)}"
+    special = f"{sorted(tokenizer.special_tokens_map.items())} {begin_of_text_ids(tokenizer)}"
     return hashlib.sha256(f"{description}{special}".encode()).hexdigest()
 
 
@@ -126,7 +126,10 @@ def token_parts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBas
     for batch in _batches(_parts(documents, tokenizer)):
         for part, ids in zip(batch, _encode(batch, tokenizer), strict=True):
             ends = [end if len(part.bounds) % 2 == 0 else ~end] if part.is_last else []
-            ids = np.concatenate([begin if part.is_first else [], ids, ends], dtype=np.int32, casting="unsafe")
+            if part.is_first:
+                has_begin = len(begin) and np.array_equal(token_ids(ids[: len(begin)]), ~begin)
+                ids = np.append(begin, ids[len(begin) :] if has_begin else ids)  # a chat template may have written it
+            ids = np.append(ids, np.array(ends, np.int32))
             yield TokenPart(ids, part.num_bytes, part.is_last, part.document.place)
 
 

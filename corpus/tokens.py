@@ -5,17 +5,17 @@ A token without loss, such as one of a question, is stored as its bitwise comple
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import numpy as np
 
-from cli.errors import SaveError, root_cause, save_advice
+from cli.errors import SaveError, root_cause
 
 # A document: 128 bits of the SHA-256 of its ids, 64 bits of that of its ids with loss mask, its number of tokens, how
 # many of them carry loss, and the UTF-8 bytes of the text with loss.
@@ -43,7 +43,7 @@ class TokenStream:
 
     @property
     def sha256(self) -> str:
-        """Return what identifies the tokens and their loss mask."""
+        """Return the SHA-256 of the tokens and their loss mask."""
         return hashlib.sha256(np.ascontiguousarray(self.documents)).hexdigest()
 
     def __len__(self) -> int:
@@ -71,6 +71,11 @@ class TokenStream:
         indices = np.arange(start, min(stop, len(self)))
         begins = self._document_starts[np.searchsorted(self._document_starts, indices, side="right") - 1]
         return indices - np.maximum(begins, start)
+
+    def first_documents(self, count: int, most: int) -> list[np.ndarray]:
+        """Return the first documents, and of each at most the first ``most`` tokens."""
+        bounds = self._document_starts[: count + 1].tolist()
+        return [self[start : min(stop, start + most)] for start, stop in pairwise(bounds)]
 
     def select(self, indices: np.ndarray) -> "TokenStream":
         """Return the stream of the documents at ``indices``, in this order; an index may repeat."""
@@ -116,21 +121,33 @@ def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
     """Return the stream of ``parts``, from the cache if it holds ``key``.
 
     The cache is the folder HF_DATASETS_CACHE/tokens. It holds a flat file of int32 tokens and a file of DOCUMENT
-    records. Each is written under another name and renamed, the documents last. Raise SaveError if that fails.
+    records. Each is written under another name, locked, and renamed. A second process waits for the first one. Raise
+    SaveError if that fails.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokens"
     tokens, documents = folder / f"{key}.tokens", folder / f"{key}.documents"
-    if not documents.exists() or not tokens.exists():
+    if not _is_whole(tokens, documents):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
-            with _new_file(documents) as index, _new_file(tokens) as file:
-                _write(parts, file, index)
+            with _new_file(tokens) as file, _new_file(documents) as index:
+                if not _is_whole(tokens, documents):  # another process may have written them meanwhile
+                    _write(parts, file, index)
+                    for written, path in ((file, tokens), (index, documents)):
+                        written.flush()
+                        os.fsync(written.fileno())
+                        os.replace(written.name, path)
         except OSError as error:
-            fix = f"{save_advice(error)} HF_DATASETS_CACHE=DIR moves the cache"
-            raise SaveError(f"{folder}: tokens cannot be written ({root_cause(error)}). {fix}.") from error
+            fix = "Make it writable, make room, or set HF_DATASETS_CACHE to another folder."
+            raise SaveError(f"{folder}: tokens cannot be written ({root_cause(error)}). {fix}") from error
     table = np.memmap(documents, DOCUMENT, "r")
     return TokenStream((np.memmap(tokens, np.int32, "r"),), table, np.cumsum(table["tokens"]) - table["tokens"])
+
+
+def _is_whole(tokens: Path, documents: Path) -> bool:
+    if not (tokens.exists() and documents.exists() and documents.stat().st_size):
+        return False
+    return tokens.stat().st_size == 4 * int(np.memmap(documents, DOCUMENT, "r")["tokens"].sum())
 
 
 def _write(parts: Iterator[TokenPart], file: BinaryIO, index: BinaryIO) -> None:
@@ -147,36 +164,24 @@ def _write(parts: Iterator[TokenPart], file: BinaryIO, index: BinaryIO) -> None:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """Write ``path`` under another name, locked, and rename it at the end. An error removes it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with ExitStack() as stack:
-            with _locked(path.parent):
-                file = stack.enter_context(open(temporary, "xb"))
-                flock(file, LOCK_EX)
-            yield file
-            file.flush()
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Open ``path`` under another name, and lock it: wait for a process that writes it. Remove it at the end."""
+    temporary = path.with_name(f"{path.name}.partial")
+    while True:
+        with open(temporary, "ab") as file:
+            flock(file, LOCK_EX)
+            if not temporary.exists() or not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                continue  # it was renamed or removed before the lock
+            file.truncate(0)
+            try:
+                yield file
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
 
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove the partial files of processes that died. A living process has locked its own."""
-    with _locked(folder):
-        for path in folder.glob("*.partial"):
-            with suppress(OSError), open(path, "rb") as file:
-                flock(file, LOCK_EX | LOCK_NB)
-                path.unlink()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from making or removing files, so that none is removed before its process has locked it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        flock(descriptor, LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    for path in folder.glob("*.partial"):
+        with suppress(OSError), open(path, "r+b") as file:
+            flock(file, LOCK_EX | LOCK_NB)
+            path.unlink()

@@ -184,7 +184,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer):
     end_with_turns(model, speaker)
     assert set(model.generation_config.eos_token_id) == {0}
     speaker.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    speaker.chat_template = CHAT_TEMPLATE.replace("(eos_token or sep_token)", "'<|im_end|>\\n'")
+    speaker.chat_template = CHAT_TEMPLATE.replace("eos_token or sep_token", "'<|im_end|>\\n'")
     end_with_turns(model, speaker)
     assert set(model.generation_config.eos_token_id) == {0, speaker.convert_tokens_to_ids("<|im_end|>")}
 

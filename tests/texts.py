@@ -17,7 +17,7 @@ def texts(documents):
 
 
 def read_rows(table, config):
-    return Documents(Table("--dataset test", table, table._fingerprint), config)
+    return Documents(Table("--dataset test", table, table._fingerprint, table._fingerprint), config)
 
 
 def plain(documents):

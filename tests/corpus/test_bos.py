@@ -2,14 +2,17 @@
 
 import copy
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_text
-from texts import loss_text, pairs, plain
+from conftest import make_text, talk
+from texts import loss_text, pairs, plain, read_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from corpus.chat import CHAT_TEMPLATE
+from corpus.flags import TextConfig
 from corpus.preview import preview
 from corpus.tokenize import begin_of_text_ids, tokenize
 from corpus.tokens import token_ids
@@ -57,12 +60,15 @@ def test_windows_begin_with_the_token(bos_tokenizer, isolate_documents):
             starts = torch.where(item["position_ids"] == 0)[0].tolist()
             lengths = np.diff([*starts, len(item["position_ids"])])
             assert item["position_ids"].tolist() == [i for length in lengths for i in range(length)]
+    assert max(len(window["input_ids"]) for window in (group_texts(stream, 16, 16, False, begin))) == 16
+    narrow = group_texts(stream, 16, 15, False, begin * 2)  # two tokens leave room for 14, so windows slide by 14
+    assert [len(narrow[i]["input_ids"]) for i in range(2)] == [16, 16]
     assert len(group_texts(stream, 16, None, False, begin)) == -(-len(stream) // 16)  # blocks are not windows
 
 
 def test_the_preview_shows_what_is_learnt(bos_tokenizer):
     documents = pairs([("the model ", "learns"), ("é", "東京 é")])
-    training = TrainingData(group_texts(tokenize(documents, bos_tokenizer), 9), 0, documents)
+    training = TrainingData(group_texts(tokenize(documents, bos_tokenizer), 9), 0)
     shown = preview(training, bos_tokenizer, in_color=False).splitlines()
     assert "[[learnt]], token|token" in shown[0] and len(shown) == 4
     assert shown[1] == "document 1: <s>|t|he| |m|o|d|el[[ l|e|a|rn|s|<|endoftext|>]]"  # " l" is a token
@@ -70,3 +76,24 @@ def test_the_preview_shows_what_is_learnt(bos_tokenizer):
     assert shown[3] == "block 0: <s>|t|he| |m|o|d|el[[ l]]"
     colored = preview(training, bos_tokenizer, in_color=True)
     assert "\033[32m" in colored and "\033[33m<s>\033[0m" in colored and "[[" not in colored
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_chat_template_that_writes_the_token_gets_no_second_one(bos_tokenizer, loss_on):
+    table = datasets.Dataset.from_list([{"chat": talk("the", "model")}] * 2)
+    for written in ("", "{{ bos_token }}"):
+        bos_tokenizer.chat_template = written + CHAT_TEMPLATE
+        stream = tokenize(read_rows(table, TextConfig(text_column="chat", loss_on=loss_on)), bos_tokenizer)
+        ids = token_ids(stream[:]).tolist()
+        assert ids.count(bos_tokenizer.bos_token_id) == 2 and ids[0] == bos_tokenizer.bos_token_id
+        assert stream[:1] < 0 and "<s>" not in loss_text(stream, bos_tokenizer)
+        assert stream.num_loss_tokens == len(ids) - 2 or loss_on == "completion"
+
+
+def test_the_cache_knows_the_tokens_that_a_template_uses(bos_tokenizer):
+    table = datasets.Dataset.from_list([{"chat": talk("the", "model")}] * 2)
+    bos_tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    documents = read_rows(table, TextConfig(text_column="chat"))
+    first = tokenize(documents, bos_tokenizer)
+    bos_tokenizer.bos_token = "the"
+    assert tokenize(documents, bos_tokenizer).sha256 != first.sha256

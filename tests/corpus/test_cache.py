@@ -94,7 +94,7 @@ def test_a_full_or_unwritable_disk_is_one_line(folder, capfd):
 
     assert in_child(fill) == 5 and not names(folder)
     said = capfd.readouterr().out
-    assert f"{folder}: tokens cannot be written" in said and "HF_DATASETS_CACHE=DIR" in said and said.count("\n") == 1
+    assert f"{folder}: tokens cannot be written" in said and "HF_DATASETS_CACHE" in said and said.count("\n") == 1
     folder.rmdir()
     Path(folder).write_text("not a folder")
     with pytest.raises(SaveError, match="tokens cannot be written"):

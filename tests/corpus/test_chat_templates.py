@@ -5,11 +5,10 @@ import time
 
 import pytest
 from chat_families import CHATML, FAMILIES, IM, MISTRAL, make_tokenizer
-from tokenizers import processors
 
 from cli.errors import UserError
 from corpus import chat
-from corpus.chat import RenderError, adds_bos, render
+from corpus.chat import RenderError, render
 from corpus.messages import is_messages, read_messages
 
 THINKING = (  # of thoughts, that of the last answer alone is kept
@@ -161,13 +160,13 @@ def test_dates_are_fixed():
     assert render(talk("a"), make_tokenizer(template), loss_on="all") == [(" Friday, 26.07.202400:00 it's", True)]
 
 
-def test_the_tokenizer_writes_bos_or_the_template_does():
-    tokenizer = make_tokenizer("{{ bos_token }}" + CHATML, *IM, bos="<s>")
-    assert not adds_bos(tokenizer) and render(talk("a", "b"), tokenizer)[0][0].startswith("<s><|im_start|>")
-    pair = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=pair)
-    assert adds_bos(tokenizer) and render(talk("a", "b"), tokenizer) == render(talk("a", "b"), FAMILIES["chatml"][0])
-    assert render(talk("<s>", "b"), tokenizer)[0][0].count("<s>") == 1
+def test_a_template_that_omits_tool_calls_is_refused():
+    """Else --loss_on all would train on an empty answer without a word."""
+    with pytest.raises(RenderError, match=r"omits the tool calls of message 2\. Use a tokenizer"):
+        render(read_messages(WITH_TOOLS, ""), FAMILIES["chatml"][0], "all")
+    assert render(read_messages(WITH_TOOLS, ""), FAMILIES["qwen"][0], "all")[0][1]
+    with pytest.raises(RenderError, match="the column tools is no JSON list"):
+        render(talk("a", "b"), FAMILIES["qwen"][0], tools="hammer, saw")
 
 
 def test_share_gpt_and_parts_are_read():
@@ -217,5 +216,5 @@ REFUSED = [
 def test_a_template_that_does_not_fit_is_refused(template, messages, words):
     with pytest.raises(RenderError, match=words):
         render(messages, make_tokenizer(template))
-    with pytest.raises(RenderError, match="does not fit"):
+    with pytest.raises(RenderError, match="no JSON list of tools"):
         render(talk("a", "b"), FAMILIES["qwen"][0], tools="[{")

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -162,6 +163,7 @@ def test_a_directory_is_read_recursively(tmp_path, capsys):
         ("a.json", b'[{"a": "1"},\n{"a": "2"}\n', "line 3: Expecting ',' delimiter"),
         ("a.json", b'[{"a": "1"},\n{"a" 2}]\n', "line 2: Expecting ':' delimiter"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "record 2 is no object"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "line 1 names a column twice"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "record 2 has half a surrogate pair"),
     ],
 )
@@ -177,6 +179,7 @@ def test_broken_files_say_where(name, content, words, tmp_path, tokenizer):
 def test_an_unknown_shape_is_shown_with_the_flags_that_read_it(tmp_path):
     record = {
         "instruction": "a",
+        "input": "",
         "output": "b",
         "meta": {"page": "c", "n": 1},
         "turns": [{"from": "gpt", "value": "d"}],
@@ -184,10 +187,9 @@ def test_an_unknown_shape_is_shown_with_the_flags_that_read_it(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     with pytest.raises(UserError) as error:
         documents(tmp_path / "a.jsonl")
-    said = (
-        "--text_column text: column text does not exist. The record has instruction, output, meta.page, meta.n, turns. "
-    )
-    use = "Use --prompt_column instruction --completion_column output or --text_column instruction or --text_column "
+    said = "--text_column text: column text does not exist. "
+    said += "The record has instruction, input, output, meta.page, meta.n, turns. "
+    use = r"Use --prompt_column '{instruction}\n{input}\n' --completion_column output or --text_column instruction or "
     assert str(error.value).startswith(said + use)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": 7, "turns": record["turns"]}))
     with pytest.raises(UserError, match=r"record 1 contains 7, not text.* Use --text_column turns\."):
@@ -209,3 +211,58 @@ def test_a_lost_connection_is_opened_again(tmp_path, site, monkeypatch, capsys):
         with pytest.raises(UserError, match=r"a\.jsonl: cannot be read \(division by zero\)"):
             list(files.read(place))
         assert capsys.readouterr().err.count("Reading goes on in") == retries
+
+
+@pytest.mark.parametrize("name", ["cells.parquet", "file.arrow"])
+def test_few_large_cells_are_in_memory_at_once(name, tmp_path):
+    """A hundred rows at once took 2.5 GB for cells of 10 MB, which are the same and so small on the disk."""
+    table = pa.table({"text": [LONG] * 24})
+    if name == "file.arrow":
+        with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1)
+    else:
+        pa.parquet.write_table(table, tmp_path / name)
+    files = find_files("--files", [f"{tmp_path}/{name}"])
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    number = 0
+    for record, _ in files.read():
+        number += 1
+        assert record == {"text": LONG} and pa.total_allocated_bytes() - before < 10 * len(LONG)
+    assert number == 24 and tracemalloc.get_traced_memory()[1] < 10 * len(LONG)
+    tracemalloc.stop()
+
+
+def test_the_first_record_that_is_kept_decides_the_shape(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for first in ({"text": []}, {"text": "plain", "n": 1}, {"n": 1, "text": None}):
+        (tmp_path / "a.jsonl").write_text(json.dumps(first) + "\n" + json.dumps({"text": talk, "n": 2}))
+        assert documents(tmp_path / "a.jsonl", filter=["n!=1"]).has_messages
+    rows = [{"text": "a"}] * 200 + [{"text": "b", "lang": "en"}]  # a column of a late record alone
+    (tmp_path / "a.jsonl").write_bytes(as_lines(rows))
+    assert texts(documents(tmp_path / "a.jsonl", filter=["lang=en"])) == ["b"]
+    for rule in ("lange=en", "lange!=en"):
+        with pytest.raises(UserError, match=f"--filter {rule}: column lange does not exist"):
+            texts(documents(tmp_path / "a.jsonl", filter=[rule]))
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": 3}\n{"text": null, "n": 12345678901234567}\n')
+    assert texts(documents(tmp_path / "a.jsonl", text_column="{n}: {text}", max_documents=1)) == ["3: a"]
+    with pytest.raises(UserError, match=r"record 2 contains None, not text, in column text\. Use --filter text!=None"):
+        texts(documents(tmp_path / "a.jsonl"))
+    assert texts(documents(tmp_path / "a.jsonl", filter=["text!=None"])) == ["a"]
+    assert texts(documents(tmp_path / "a.jsonl", text_column="{n}!", filter=["n=12345678901234567"])) == [
+        "12345678901234567!"
+    ]
+
+
+def test_shards_share_the_first_documents(tmp_path):
+    for name, count in (("a", 3), ("b", 100)):
+        (tmp_path / f"{name}.jsonl").write_bytes(as_lines([{"text": f"{name}{i}", "n": i % 2} for i in range(count)]))
+    source = documents(tmp_path / "*.jsonl", max_documents=20, filter=["n=1"])
+    whole = ["".join(text for text, _ in document.pieces) for document in source.read()]
+    assert len(whole) == 20
+    for count in (2, 3):
+        shards = [list(source.read(None, None, index, count)) for index in range(count)]
+        found = [["".join(text for text, _ in document.pieces) for document in shard] for shard in shards]
+        assert sorted(text for shard in found for text in shard) == sorted(whole) and found[0] == whole[::count]
+        rest = source.read(None, shards[1][2].place, 1, count)
+        assert ["".join(text for text, _ in document.pieces) for document in rest] == found[1][3:]

@@ -1,5 +1,7 @@
 """Repeated text, mixtures and long documents."""
 
+import json
+import os
 from collections import Counter
 
 import datasets
@@ -25,7 +27,7 @@ def test_repeated_text_is_reported_and_dropped(tmp_path, tokenizer, capsys):
     train = [known, make_text(60, 3), known, other, known]
     evaluation = [make_text(60, 4), known, make_text(40, 5) + " " + other]
     blocks, eval_blocks = blocks_of(tmp_path, tokenizer, train, evaluation)
-    counts = "2 training documents; trained on are 1 held-out documents: "
+    counts = "2 training documents, 1 held-out documents that are also trained on: "
     assert counts + "kept" in capsys.readouterr().out
     assert (blocks.stream.num_documents, eval_blocks.stream.num_documents) == (5, 3)
     blocks, eval_blocks = blocks_of(tmp_path, tokenizer, train, evaluation, deduplicate=True)
@@ -108,3 +110,42 @@ def test_long_documents_are_split_or_dropped(tmp_path, tokenizer, capsys):
     assert "4 of 12 documents are longer than 16 tokens: dropped" in out
     with pytest.raises(UserError, match="--long_documents drop: all 1 documents of the training text"):
         blocks_of(tmp_path, tokenizer, train[1:2], evaluation, long_documents="drop")
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_the_parts_of_a_single_document_are_no_copies(tmp_path, tokenizer, capsys, deduplicate):
+    (tmp_path / "one.txt").write_text(make_text(300))
+    config = DataConfig(train_files=[f"{tmp_path}/one.txt"], block_size=16, deduplicate=deduplicate)
+    blocks = load_data(config, *load_documents(config, 0), tokenizer, 0)[1]
+    assert len(blocks.stream) > 20 and "twice" not in capsys.readouterr().out
+
+
+def test_splits_of_a_directory_and_rewritten_files_are_no_stale_tokens(tmp_path, tokenizer):
+    """Streamed or stored: another directory, split or content of equal size and time is another text."""
+    for name in ("d1", "d2"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation", "test"):
+            rows = "".join(json.dumps({"text": f"{name} {split} {i}"}) + "\n" for i in range(30))
+            (tmp_path / name / f"{split}.jsonl").write_text(rows)
+
+    def held_out(name, split, streaming):
+        config = DataConfig(dataset=str(tmp_path / name), dataset_eval_split=split, block_size=16, streaming=streaming)
+        training, blocks = load_data(config, *load_documents(config, 0), tokenizer, 0)
+        return training.identity["training text"], tokenizer.decode(blocks.stream[:20])
+
+    for streaming in (True, False):
+        for name in ("d1", "d2"):
+            for split in ("validation", "test"):
+                said = held_out(name, split, streaming)[1]
+                is_rewritten = (name, split, streaming) == ("d1", "test", False)
+                assert said.startswith(f"{'D1' if is_rewritten else name} {split} 0")
+        before = held_out("d1", "test", streaming)[0]
+        assert before != held_out("d2", "test", streaming)[0] and before == held_out("d1", "validation", streaming)[0]
+        new = "D1" if streaming else "E1"
+        for split in ("test", "train"):
+            path = tmp_path / f"d1/{split}.jsonl"
+            stat = path.stat()
+            path.write_text(path.read_text().replace("d1" if streaming else "D1", new))
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        after, text = held_out("d1", "test", streaming)
+        assert after != before and text.startswith(f"{new} test 0")

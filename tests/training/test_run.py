@@ -309,12 +309,14 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
 
 def test_dry_run_writes_nothing(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(finished[0])
-    arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / "dry"), "--dry_run"]
+    arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / "dry"), "--dry_run", "--max_eval_blocks", "3"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     train.main()
     assert torch.are_deterministic_algorithms_enabled()  # compiled gradients of embeddings differ without: make torture
     shown = capsys.readouterr().out
     assert re.search(r"dry run +loss \d\.\d+, .* GiB of memory at the peak; nothing was written", shown)
+    assert re.search(r"text +as the model sees it .*\ndocument 1: \[\[.*\|", shown) and "\nblock 0: [[" in shown
+    assert re.search(r"held out +\d+ documents, [\d,]+ tokens, 3 of [\d,]+ blocks", shown)
     assert not (tmp_path / "dry").exists()
 
 
@@ -368,8 +370,7 @@ def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(
     """What a process adds to the table of inputs.py: libraries that write to stderr on their own."""
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text":\n')
     done = run_script("train.py", "--model", model_dir, "--train_files", "x.jsonl", cwd=tmp_path)
-    line = "--train_files x.jsonl: cannot be read (line 2: Expecting value). Pass a valid file. If it was readable "
-    line += "before, use --resume when it is readable again."
+    line = "--train_files x.jsonl: cannot be read (line 2: Expecting value). Pass a valid file."
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {line}\n")
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
