@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{{ (message.tool_calls | tojson if message.tool_calls else '') + end }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-# Tokens must not depend on the day: templates get Llama 3.1's default. They take no functions, so it is a macro.
+# Tokens must not depend on the day: templates get Llama 3.1's default. A template takes no function, so it is a macro.
 DAY = datetime.datetime(2024, 7, 26)
 DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 DIRECTIVES = ["%" + flag + letter for letter in "aAbBcdDeFHIjmMpSTxXyY" for flag in ("", "-")]
@@ -148,7 +148,7 @@ def _locate_with_marks(messages: Messages, wanted: list[int], text: str, apply: 
         place = owners.index(str(i)) if count else 0
         before, after = texts[place], texts[place + count]
         start = len(before) - len(written)
-        if not before.endswith(prompt + written):  # some forms depend on the place: only the last answer has a thought
+        if not before.endswith(prompt + written):  # some templates keep the thought of the last answer alone
             start = before.find(prompt) + len(prompt) if prompt.strip() and before.count(prompt) == 1 else -1
         stop = _end_of_turn(after, alone, end)
         if start >= 0 and stop >= 0 and count and owners[place : place + count] == [str(i)] * count:
@@ -180,7 +180,7 @@ def _end_of_turn(after: str, alone: str, end: str) -> int:
 
 
 def _narrow(turns: list[Turn], text: str, parts: list[str]) -> list[tuple[int, int]]:
-    """Return the parts of turns in blocks of {% generation %}: every second part. Add the end of turn to the last."""
+    """Return the parts of turns in blocks of {% generation %}: every second of ``parts``. Add the ends of turns."""
     if "".join(parts) != text:
         raise RenderError("the blocks {% generation %} of the chat template cannot be located. Use --loss_on all.")
     edges, spans = [0, *accumulate(map(len, parts))], []

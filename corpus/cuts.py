@@ -20,7 +20,7 @@ _LETTER = r"[^\W\u0e33\u0eb3\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\ud7b0-\ud7ff
 _BEFORE = rf"(?<={_LETTER}[ \n]|[!-/:-@\[-`{{-~\u3001-\u301f\uff01-\uff1f][ \n])"
 _CANDIDATE = re.compile(rf"[ \n]{_BEFORE}(?={_LETTER}(?:{_LETTER}|\s))")
 _EXAMPLE = "no 10 20\nno。\n一二"  # a tokenizer that cannot be cut here is never cut
-# Normalizers that change each character, with the marks that follow it, on its own, and Strip, which the proof applies.
+# Normalizers that change a character together with its marks, and nothing else. The proof itself applies Strip.
 _LOCAL = {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "BertNormalizer", "Precompiled", "Strip"}
 # Pre-tokenizers that split as their pattern does, or more often. Split brings its own.
 _PATTERNS = dict.fromkeys(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"), r"\s+")

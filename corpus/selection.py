@@ -20,7 +20,7 @@ PIECE_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class TrainingDocuments:
-    """The sources of the training text. To iterate over them leaves out the part that is held out for evaluation."""
+    """The sources of the training text. An iteration leaves out the held-out part."""
 
     sources: list[Documents]
     held_out_fraction: float  # 0 if there is evaluation text of its own
@@ -43,7 +43,7 @@ class TrainingDocuments:
 
 
 def held_out_numbers(num_documents: int, fraction: float, seed: int) -> np.ndarray:
-    """Return the numbers of the documents to evaluate on, in order: none of a single one."""
+    """Return the numbers of the documents to evaluate on, in order. Of a single document there are none."""
     order = np.random.default_rng(seed).permutation(num_documents)
     return np.sort(order[: min(max(1, round(num_documents * fraction)), num_documents - 1)])
 

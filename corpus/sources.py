@@ -90,7 +90,7 @@ def load_documents(config: DataConfig) -> tuple[list[Documents], Documents | Non
 
 
 def read_documents(config: TextConfig, flag_name: str, files: list[str], streaming: bool = False) -> Documents:
-    """Return the documents of ``files``, or of the configured dataset if there are no files. Nothing is read yet."""
+    """Return the documents of ``files``, or of the configured dataset if there are none. Read the first records."""
     if not files:
         return Documents(_open_dataset("--dataset", config.dataset, config, config.dataset_split, streaming), config)
     found = find_files(flag_name, files, streaming)
@@ -132,7 +132,8 @@ def _open_dataset(flag_name: str, name: str, config: TextConfig, split: str, str
         if path.exists():
             files = Files(flag_name, tuple(sorted(str(file) for file in path.rglob("*") if file.is_file())))
             fingerprint, identity = f"{part} {files.fingerprint}", f"{config.dataset_config} {split} {files.identity}"
-            # Else `datasets` would take the old text for a file that is rewritten with the same time of modification.
+            # `datasets` takes the old text if a file is rewritten and keeps its time of modification. So each state of
+            # the files has a cache of its own.
             state = hashlib.sha256(files.fingerprint.encode()).hexdigest()[:16]
             cache_dir = os.path.join(datasets.config.HF_DATASETS_CACHE, "directories", state)
         else:

@@ -16,9 +16,8 @@ from corpus.tokens import TokenPart, TokenStream, cached_stream, token_ids
 
 RULES = 2  # version of the rules here and in chat.py and cuts.py; a new number makes cached tokens invalid
 PART_CHARACTERS = 1 << 16  # a longer document is tokenized in parts, so that memory stays flat
-BATCH_CHARACTERS = (
-    1 << 20
-)  # characters to tokenize at once: enough for the tokenizer's threads, little enough for memory
+# Characters to tokenize at once: enough for the tokenizer's threads, little enough for memory.
+BATCH_CHARACTERS = 1 << 20
 PLAIN_TEMPLATE = "the tokenizer has no chat template; a plain one is used and saved with the model"
 SPACES = np.array([i for i in range(0x3001) if chr(i).isspace()], np.uint32)
 
