@@ -69,7 +69,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", ["", pytest.param(".gz", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_text_and_goes_on_after_any_record(name, suffix, tmp_path):
     content = FORMATS[name](RECORDS)
