@@ -175,7 +175,7 @@ class TrainingData:
         return self._num_blocks and math.ceil(self._num_blocks / batch_size)
 
     def epochs(self, position: Position) -> float:
-        """Return how many epochs a position is from the start; of streamed text, whole ones."""
+        """Return the epochs from the start to a position. Streamed text counts whole epochs only."""
         return position.epoch + (position.blocks / self._num_blocks if self._num_blocks else 0)
 
     def first_batch(self, count: int) -> Batch:
@@ -212,7 +212,7 @@ class TrainingData:
     def _stored_steps(
         self, batch_size: int, position: Position, rank: int, ranks: int
     ) -> Iterator[tuple[list, int, Position, list[int]]]:
-        """Yield (own blocks, most blocks of any rank, position, block numbers), step after step, without end.
+        """Yield the steps of a rank, without end: (its blocks, most blocks of any rank, position, block numbers).
 
         The last step of an epoch has the blocks that are left: each block is seen once per epoch, by one rank.
         """

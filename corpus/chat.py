@@ -111,7 +111,7 @@ def _turns(messages: Messages, text: str, apply: Callable, end: str, first: int)
 
 
 def _mark(message: dict[str, Any], i: int, stand_in: str | None = None) -> dict[str, Any]:
-    """Put marks around the content, inside its white space so that a template still strips it, and after names."""
+    """Put marks around the content and behind names. White space stays outside, so that a template strips it."""
     marked, mark, (said, *names) = dict(message), f"{MARK}{i}{MARK}", _said(message)
     if said or not names:
         content = message.get("content") or ""

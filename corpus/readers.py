@@ -95,7 +95,7 @@ def read_json(file: BinaryIO, place: list[int] | None) -> Iterator[tuple[Any, li
 
 @contextmanager
 def parsing(lines_before: int = 0) -> Iterator[None]:
-    """Turn an error of a parser into a ContentError with the number of its line."""
+    """Raise ContentError, which names the line, if a parser fails."""
     try:
         yield
     except json.JSONDecodeError as error:

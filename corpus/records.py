@@ -97,7 +97,7 @@ class Documents:
         index: int = 0,
         count: int = 1,
     ) -> Iterator[Document]:
-        """Yield the documents of shard ``index`` of ``count`` that follow ``place``."""
+        """Yield the documents of one shard of ``count``, from ``place`` on."""
         place, limit = place or {"documents": 0, "records": None}, self._config.max_documents
         num_documents, shard = place["documents"], (index, count)
         if limit:  # of all documents, so each shard reads them all

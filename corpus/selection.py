@@ -106,7 +106,7 @@ def select_text(
     streams = [drop_long(config, stream, "training") for stream in streams]
     train, held_out = concatenate(streams), drop_long(config, concatenate(held_out), "held out")
     sources = np.repeat(np.arange(len(streams)), [stream.num_documents for stream in streams])
-    # A document is known if the first one with its hash is an earlier training document.
+    # Equal documents have equal hashes. A document occurs twice if an earlier training document has its hash.
     hashes = np.concatenate([train.documents["hash"], held_out.documents["hash"]])
     _, firsts, which = np.unique(hashes, return_index=True, return_inverse=True)
     numbers = np.arange(len(hashes))

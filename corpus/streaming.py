@@ -48,7 +48,7 @@ class Shard:
         self._order: list[int] = []  # of the blocks of the chunk
 
     def draw(self, count: int) -> list[tuple[int, Block]]:
-        """Return the next ``count`` blocks with their numbers in the epoch, or fewer at the end of the epoch."""
+        """Return the next blocks as (number in the epoch, block). At the end of the epoch there may be fewer."""
         if self._chunks is None:
             used, self._chunks = self.state["used"], self.chunks()
             self._next_chunk()
@@ -176,10 +176,10 @@ class StreamedBlocks:
     def steps(
         self, batch_size: int, position: Position, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray | None]], int, Position, list[int]]]:
-        """Yield (own blocks, most blocks of any rank, position, block numbers), step after step, without end.
+        """Yield the steps of a rank, without end: (its blocks, most blocks of any rank, position, block numbers).
 
         The position is that of the rank's first shard, so rank 0 gives the position of shard 0. The numbers are those
-        of all blocks drawn from the rank's shards; number n is block n // S of shard n % S in its epoch. Raise
+        of all blocks drawn from the rank's shards. Number n is block n // S of shard n % S in its epoch. Raise
         UserError if the text cannot be read.
         """
         num_shards = len(self._states or ()) or min(ranks, batch_size, self._documents.max_shards)

@@ -31,7 +31,7 @@ def parse_filter(rule: str) -> tuple[str, bool, str] | None:
 
 
 def matches(record: dict[str, Any], column: str, is_equal: bool, wanted: str, separator: str) -> bool:
-    """Return whether a record passes a filter. A number equals any way to write it, and true equals True."""
+    """Return whether a record passes a filter. The number 1 equals both 1 and 1.0, and true equals True."""
     value = value_at(record, column)
     if isinstance(value, bool):
         found = wanted.lower() == str(value).lower()

@@ -23,7 +23,7 @@ SPACES = np.array([i for i in range(0x3001) if chr(i).isspace()], np.uint32)
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """Return the tokens of the documents, from the cache if they are there."""
+    """Return the tokens of the documents. Use the cache if it holds them."""
     lacks_template = prepare_tokenizer(documents, tokenizer)
     template = tokenizer.chat_template if documents.has_messages else None
     key = f"{documents.fingerprint}\n{tokenizer_fingerprint(tokenizer)}\n{template}\n{RULES}"

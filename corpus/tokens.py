@@ -118,7 +118,7 @@ class TokenPart(NamedTuple):
 
 
 def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
-    """Return the stream of ``parts``, from the cache if it holds ``key``.
+    """Return the tokens that the cache holds for ``key``. If there are none, write those of ``parts`` first.
 
     The cache is the folder HF_DATASETS_CACHE/tokens. It holds a flat file of int32 tokens and a file of DOCUMENT
     records. Each is written under another name, locked, and renamed. A second process waits for the first one. Raise
@@ -145,7 +145,8 @@ def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
 
 
 def _is_whole(tokens: Path, documents: Path) -> bool:
-    if not (tokens.exists() and documents.exists() and documents.stat().st_size):
+    size = documents.stat().st_size if tokens.exists() and documents.exists() else 0
+    if size == 0 or size % DOCUMENT.itemsize:
         return False
     return tokens.stat().st_size == 4 * int(np.memmap(documents, DOCUMENT, "r")["tokens"].sum())
 
@@ -180,7 +181,7 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the partial files of processes that died. A living process has locked its own."""
+    """Remove the partial files of dead processes. A running process keeps its files locked."""
     for path in folder.glob("*.partial"):
         with suppress(OSError), open(path, "r+b") as file:
             flock(file, LOCK_EX | LOCK_NB)

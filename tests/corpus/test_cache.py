@@ -99,3 +99,11 @@ def test_a_full_or_unwritable_disk_is_one_line(folder, capfd):
     Path(folder).write_text("not a folder")
     with pytest.raises(SaveError, match="tokens cannot be written"):
         cached_stream("key", parts())
+
+
+@pytest.mark.parametrize(("suffix", "size"), [("tokens", 100), ("documents", 0), ("documents", 56)])
+def test_a_damaged_cache_is_written_again(folder, suffix, size):
+    """A machine that lost power may leave a file short."""
+    whole = cached_stream("key", parts()).sha256
+    os.truncate(folder / f"key.{suffix}", size)
+    assert cached_stream("key", parts()).sha256 == whole and names(folder) == ["documents", "tokens"]

@@ -266,3 +266,18 @@ def test_shards_share_the_first_documents(tmp_path):
         assert sorted(text for shard in found for text in shard) == sorted(whole) and found[0] == whole[::count]
         rest = source.read(None, shards[1][2].place, 1, count)
         assert ["".join(text for text, _ in document.pieces) for document in rest] == found[1][3:]
+
+
+def test_a_url_has_a_known_format_and_links_are_counted(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"--train_files https://example\.org/a\.tsv: unknown format\. Use one of"):
+        find_files("--train_files", ["https://me:pw@example.org/a.tsv"], allow_urls=True)
+    for path in (tmp_path / "far" / "b.txt", tmp_path / "near" / "a.txt"):
+        path.parent.mkdir()
+        path.write_text(path.name)
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
+    assert texts(documents(tmp_path / "near")) == ["a.txt"]
+    assert "1 links to directories" in capsys.readouterr().out
+    url = f"file://{tmp_path}/far/b.txt"
+    before = Files("--train_files", (url,)).identity
+    (tmp_path / "far" / "b.txt").write_text("c.txt")
+    assert Files("--train_files", (url,)).identity != before  # as long, and another text
