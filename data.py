@@ -25,7 +25,7 @@ from corpus.position import Position
 from corpus.records import Documents
 from corpus.selection import TrainingDocuments, select_text
 from corpus.streaming import StreamedBlocks
-from corpus.tokenize import drop_long, tokenize
+from corpus.tokenize import drop_long, num_text_bytes, tokenize
 from corpus.tokens import TokenStream, token_ids, with_prefix
 from modeling.linear_cross_entropy import IGNORED_LABEL
 
@@ -79,6 +79,16 @@ class Blocks(Dataset):
         if number:
             ids[: self._window - self.stride] = ~token_ids(ids[: self._window - self.stride])
         return with_prefix(self._begin, ids, positions)
+
+    def num_predicted_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return the UTF-8 bytes of the text with loss, without the first tokens of blocks, which nothing predicts."""
+        num_bytes, previous = self.stream.num_bytes, None
+        for ids, positions in map(self.tokens, range(len(self))):
+            for place in [0] if positions is None else (positions == 0).nonzero()[0]:
+                if ids[place] >= 0:
+                    num_bytes -= num_text_bytes(tokenizer, int(ids[place]), None if place else previous)
+            previous = int(token_ids(ids[-1]))
+        return num_bytes
 
 
 def group_texts(stream: TokenStream, block_size: int, *options: Any, **named: Any) -> Blocks:

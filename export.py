@@ -3,23 +3,23 @@
     python export.py --model runs/lora/model --out merged                # an adapter becomes a plain model
     python export.py --model runs/x/model --out small --dtype bf16       # half the bytes
 
-The directory loads with from_pretrained and holds the tokenizer too. It is written completely or not at all.
+The directory also holds tokenizer, generation config and card. It is written completely or not at all.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from cli.errors import require, run_script
 from cli.flags import AnyPath, flag, parse
-from modeling.adapters import merge_adapters
-from modeling.loading import load_pretrained, load_tokenizer_by_name
-from modeling.precision import DTYPES
+from data import make_loader
+from modeling.adapters import adapter_of, merge_adapter
+from modeling.architectures import position_limit
+from modeling.loading import load_pretrained, load_tokenizer_by_name, stored_dtype
+from modeling.precision import DTYPES, select_device
+from perplexity import PerplexityConfig, evaluate, load_blocks
 from training.atomic import write_directory
+from training.model_card import stored_card
 
 
 @dataclass
@@ -29,42 +29,51 @@ class ExportConfig:
     model: AnyPath | None = flag(None, "Hub id[@revision] or directory of a model or an adapter")
     out: AnyPath | None = flag(None, "a new directory")
     dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "dtype of the saved weights")
+    files: list[AnyPath] = flag([], "text on which to print the loss before and after")
 
     def rules(self) -> list[tuple[bool, str]]:
-        """Return (holds, message) for each rule that these flags must keep."""
         return [
             (bool(self.model), "--model: missing. Pass a Hub id or a directory."),
             (bool(self.out), "--out: missing. Pass a new directory."),
-            (not (self.out and os.path.lexists(self.out)), f"--out {self.out}: exists already. Pass a new one."),
+            (not (self.out and Path(self.out).exists()), f"--out {self.out}: exists already. Pass a new one."),
         ]
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str = "fp32") -> None:
-    """Save ``model`` and ``tokenizer`` in ``directory``, with an adapter merged in float32 and then cast.
-
-    ``model`` is float32, and is cast in place if it has no adapter. ``dtype`` is fp32, bf16 or fp16. Raise UserError if
-    a weight is too large for it, and SaveError if ``directory`` cannot be written.
-    """
-    plain = merge_adapters(model) if model._hf_peft_config_loaded else model
-    plain = plain.to(DTYPES[dtype])
-    for name, weight in plain.named_parameters():
-        is_finite = bool(torch.isfinite(weight).all())
-        require(is_finite, f"--dtype {dtype}: {name} is not finite in it. Use bf16 or fp32.")
+def export(model, tokenizer, directory: Path, dtype: str = "fp32", card=None) -> None:
+    """Merge the adapter of ``model`` in float32, cast it to ``dtype``, and save it. Both change ``model`` in place."""
+    if adapter_of(model):
+        merge_adapter(model, DTYPES[dtype])
+    model.to(DTYPES[dtype])
+    too_large = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    require(not too_large, f"--dtype {dtype}: {too_large} is not finite in it. Use bf16 or fp32.")
 
     def write(temporary: Path) -> None:
-        plain.save_pretrained(temporary)
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if card:
+            card.save(temporary / "README.md")
 
-    write_directory(directory, write, sum(weight.nbytes for weight in plain.parameters()))
+    write_directory(directory, write, sum(weight.nbytes for weight in model.parameters()))
+
+
+def loss_of(name: str, files: list[str], tokenizer) -> float:
+    """Return the mean loss of a model in float32, in nats per predicted token of the files."""
+    model = load_pretrained(name).to(select_device())
+    blocks = load_blocks(PerplexityConfig(files=files, block_size=min(128, position_limit(model) or 128)), tokenizer)
+    return evaluate(model, make_loader(blocks, 8))[0]
 
 
 def main() -> None:
     config, _ = parse(ExportConfig, __doc__)
     tokenizer = load_tokenizer_by_name(config.model, "--model")
-    model = load_pretrained(config.model)
-    export(model, tokenizer, Path(config.out), config.dtype)
-    merged = ", adapter merged" if model._hf_peft_config_loaded else ""
-    print(f"{config.out}: {config.model} in {config.dtype}{merged}")
+    before = config.files and loss_of(config.model, config.files, tokenizer)
+    model = load_pretrained(config.model, linear=stored_dtype(config.model))
+    merged = ", adapter merged" if adapter_of(model) else ""
+    export(model, tokenizer, Path(config.out), config.dtype, stored_card(config.model))
+    megabytes = sum(path.stat().st_size for path in Path(config.out).iterdir()) / 1e6
+    print(f"{config.out}: {config.model} in {config.dtype}{merged}, {megabytes:,.1f} MB")
+    if config.files:
+        print(f"loss: {before:.6f} before, {loss_of(config.out, config.files, tokenizer):.6f} after")
 
 
 if __name__ == "__main__":

@@ -11,21 +11,22 @@ The texts go to stdout, everything else to stderr. A single text is streamed; se
 
 import math
 import sys
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from cli.errors import UserError, require, run_script
 from cli.flags import AnyPath, Count, Range, Seed, flag, parse
-from corpus.chat import RenderError, render
-from corpus.tokenize import begin_of_text_ids
-from modeling.architectures import position_limit
+from cli.printer import Printer, cut, decode
+from corpus.chat import end_of_turn
+from corpus.tokenize import begin_of_text_ids, end_ids
+from modeling.architectures import num_rows, position_limit
 from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import evaluating
@@ -67,34 +68,6 @@ class GenerateConfig(SamplingConfig):
         ]
 
 
-class Printer(BaseStreamer):
-    """Print a text while it is generated."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer, self._ids, self._num_printed = tokenizer, [], 0  # the prompt counts as printed
-
-    def put(self, value: torch.Tensor) -> None:
-        is_prompt = not self._ids  # transformers sends the prompt first, and then each token
-        self._ids += value.flatten().tolist()
-        if is_prompt:
-            self._num_printed = len(self._ids)
-        elif not (text := self._decode_new()).endswith("\N{REPLACEMENT CHARACTER}"):  # wait for whole characters
-            self._print(text)
-
-    def end(self) -> None:
-        self._print(self._decode_new() + "\n")
-
-    def _decode_new(self) -> str:
-        """Return the text that is not printed yet. Some tokenizers drop a leading space, so decode 16 tokens more."""
-        start = max(0, self._num_printed - 16)
-        before = _decode(self._tokenizer, self._ids[start : self._num_printed])
-        return _decode(self._tokenizer, self._ids[start:])[len(before) :]
-
-    def _print(self, text: str) -> None:
-        print(text, end="", flush=True)
-        self._num_printed = len(self._ids)
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -102,69 +75,73 @@ def generate(
     prompts: list[str] | list[list[int]],
     sampling: SamplingConfig,
     streamer: BaseStreamer | None = None,
+    stops: Sequence[str] = (),
 ) -> list[str]:
     """Return a continuation of each prompt, text or ids, in the order of the prompts and without them.
 
     Prompts are padded on the left and masked, so that greedy decoding gives each the text it would get alone. If an
     architecture does not ignore its padding, only prompts of one length share a batch. The model keeps its mode.
-    Raise UserError if a prompt and its new tokens exceed the positions of the model.
+    A text ends at an end-of-text token of model or tokenizer, at an end of turn of the chat template, and before one of
+    the texts ``stops``. Raise UserError if a prompt and its new tokens exceed the positions of the model.
     """
     encoded = [_encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     limit, longest = position_limit(model), max(map(len, encoded), default=0)
     held = f"the model holds {limit} positions and the longest prompt takes {longest}"
     too_long = f"--max_new_tokens {sampling.max_new_tokens}: {held}. Lower it or use a shorter prompt."
     require(limit is None or longest + sampling.max_new_tokens <= limit, too_long)
-    options = {"forced_bos_token_id": None, "forced_eos_token_id": None}  # translation models force these
-    for name in ("temperature", "top_k", "top_p"):
-        options[name] = None if sampling.greedy else getattr(sampling, name)
-    ends = model.generation_config.eos_token_id
-    if ends in (None, []):  # BERT's family ends a document with its separator
-        ends = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    texts = []
+    own, ends = model.generation_config.eos_token_id, end_ids(tokenizer)
+    ends += [own] if isinstance(own, int) else own or []
+    pad = next((id for id in (tokenizer.pad_token_id, *ends) if id is not None), 0)
+    settings = {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad, "eos_token_id": ends or None}
+    names = () if sampling.greedy else ("temperature", "top_k", "top_p")
+    settings |= {"do_sample": not sampling.greedy} | {name: getattr(sampling, name) for name in names}
+
+    # transformers has stop strings too, but reads the whole vocabulary for them and fails for some tokenizers.
+    def is_stopped(ids: torch.Tensor, _: Any) -> torch.Tensor:
+        texts = (decode(tokenizer, row[width:]) for row in ids.tolist())
+        return torch.tensor([cut(text, stops) != text for text in texts], device=ids.device)
+
+    texts, options = [], {"streamer": streamer, "stopping_criteria": [is_stopped] if stops else []}
     with evaluating(model):
-        for batch in _make_batches(encoded, model):
+        is_one = len({*map(len, encoded)}) == 1 or _ignores_padding(model)
+        for batch in [encoded] if is_one else (list(same_length) for _, same_length in groupby(encoded, len)):
             width = max(map(len, batch))
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch])  # (batch, width)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-            generated = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=ends,
-                do_sample=not sampling.greedy,
-                streamer=streamer,
-                **options,
-            )
+            generated = _generate(model, ids, mask, settings, **options)  # (batch, length)
             for prompt, row in zip(batch, generated.tolist(), strict=True):
-                before, whole = (_decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
-                texts.append(whole[len(before) :])
+                before, whole = (decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
+                texts.append(cut(whole[len(before) :], stops))
     return texts
 
 
-def _make_batches(encoded: list[list[int]], model: PreTrainedModel) -> list[list[list[int]]]:
-    """Return one batch of all prompts, or batches of neighbors of one length if the model does not ignore padding."""
-    if len({len(row) for row in encoded}) == 1 or _ignores_padding(model):
-        return [encoded]
-    return [list(same_length) for _, same_length in groupby(encoded, len)]
+def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict, **options: Any) -> Any:
+    """Call model.generate with ``settings`` alone; ids and mask are (batch, width).
+
+    It would add those of the model's files, such as penalties. A router's loss is not computed: it fails with a mask.
+    """
+    own, options = model.generation_config, options | {"attention_mask": mask.to(model.device)}
+    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+        options["output_router_logits"] = False
+    model.generation_config = GenerationConfig(**settings)
+    try:
+        return model.generate(ids.to(model.device), generation_config=model.generation_config, **options)
+    finally:
+        model.generation_config = own
 
 
 def _ignores_padding(model: PreTrainedModel) -> bool:
-    """Return whether masked tokens on the left leave the next token's logits unchanged. A model is probed once."""
-    if "ignores_padding" in vars(model):
-        return model.ignores_padding
-    rows = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(rows, (1, 4), generator=torch.Generator().manual_seed(0)).to(model.device)
-    mask = torch.ones_like(ids)
-    padded = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(mask, (3, 0))
-    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "pad_token_id": 0}
-    alone, with_padding = (
-        model.generate(tokens, attention_mask=visible, return_dict_in_generate=True, **options).logits[0]
-        for tokens, visible in ((ids, mask), padded)
-    )
-    tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)
-    model.ignores_padding = bool((alone - with_padding).abs().max() <= tolerance * alone.abs().max())
+    """Return whether masked tokens on the left leave the logits of four steps unchanged. A model is probed once."""
+    if "ignores_padding" not in vars(model):
+        rows, tolerance = num_rows(model), max(1e-3, 4 * torch.finfo(model.dtype).eps)
+        ids = torch.randint(rows, (1, 4), generator=torch.Generator().manual_seed(0))
+        settings = {"max_new_tokens": 4, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+        model.ignores_padding = True
+        for prompt in (ids, ids[:, :1]):  # some models differ only if the prompt is one token
+            inputs = prompt, torch.ones_like(prompt)
+            padded = (torch.nn.functional.pad(tensor, (3, 0)) for tensor in inputs)
+            alone, with_padding = (torch.stack(_generate(model, *each, settings).logits) for each in (inputs, padded))
+            model.ignores_padding &= bool((alone - with_padding).abs().max() <= tolerance * alone.abs().max())
     return model.ignores_padding
 
 
@@ -175,20 +152,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     require(bool(ids) or start is not None, "--prompt: empty, and the tokenizer has no end-of-text token. Use a text.")
     return ids or [start]  # an empty prompt is the start of a document
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def end_with_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop at the token that ends an answer in the chat template, and at end-of-text."""
-    turns, ends = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], []
-    with suppress(RenderError):  # if the template has no place for these turns, end-of-text alone ends an answer
-        ends = [text.rpartition("!")[2].strip() for text, has_loss in render(turns, tokenizer) if has_loss]
-    ends, vocabulary = [tokenizer.eos_token or tokenizer.sep_token, *ends], tokenizer.get_vocab()
-    own = torch.tensor(model.generation_config.eos_token_id or []).long().flatten().tolist()
-    model.generation_config.eos_token_id = [*own, *(vocabulary[end] for end in ends if end in vocabulary)]
 
 
 def newest_finished_run(runs: Path) -> Path:
@@ -204,10 +167,11 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         return config.prompt
     source = f"--prompts_file {config.prompts_file}" if config.prompts_file else "stdin"
     try:
-        text = Path(config.prompts_file).read_text(encoding="utf-8") if config.prompts_file else sys.stdin.read()
+        # Without a translation of line ends, and by "\n" alone: a prompt may hold the other characters that end lines.
+        with open(config.prompts_file or 0, encoding="utf-8", newline="", closefd=bool(config.prompts_file)) as file:
+            prompts = [line for line in file.read().replace("\r\n", "\n").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read ({error}). Use a UTF-8 text file.") from error
-    prompts = [line for line in text.splitlines() if line.strip()]
     require(bool(prompts), "--prompt: no prompt. Pass --prompt, --prompts_file, or one prompt a line on stdin.")
     return prompts
 
@@ -226,8 +190,7 @@ def respond(
     conversation, its oldest turns are dropped, a question and its answer at a time.
     """
     if not config.chat:
-        if stream:
-            print(prompts[0], end="", flush=True)
+        print(prompts[0] if stream else "", end="", flush=True)
         texts = generate(model, tokenizer, prompts, config, Printer(tokenizer) if stream else None)
         for prompt, text in [] if stream else zip(prompts, texts, strict=True):
             print(prompt + text + "\n", flush=True)
@@ -239,7 +202,8 @@ def respond(
             break
         print(f"(forgotten: {messages[0]['content'][:40]}...; the model holds {limit} positions)", file=sys.stderr)
         messages = messages[2:]
-    (text,) = generate(model, tokenizer, [ids], config, Printer(tokenizer))
+    _, stops = end_of_turn(tokenizer)
+    (text,) = generate(model, tokenizer, [ids], config, Printer(tokenizer, stops), stops)
     return [*messages, {"role": "assistant", "content": text}]
 
 
@@ -260,8 +224,6 @@ def main() -> None:
     check_model(model, tokenizer, block_size=2)
     torch.manual_seed(config.seed)
     messages: list[dict[str, str]] = []  # so far, in a conversation
-    if config.chat:
-        end_with_turns(model, tokenizer)
     at_once = 1 if config.chat else config.batch_size  # a turn is answered before the next one
     for start in range(0, len(prompts), at_once):
         messages = respond(model, tokenizer, prompts[start : start + at_once], config, messages, len(prompts) == 1)

@@ -6,40 +6,37 @@ model = build_model(config, model_config, tokenizer, world, device, precision, n
 nll_sum = next_token_nll(model, input_ids, labels)      # modeling/loss.py: summed over labels that are not -100
 """
 
-import hashlib
 import json
-import os
-import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import UserError, require, warn
 from cli.flags import AnyPath, flag
+from corpus.bpe import END_OF_TEXT, train_tokenizer
 from corpus.selection import TrainingDocuments
+from corpus.tokenize import set_special_tokens
+from distributed.empty import find_rows, frozen_digest
 from distributed.world import World
-from modeling.adapters import add_lora, freeze, frozen_digest
-from modeling.architectures import generate_as_trained, make_causal, needs_padding, recompute_activations
+from modeling.architectures import generate_as_trained, make_causal, needs_padding, num_rows, recompute_activations
 from modeling.checks import check_model
 from modeling.compile import compile_layers, should_compile
-from modeling.loading import find_rows, load_pretrained, load_tokenizer_by_name, loading, read_config, weights_on_meta
-from modeling.precision import keep_freed_memory
-
-END_OF_TEXT = "<|endoftext|>"  # ends documents in a tokenizer that is trained here; GPT-2's name for it
+from modeling.loading import (
+    load_pretrained,
+    load_tokenizer_by_name,
+    loading,
+    read_config,
+    stored_dtype,
+    weights_on_meta,
+)
+from modeling.precision import keep_freed_memory, set_dtypes
+from modeling.trained import add_lora, freeze
 
 
 @dataclass
@@ -60,10 +57,12 @@ class ModelConfig:
         none = "--model: missing. Pass --model (pretrained) or --model_config (from scratch)."
         size = _vocab_size(self.tokenizer)
         trained = f"--tokenizer {self.tokenizer}: N must be between 257 (256 bytes and {END_OF_TEXT}) and 1000000"
+        attention, name = self.attn_implementation or "", f"--attn_implementation {self.attn_implementation}"
         overrides = f"--model_overrides {self.model_overrides}: is no JSON object"
         return [
             (bool(self.model) != bool(self.model_config), given if self.model else none),
             (size is None or 257 <= size <= 10**6, f"{trained}. Use a number such as train:8192."),
+            ("/" not in attention, f"{name}: a kernel of the Hub runs code of its own. Use sdpa, eager or remove it."),
             (_overrides(self.model_overrides) is not None, overrides + """. Pass one such as '{"n_layer": 4}'."""),
         ]
 
@@ -103,35 +102,13 @@ def _load_tokenizer(config: ModelConfig, documents: TrainingDocuments) -> PreTra
     if size:
         if config.model:
             warn(f"--tokenizer {config.tokenizer}: the embeddings of {config.model} were trained for other tokens")
-        return _train_tokenizer(size, documents)
+        return train_tokenizer(size, documents)
     if config.tokenizer:
         return load_tokenizer_by_name(config.tokenizer, "--tokenizer")
     if config.model:
         return load_tokenizer_by_name(config.model, "--model")
     source = Path(config.model_config)
     return load_tokenizer_by_name(str(source.parent if source.is_file() else source), "--model_config")
-
-
-def _train_tokenizer(size: int, documents: TrainingDocuments) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: it can write any text, so there is no unknown token."""
-    key = hashlib.sha256(f"{documents.fingerprint}\n{size}".encode()).hexdigest()[:32]
-    cached = Path(datasets.config.HF_DATASETS_CACHE) / "trained_tokenizers" / f"{key}.json"
-    if cached.exists():
-        tokenizer = Tokenizer.from_file(str(cached))
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        options = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-        trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, **options)
-        tokenizer.train_from_iterator((piece for pieces in documents for piece in pieces), trainer)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as directory:
-            tokenizer.save(f"{directory}/tokenizer.json")
-            os.replace(f"{directory}/tokenizer.json", cached)
-    if tokenizer.get_vocab_size() < size:
-        warn(f"--tokenizer train:{size}: the text yields only {tokenizer.get_vocab_size()} tokens")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,36 +139,43 @@ def load_config(
     changed = make_causal(settings, kept=overrides, new_block_size=None if config.model else block_size)
     alone = f"--lora_rank: {settings.model_type} is made causal with {', '.join(changed)}, which no adapter records"
     require(not (changed and is_adapter), f"{alone}. Remove --lora_rank.")
-    settings._attn_implementation = config.attn_implementation
     if config.model_config and getattr(settings, "pad_token_id", 0) is None and needs_padding(settings):
         settings.pad_token_id = tokenizer.eos_token_id
     return settings
 
 
 def load_model(
-    config: ModelConfig, settings: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, empty: bool = False
+    config: ModelConfig,
+    settings: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    empty: bool = False,
+    linear: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Return the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings.
 
-    An ``empty`` model has its weights on device meta, which takes no memory.
+    An ``empty`` model has its weights on device meta, which takes no memory. ``linear`` is the dtype of the weights of
+    linear layers, if the model is pretrained: float32, or the dtype in which they are stored.
     """
+    attention = {"attn_implementation": config.attn_implementation}
     if config.model and not empty:
-        model = load_pretrained(config.model, settings)
+        model = load_pretrained(config.model, settings, linear=linear, **attention)
     else:
         source = f"--model {config.model}" if config.model else f"--model_config {config.model_config}"
         with (
             loading(source, "causal language model", "Use another config or other --model_overrides."),
             weights_on_meta() if empty else nullcontext(),
         ):
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
+            options = {"dtype": torch.float32, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_config(settings, **options, **attention)
         generate_as_trained(model)
+        set_dtypes(model, linear)
     if config.add_tokens:
         added = tokenizer.convert_tokens_to_ids(config.add_tokens)
-        if max(added) >= model.get_input_embeddings().num_embeddings:
+        if max(added) >= num_rows(model):
             model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
         with torch.no_grad():
             for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-                for rows in layer.parameters():  # weights (vocabulary, width), a bias (vocabulary,)
+                for rows in layer.float().parameters():  # weights (vocabulary, width), a bias (vocabulary,)
                     rows[added] = rows[: min(added)].mean(0)
     return model
 
@@ -214,22 +198,27 @@ def build_model(
     keep_freed_memory(device.type)
     shape = {"block_size": config.block_size, "isolate_documents": config.pack == "documents"}
     check = partial(check_model, tokenizer=tokenizer, precision=precision, **shape)
+    # Autocast would cast frozen weights of linear layers in each step. Those that are stored in bfloat16 keep it.
+    is_partly_frozen = bool(config.model and (config.lora_rank or config.freeze))
+    linear = stored_dtype(config.model) if is_partly_frozen and precision == "bf16" else torch.float32
     fill = ()  # with FSDP2 each rank reads its own rows, if files hold the weights; else rank 0 loads or makes them
     if world.shards and config.model and not config.lora_rank and not config.add_tokens:
         with world.local_main_first():
-            model = load_model(config, settings, tokenizer, empty=True)
+            model = load_model(config, settings, tokenizer, empty=True, linear=linear)
             read = find_rows(model, config.model)
         fill = (read, partial(check, model)) if all(world.on_all(lambda: bool(read))) else ()
     if not fill:
         with world.local_main_first():
-            model = load_model(config, settings, tokenizer, empty=not world.is_main)
+            model = load_model(config, settings, tokenizer, not world.is_main, linear)
             if world.is_main:
                 check(model.to(torch.device("cpu") if world.shards else device))
 
     # Train all weights, all but the frozen ones, or adapters.
     freeze(model, config.freeze)
     if config.lora_rank:
-        add_lora(model, config)
+        add_lora(model, config, tokenizer.convert_tokens_to_ids(config.add_tokens))
+    if is_partly_frozen:
+        set_dtypes(model, linear, only_frozen=True)
     if config.gradient_checkpointing:
         recompute_activations(model)
 
@@ -240,6 +229,7 @@ def build_model(
     if compiled is None or config.compile != "auto":
         flops = 6 * model.num_parameters() * config.batch_size * config.block_size * num_steps / world.size
         compiled = world.on_main(lambda: should_compile(config.compile, model, flops))
+    set_special_tokens(model, tokenizer, is_new=bool(config.tokenizer))
     model.is_compiled = compiled
     if compiled:
         compile_layers(model, config.block_size)

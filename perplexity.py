@@ -1,15 +1,13 @@
-r"""Perplexity of any causal language model on any text.
+"""Perplexity of any causal language model on any text.
 
     python perplexity.py --model runs/quickstart/model --files notes.txt
-    python perplexity.py --model distilgpt2 --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 \
-                         --dataset_split test --block_size 1024 --stride 512
+    python perplexity.py --model distilgpt2 --files test.txt --block_size 1024 --stride 512
 
 Prints, one a line: `tokens` that were predicted, `loss` (their mean negative log-likelihood in nats), `perplexity`
-(its exponential) and `bits_per_byte` (the summed loss in bits, divided by the UTF-8 bytes of the text). By default the
-text is cut into blocks of --block_size tokens, as in training, and the first token of a block is not predicted. With
---stride N a window slides by N tokens: each token is predicted once, with at least block_size - N tokens before it.
-Only then does `bits_per_byte` count every token but the first. In conversations, and in prompts with completions, the
-answers alone have a loss, as in training.
+(its exponential) and `bits_per_byte` (the summed loss in bits, divided by the UTF-8 bytes of these tokens; end-of-text
+has none). Text is cut into blocks of --block_size tokens, and the first token of each is not predicted. With --stride
+N a window slides by N tokens: each token is predicted once, with at least block_size - N tokens before it. In
+conversations, and with prompts and completions, answers alone have a loss.
 """
 
 import math
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from cli.errors import run_script
 from cli.flags import AnyPath, Count, flag, parse
@@ -28,7 +27,7 @@ from corpus.flags import TextConfig
 from corpus.readers import FILES_HELP
 from corpus.sources import read_documents
 from corpus.tokenize import begin_of_text_ids, drop_long, tokenize
-from data import group_texts, make_loader, require_predictions
+from data import Blocks, group_texts, make_loader, require_predictions
 from distributed.world import World
 from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
@@ -65,9 +64,8 @@ def evaluate(
 ) -> tuple[float, int]:
     """Return the mean loss in nats per predicted token over all batches of all ranks, and the number of these tokens.
 
-    ``loader`` yields {"input_ids", "labels"}, both (batch, sequence) int64. The sums are over tokens, so the result
-    does not depend on how blocks are batched. ``between_batches`` is called before each batch; it may raise. The model
-    keeps its mode and its random state.
+    ``loader`` yields {"input_ids", "labels"}, both (batch, sequence) int64; the batch size does not change the result.
+    ``between_batches`` is called before each batch; it may raise. The model keeps its mode and its random state.
     """
     device = next(model.parameters()).device
     nll_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -82,7 +80,7 @@ def evaluate(
             if not bar.disable:  # the host waits for the device only if someone looks
                 loss, speed = nll_sum.item() / max(1, num_tokens), num_tokens / bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
-    sums = torch.stack([nll_sum, torch.tensor(num_tokens, dtype=torch.float64, device=device)])
+    sums = torch.stack([nll_sum, nll_sum.new_tensor(num_tokens)])
     total, count = (world or World()).all_reduce(sums).tolist()
     return total / count, int(count)
 
@@ -92,26 +90,30 @@ def perplexity(loss: float) -> float:
     return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
+def load_blocks(config: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """Return the blocks of the text that ``config`` names. Raise UserError if none of its tokens is predicted."""
+    with redirect_stdout(sys.stderr):  # remarks on the text are no result
+        stream = drop_long(config, tokenize(read_documents(config, "--files", config.files), tokenizer), "text")
+    shape = config.block_size, config.stride, config.pack == "documents"
+    blocks = group_texts(stream, *shape, begin_of_text_ids(tokenizer))
+    require_predictions(blocks)
+    return blocks
+
+
 def main() -> None:
     config, _ = parse(PerplexityConfig, __doc__)
-    device = select_device()
-    keep_freed_memory(device.type)
+    keep_freed_memory((device := select_device()).type)
     precision = resolve_precision(config.precision, device)
-    with redirect_stdout(sys.stderr):  # remarks on the text are no result
-        documents = read_documents(config, "--files", config.files)
-        tokenizer = load_tokenizer_by_name(config.model, "--model")
-        stream = drop_long(config, tokenize(documents, tokenizer), "text")
-    isolate_documents = config.pack == "documents"
-    blocks = group_texts(stream, config.block_size, config.stride, isolate_documents, begin_of_text_ids(tokenizer))
-    require_predictions(blocks)
+    tokenizer = load_tokenizer_by_name(config.model, "--model")
+    blocks = load_blocks(config, tokenizer)
     model = load_pretrained(config.model).to(device)
-    check_model(model, tokenizer, config.block_size, isolate_documents)
+    check_model(model, tokenizer, config.block_size, blocks.isolate_documents)
 
     loss, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")
     print(f"loss: {loss:.6f}")
     print(f"perplexity: {perplexity(loss):.4f}")
-    print(f"bits_per_byte: {loss * num_tokens / math.log(2) / stream.num_bytes:.6f}")
+    print(f"bits_per_byte: {loss * num_tokens / math.log(2) / (blocks.num_predicted_bytes(tokenizer) or math.nan):.6f}")
 
 
 if __name__ == "__main__":

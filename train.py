@@ -26,11 +26,11 @@ from distributed.parallel import total_norm
 from distributed.world import DistributedConfig, World, silence_other_ranks
 from generate import SamplingConfig, generate
 from model import ModelConfig, build_model, load_config, load_tokenizer
-from modeling.adapters import LoraConfig
 from modeling.architectures import position_limit
 from modeling.compile import needs_same_shape, uncompiled
 from modeling.linear_cross_entropy import IGNORED_LABEL
 from modeling.precision import Precision, autocast, make_deterministic, resolve_precision, select_device
+from modeling.trained import LoraConfig
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
 from training.monitor import StepMonitor, StepResult, memory_advice, micro_batch_memory, peak_memory_gib
@@ -75,7 +75,7 @@ class Config(DataConfig, ModelConfig, LoraConfig, TrainingConfig, RunConfig, Dis
 
     def rules(self) -> list[tuple[bool, str]]:
         streams, tokenizer = self.streaming, self.tokenizer or ""
-        changed = [f"--{name}" for name in ("model_config", "model_overrides", "add_tokens") if getattr(self, name)]
+        changed = [f"--{name}" for name in ("model_config", "model_overrides") if getattr(self, name)]
         adapter = f"--lora_rank {self.lora_rank}: an adapter belongs to --model as it is. Remove {', '.join(changed)}."
         trained = f"--tokenizer {tokenizer}: needs text that is not streamed. Use another tokenizer."
         return [
@@ -134,7 +134,7 @@ def train_step(
             inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with world.sync_gradients(model, number == len(micro_batches)):
                 with autocast(device, precision):
-                    nll = world.next_token_nll(model, **inputs)
+                    nll = world.next_token_nll(model, **inputs, loss_scale=scaler.scale(torch.ones((), device=device)))
                 scaler.scale(nll * world.size).backward()  # DDP and FSDP average the gradients of the ranks
             has_loss = inputs["labels"] != IGNORED_LABEL
             for i, value in enumerate((nll.detach(), has_loss[:, 1:].sum(), has_loss.sum())):

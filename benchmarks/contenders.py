@@ -49,7 +49,6 @@ from corpus.tokenize import tokenize
 from data import Blocks, TrainingData, group_texts, make_loader, rank_batches
 from distributed.world import World
 from generate import SamplingConfig, generate
-from modeling.architectures import flops_per_token
 from modeling.compile import compile_layers
 from modeling.loading import load_pretrained
 from modeling.loss import next_token_nll
@@ -59,12 +58,12 @@ from modeling.precision import (
     device_name,
     keep_freed_memory,
     make_deterministic,
-    peak_flops,
     resolve_precision,
     select_device,
 )
 from perplexity import evaluate
 from training import checkpoint
+from training.flops import flops_per_token, peak_flops
 from training.log import RunLog
 from training.monitor import StepMonitor, Throughput, micro_batch_memory, peak_memory_gib
 from training.state import TrainState, moments, seed_step, trained_weights

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from modeling.architectures import flops_per_token, transformer_layers
-from modeling.precision import peak_flops
-from modeling.saving import FILE_SIZE
+from distributed.saving import FILE_SIZE
+from modeling.architectures import transformer_layers
 from training.checkpoint import FILE_BYTES, FILES
+from training.flops import flops_per_token, peak_flops
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- python -m benchmarks.scale --table --write -->", "<!-- end of the table -->"
+LORA_BEGIN, LORA_END = "<!-- LoRA: python -m benchmarks.scale --table --write -->", "<!-- end of LoRA -->"
 
 # What the table assumes of the devices; nobody has measured it here.
 PEAK, MFU = peak_flops("NVIDIA H100"), 0.4  # dense bfloat16 FLOP/s, and the part of it that computing reaches
@@ -137,6 +138,47 @@ def head_bytes(s: Shape, tokens: int, strategy: str) -> float:
     return 8 * s.vocabulary * min(CHUNK, tokens) + matrices * 2 * s.vocabulary * s.width
 
 
+def adapter_parameters(s: Shape, rank: int) -> int:
+    """Parameters of LoRA on all seven matrices of Llama's layers: rank x (inputs + outputs) each."""
+    return s.layers * rank * (9 * s.width + 2 * s.kv_width + 3 * s.mlp_width)
+
+
+def frozen_bytes(s: Shape) -> int:
+    """Frozen weights under bf16: linear layers in bfloat16, embeddings and norms in float32; a tied head is one."""
+    norms, table = (2 * s.layers + 1) * s.width, s.vocabulary * s.width
+    return 2 * (s.parameters - norms - table) + 4 * (norms + table)
+
+
+def lora_layer_bytes(s: Shape, tokens: int, rank: int) -> float:
+    """What a Llama's layer keeps for its backward pass with LoRA, on one device.
+
+    Frozen norms keep no normalized values. Adapters keep rank bfloat16 numbers a token for each of seven matrices, and
+    bfloat16 copies of themselves.
+    """
+    copies = 2 * adapter_parameters(s, rank) / s.layers
+    return tokens * (layer_bytes(s, "ddp") - 2 * 4 * s.width + 7 * 2 * rank) + copies
+
+
+def lora_kept_bytes(s: Shape, tokens: int, rank: int, checkpointing: bool) -> float:
+    """All that LoRA keeps: layers, the last norm, and the gradient of the head's input; its weights have none."""
+    layer = lora_layer_bytes(s, tokens, rank)
+    layers = s.layers * 4 * s.width * tokens + layer if checkpointing else s.layers * layer
+    return layers + tokens * 2 * 4 * s.width
+
+
+def lora_memory(s: Shape, tokens: int, rank: int, devices: int = 1) -> list[float]:
+    """Frozen weights, adapters with gradients and moments, activations (checkpointed), of each device; fsdp if many.
+
+    The head's part of the activations is the logits of a chunk and a bfloat16 copy of a tied matrix.
+    """
+    weights, adapters = frozen_bytes(s) / devices, 16 * adapter_parameters(s, rank) / devices
+    gathered = (
+        copied_bytes(s, "fsdp") if devices > 1 else 2 * s.vocabulary * s.width * (s.root < 2 * s.vocabulary * s.width)
+    )
+    head = 8 * s.vocabulary * min(CHUNK, tokens) + gathered
+    return [weights, adapters, lora_kept_bytes(s, tokens, rank, True) + head]
+
+
 def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, width: int = 2) -> float:
     """What each device sends for an update. Rings: all-reduce 2 (n - 1) / n of the data, gather and reduce half of it.
 
@@ -195,9 +237,12 @@ def gpt2(layers: int, width: int, heads: int, vocabulary: int = 50257, length: i
     return GPT2LMHeadModel(GPT2Config(**shape, **ends))
 
 
-def llama(vocabulary: int, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int) -> LlamaForCausalLM:
+def llama(
+    vocabulary: int, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, tied: bool = False
+) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
+            tie_word_embeddings=tied,
             vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=mlp_width,
@@ -250,6 +295,32 @@ def table() -> str:
     return "\n".join(lines)
 
 
+LORA_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "Llama 3.2, 1B": lambda: llama(128256, 2048, 8192, 16, 32, 8, tied=True),
+    "Llama 3.2, 3B": lambda: llama(128256, 3072, 8192, 28, 24, 8, tied=True),
+    "Llama 3, 8B": MODELS["Llama 3, 8B"][0],
+    "Llama 2, 13B": MODELS["Llama 2, 13B"][0],
+    "Llama 3, 70B": MODELS["Llama 3, 70B"][0],
+}
+LORA_RANK, LORA_TOKENS, CARDS = 16, 4096, (24, 48, 80)  # one block of 4,096 tokens at once; GB
+
+
+def lora_table() -> str:
+    fits = [f"fits in {gb} GB" for gb in CARDS]
+    lines = [f"| model | frozen weights | adapters | activations | sum | {' | '.join(fits)} | of 8 GPUs, fsdp |"]
+    lines.append("|" + " --- |" * (6 + len(CARDS)))
+    for name, make in LORA_MODELS.items():
+        with torch.device("meta"):
+            s = shape_of(make())
+        parts, shared = lora_memory(s, LORA_TOKENS, LORA_RANK), lora_memory(s, LORA_TOKENS, LORA_RANK, NODE)
+        said = ["yes" if sum(parts) <= gb * 1e9 * (1 - RESERVED / MEMORY) else "**no**" for gb in CARDS]
+        row = [name, *(f"{part / 1e9:.1f}" for part in parts), f"{sum(parts) / 1e9:.1f} GB", *said]
+        lines.append(f"| {' | '.join(row)} | {sum(shared) / 1e9:.1f} GB |")
+    return "\n".join(lines)
+
+
 def with_table(document: str) -> str:
-    """The document with the table between its marks."""
-    return re.sub(f"(?<={BEGIN}\n).*(?={END})", lambda _: f"\n{table()}\n\n", document, flags=re.DOTALL)
+    """The document with the tables between their marks."""
+    for begin, end, make in ((BEGIN, END, table), (LORA_BEGIN, LORA_END, lora_table)):
+        document = re.sub(f"(?<={begin}\n).*(?={end})", f"\n{make()}\n\n", document, flags=re.DOTALL)
+    return document

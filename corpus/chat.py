@@ -86,6 +86,29 @@ def render(
     return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str]]:
+    """Return the ids of tokens, and the texts, that end an answer in the chat template: at most one of each.
+
+    The token is the first added one, such as <|im_end|>, between an answer and the next question. The text is plain
+    text before it. White space alone does not end an answer: then the text is all before the next question, such as
+    "\\n### User:". Without a template, or if it has no place for these turns, both are empty.
+    """
+    turns = [{"role": role, "content": f"{MARK}{i}{MARK}"} for i, role in enumerate(("user", "assistant", "user"))]
+    try:
+        rendered = tokenizer.apply_chat_template([turns, turns[:2]], tokenize=False)
+    except TEMPLATE_ERRORS:
+        return [], []
+    if not all(f"{MARK}1{MARK}" in text for text in rendered):
+        return [], []
+    between, last = (text.rpartition(f"{MARK}1{MARK}")[2].partition(MARK)[0] for text in rendered)
+    tokens = {token: id for token, id in tokenizer.get_added_vocab().items() if token.strip() and token in between}
+    token = min(tokens, key=lambda token: (between.find(token), -len(token)), default="")
+    plain = between.partition(token)[0] if token else between
+    own = commonprefix([plain, last])  # noqa: RUF071
+    text = (own if own.strip() else plain).rstrip()
+    return [tokens[token]] if token else [], [text] if text else []
+
+
 def _without(text: str, end: str) -> str:
     return text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text
 

@@ -1,14 +1,17 @@
 """Tokenize documents: each document's own tokens, however long it is, and which of them carry loss."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import UserError, require, warn
-from corpus.chat import CHAT_TEMPLATE
+from corpus.chat import CHAT_TEMPLATE, end_of_turn
 from corpus.cuts import Cutter
 from corpus.flags import TextConfig
 from corpus.records import Document, Documents
@@ -55,11 +58,51 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a generated text: the end of a document, and that of a turn in the chat template."""
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return list(dict.fromkeys(id for id in (end, *end_of_turn(tokenizer)[0]) if id is not None))
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_new: bool) -> None:
+    """Add the ids that end texts to the model's generation config, which is saved with it.
+
+    If the tokenizer ``is_new`` to the model, its special tokens replace those of both configs. The padding id of the
+    model's config stays, because some architectures count positions from it.
+    """
+    generation, ends = model.generation_config, end_ids(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if is_new else ():
+        for config in (generation, model.config) if name != "pad_token_id" else (generation,):
+            with suppress(StrictDataclassFieldValidationError):  # some configs must have an id
+                setattr(config, name, getattr(tokenizer, name))
+    own = generation.eos_token_id
+    ends = [*dict.fromkeys([*([own] if isinstance(own, int) else own or []), *ends])]
+    generation.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+
+
 def begin_of_text_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text, such as <s>; most add none or one."""
     plain, ids = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     count = next((i for i in range(len(ids) - len(plain) + 1) if ids[i : i + len(plain)] == plain), 0)
     return ids[:count]
+
+
+def num_text_bytes(tokenizer: PreTrainedTokenizerBase, token: int, previous: int | None = None) -> int:
+    """Return the UTF-8 bytes of text that a token stands for after ``previous``; special tokens stand for none.
+
+    They are exact for byte-level tokens and for byte fallback. Of another token they are the characters that it adds to
+    a decoded text, a space before it included.
+    """
+    name = tokenizer.convert_ids_to_tokens(token)
+    if token in tokenizer.all_special_ids:
+        return 0
+    if tokenizer.is_fast and b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__():
+        return len(name.encode() if name in tokenizer.get_added_vocab() else name)
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+        return 1
+    before = [] if previous is None else [previous]
+    shorter, longer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, token]))
+    return max(0, len(longer.encode()) - len(shorter.encode()))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

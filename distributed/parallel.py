@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from distributed.empty import materialize
 from modeling.architectures import layer_stacks
-from modeling.loading import materialize
 from modeling.loss import next_token_nll
-from modeling.precision import DTYPES
+from modeling.precision import DTYPES, autocast
 
 
 class NextTokenLoss(torch.nn.Module):
@@ -26,6 +26,14 @@ class NextTokenLoss(torch.nn.Module):
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         return next_token_nll(self.model, **batch)
+
+
+def has_unused_weights(model: PreTrainedModel, ids: torch.Tensor, precision: str) -> bool:
+    """Return whether a backward pass leaves a trained weight without a gradient. DDP would wait for it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with autocast(ids.device, precision):
+        nll = next_token_nll(model, ids, ids)
+    return any(gradient is None for gradient in torch.autograd.grad(nll, trained, allow_unused=True))
 
 
 def wrap_in_ddp(model: PreTrainedModel, has_unused_weights: bool) -> DistributedDataParallel:

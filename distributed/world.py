@@ -34,8 +34,8 @@ from transformers import PreTrainedModel
 from cli.errors import UserError, as_user_error, out_of_memory, require, warn
 from cli.flags import Range, flag
 from distributed import parallel
-from modeling.checks import PROBED_ATTRIBUTES, has_unused_weights
-from modeling.loading import materialize
+from distributed.empty import materialize
+from modeling.checks import PROBED_ATTRIBUTES
 from modeling.loss import next_token_nll
 from modeling.precision import autocast
 
@@ -217,7 +217,7 @@ class World:
                 self.on_all(work)
         else:
             materialize(model, device)
-            unused = self.broadcast(self.is_main and has_unused_weights(model, ids, precision))
+            unused = self.broadcast(self.is_main and parallel.has_unused_weights(model, ids, precision))
             self._ddp = parallel.wrap_in_ddp(model, unused)
         self._warm_up(model, ids, precision)
         self._alone = self.hosts  # from here on, no rank works alone for longer than --rank_timeout

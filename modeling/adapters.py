@@ -1,143 +1,115 @@
-"""Choose the weights that are trained: all, some, or LoRA adapters (Hu et al. 2021, through peft)."""
+"""Adapters, through peft: attach, load, save and merge them.
 
-import copy
-import hashlib
-import os
+peft replaces layers of the model in place, so the model keeps its class and the names of its weights. Its wrapper,
+which saves and merges adapters, is kept beside the model.
+"""
+
 import warnings
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Annotated
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from cli.errors import UserError, require, root_cause
-from cli.flags import Count, Range, flag
-from modeling.loading import import_peft, local_rows, split_revision
+from cli.errors import UserError, root_cause
+
+PREFIX = "base_model.model."  # before the names of a model's weights in an adapter
 
 
-@dataclass
-class LoraConfig:
-    title = "what is trained"
-
-    freeze: list[str] = flag([], "patterns of the names of parameters to freeze, such as 'transformer.wte*'")
-    lora_rank: Count | None = flag(None, "train LoRA adapters of this rank and freeze all weights; needs peft")
-    lora_alpha: Annotated[float, Range(above=0)] | None = flag(
-        None, "the adapters are scaled by lora_alpha / lora_rank (default: twice the rank)"
-    )
-    lora_dropout: Annotated[float, Range(least=0, below=1)] = flag(0.0, "dropout on the input of the adapters")
-    lora_targets: list[str] = flag(
-        [], "names of the layers that get adapters (default: all linear layers but the head)"
-    )
-
-    def rules(self) -> list[tuple[bool, str]]:
-        """Return (holds, message) for each rule that these flags must keep."""
-        lora_only = {
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "lora_targets": self.lora_targets,
-        }
-        given = ", ".join(f"--{name}" for name, value in lora_only.items() if value)
-        both = f"--freeze {' '.join(self.freeze)}: --lora_rank already freezes all weights. Remove --freeze."
-        return [
-            (bool(self.lora_rank) or not given, f"{given}: no effect without --lora_rank. Pass --lora_rank 8."),
-            (not (self.lora_rank and self.freeze), both),
-        ]
-
-
-def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
-    """Freeze the parameters of ``model`` whose names match one of ``patterns``.
-
-    Raise UserError if a pattern matches no parameter, or if no trainable parameter is left.
-    """
-    parameters = dict(model.named_parameters())
-    for pattern in patterns:
-        matching = [name for name in parameters if fnmatchcase(name, pattern)]
-        shown = ", ".join(list(parameters)[:3])
-        require(bool(matching), f"--freeze {pattern}: no parameter matches. Use a name such as {shown}.")
-        for name in matching:
-            parameters[name].requires_grad_(False)
-    trainable = any(parameter.requires_grad for parameter in parameters.values())
-    require(trainable, f"--freeze {' '.join(patterns)}: no parameter is left to train. Remove a pattern.")
-
-
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Freeze ``model`` and add trainable adapters to its linear layers, in place.
-
-    Raise UserError if peft is not installed or ``config.lora_targets`` does not fit the model.
-    """
-    peft = import_peft(f"--lora_rank {config.lora_rank}")
-    targets = f"--lora_targets {' '.join(config.lora_targets)}"
-    adapter = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_targets or "all-linear",
-        exclude_modules=None if config.lora_targets else _incompatible_layers(model),
-    )
+def import_peft(source: str) -> Any:
+    """Return the module peft. Raise UserError, which begins with ``source``, if it is not installed."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft detects GPT-2's transposed weights itself
-            model.add_adapter(adapter)
-    except ValueError as error:
-        fix = "Use names from model.named_modules(), or remove --lora_targets."
-        raise UserError(f"{targets}: {root_cause(error)}. {fix}") from error
-    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.tie_word_embeddings and any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in embeddings):
-        raise UserError(f"{targets}: embedding and head share one matrix, and an adapter would change both. Remove it.")
-    # The saved adapter names its base model. An absolute path is found from any working directory.
-    base, revision = split_revision(model.name_or_path)
-    saved = model.peft_config["default"]
-    saved.base_model_name_or_path, saved.revision = os.path.abspath(base) if os.path.exists(base) else base, revision
+        import peft
+    except ImportError as error:
+        fix = "Run pip install -r requirements-lora.txt."
+        raise UserError(f"{source}: an adapter needs peft, which is not installed. {fix}") from error
+    return peft
+
+
+def attach(model: PreTrainedModel, config: Any) -> Any:
+    """Add the adapter that a peft config describes to the layers of ``model``, in place. Return peft's wrapper."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on what peft sets right by itself, such as GPT-2's transposed weights
+        wrapper = import_peft("an adapter").get_peft_model(model, config)
+    vars(model)["adapter"] = wrapper  # an attribute, and no submodule of its own part
+    return wrapper
+
+
+def adapter_of(model: PreTrainedModel) -> Any | None:
+    """Return peft's wrapper of a model with an adapter, or None."""
+    return vars(model).get("adapter")
+
+
+def load_adapter(model: PreTrainedModel, directory: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Add the adapter of a directory, with its weights, to its base model, in place.
+
+    The embeddings grow if the adapter was made for more tokens. Raise ValueError if the adapter is not in layers
+    alone, or if weights are missing or left over.
+    """
+    peft = import_peft("an adapter")
+    config = peft.PeftConfig.from_pretrained(directory, inference_mode=True)
+    embedding = next(name for name, layer in model.named_modules() if layer is model.get_input_embeddings())
+    tokens = config.to_dict().get("trainable_token_indices") or []
+    tokens = tokens.values() if isinstance(tokens, dict) else [tokens]
+    num_rows = max(len(weights.get(f"{PREFIX}{embedding}.weight", ())), 1 + max(chain(*tokens), default=0))
+    if num_rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)  # the new rows are the adapter's
+    ours = {*model.parameters()}
+    wrapper = attach(model, config)
+    forward = peft.tuners.tuners_utils.BaseTuner.forward
+    if type(wrapper.base_model).forward is not forward or getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(f"an adapter of type {_type_of(config)} changes more than layers")
+    new = {name: parameter for name, parameter in wrapper.named_parameters() if parameter not in ours}
+    for parameter in new.values() if model.dtype == torch.float32 else ():
+        parameter.data = parameter.data.float()  # a layer that is trained as a whole began as a copy in bfloat16
+    result = peft.set_peft_model_state_dict(wrapper, weights)
+    if wrong := [*result.unexpected_keys, *(new.keys() & {*result.missing_keys})]:
+        raise ValueError(f"weights of the adapter are missing or left over: {', '.join(sorted(wrong)[:3])}")
+
+
+def save_adapter(model: PreTrainedModel, directory: Path, trained: dict[str, torch.Tensor] | None = None) -> None:
+    """Save the adapter of ``model`` in the format of peft.
+
+    ``trained`` maps the names of the trained weights to whole tensors. It is needed if the model is sharded.
+    """
+    state = trained and {PREFIX + name: tensor for name, tensor in trained.items()}
+    adapter_of(model).save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+    model.generation_config.save_pretrained(directory)  # it may end texts with other tokens than the base model
 
 
 @torch.no_grad()
-def _incompatible_layers(model: torch.nn.Module) -> list[str]:
-    """Return the names of the linear layers that cannot hold an adapter.
+def merge_adapter(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+    """Merge the adapter of ``model`` into its weights, in place, and cast all weights to ``dtype``.
 
-    Llama 4's routers return more than one tensor. Mamba reads the weights of out_proj and dt_proj directly.
+    Each layer is merged in float32 and then cast, so that no second model is in memory. Raise UserError if peft cannot
+    merge this type of adapter.
     """
-    names = []
-    for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        incompatible = name.endswith((".out_proj", ".dt_proj")) and hasattr(parent, "conv1d")
-        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
-            incompatible = not torch.is_tensor(module(module.weight.new_zeros(1, module.in_features)))
-        if incompatible:
-            names.append(name)
-    return names
+    layer_type = import_peft("merging an adapter").tuners.tuners_utils.BaseTunerLayer
+    wrapper, merged = vars(model).pop("adapter"), set()
+    # Embedding and head may share one matrix. If one of them is adapted, the merged model has two.
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    adapted = [layer for layer in layers if isinstance(layer, layer_type)]
+    if adapted:
+        adapted[0].get_base_layer().weight = torch.nn.Parameter(adapted[0].get_base_layer().weight.clone())
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    try:
+        for layer in [*wrapper.modules()]:
+            if isinstance(layer, layer_type) and layer not in merged:
+                layer.float()
+                parts = [part for part in layer.modules() if isinstance(part, layer_type)]  # one for each parameter
+                for part in parts:
+                    part.merge()
+                layer.to(dtype)
+                merged |= {*parts}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # layers that are merged already, or an embedding that is no longer tied
+            wrapper.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        problem = f"an adapter of type {_type_of(wrapper.active_peft_config)} cannot be merged ({root_cause(error)})"
+        raise UserError(f"--model: {problem}. Use a LoRA adapter.") from error
+    model.to(dtype)
 
 
-def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a plain copy of ``model`` whose weights are W + B A alpha / rank. ``model`` itself does not change."""
-    LoraLayer = import_peft("merging an adapter").tuners.lora.LoraLayer
-    plain, merged = copy.deepcopy(model), []
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and not name.startswith(tuple(merged)):
-            layer = plain.get_submodule(name)
-            # peft adapts single parameters too, such as the stacked weights of experts.
-            if hasattr(layer, "unload_and_optionally_merge_module"):
-                base = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            else:
-                layer.merge()
-                base = layer.get_base_layer()
-            plain.set_submodule(name, base)
-            merged.append(f"{name}.")
-    plain._hf_peft_config_loaded = False  # otherwise save_pretrained would save the adapter alone
-    return plain
-
-
-def frozen_digest(model: torch.nn.Module) -> int:
-    """Return a digest of this rank's rows of the frozen weights, or 0 if all weights are trained.
-
-    Each row is hashed with its parameter's name and its number. The digest is the sum of these hashes modulo 2^256, as
-    in AdHash (Bellare and Micciancio 1997). So the digests of all ranks have the same sum for any number of shards.
-    """
-    total = 0
-    for name, parameter in model.named_parameters():
-        rows, first = local_rows(parameter)
-        for number, row in enumerate([] if parameter.requires_grad else torch.atleast_1d(rows), first):
-            content = row.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            total += int.from_bytes(hashlib.sha256(f"{name} {number} ".encode() + content).digest())
-    return total % 2**256
+def _type_of(config: Any) -> str:
+    return getattr(config.peft_type, "value", config.peft_type)

@@ -1,6 +1,7 @@
 """Properties of an architecture: how it becomes causal, its positions, its layers, its arithmetic."""
 
 import math
+import re
 import warnings
 from collections.abc import Collection
 
@@ -13,6 +14,7 @@ from cli.errors import require, warn
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # decoders only if their config says so
 # The architectures that transformers 5 has dropped. 4.57.6 was the last release with them.
 DROPPED = ("mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet")
+WINDOW = re.compile(r"(window(_size|_len)?|att(entio)?n_chunk_(size|length)|local_attention)$")
 
 
 @torch.no_grad()
@@ -64,19 +66,16 @@ def make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_bloc
 
 
 def generate_as_trained(model: PreTrainedModel) -> None:
-    """Make XLNet and XLM predict from the last token, as in training. Their own code appends a mask token."""
+    """Make XLNet and XLM predict from the last token, as in training. Their own code appends a mask token.
+
+    They get no attention mask, because XLNet cannot batch it. So prompts of one length alone share a batch.
+    """
     if model.config.model_type in ("xlnet", "xlm"):
-        model.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-        }
+        model.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {"input_ids": input_ids}
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on: layers keep only their inputs and compute the rest again in the backward pass.
-
-    Raise UserError if the architecture does not support it.
-    """
+    """Switch gradient checkpointing on: layers keep only their inputs. Raise UserError if it is not supported."""
     kind = model.config.model_type
     unsupported = f"--gradient_checkpointing: {kind} does not support it. Remove it."
     require(model.supports_gradient_checkpointing, unsupported)
@@ -103,31 +102,24 @@ def num_weights(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
-    """Return the FLOPs per token of a forward and backward pass, or None if the formula does not apply.
-
-    They are 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B): N parameters, L layers, H heads of width Q,
-    blocks of T tokens. The formula does not hold for mixtures of experts, for layers with a limited attention span, or
-    for frozen weights.
-    """
-    config = model.config.get_text_config(decoder=True)
-    values = config.to_dict()
-    layers, heads, width, head_width = (
-        values.get(config.attribute_map.get(name, name))
-        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim")
-    )
-    mixed = set(values.get("layer_types") or ()) - {"full_attention"} or any("experts" in name for name in values)
-    if mixed or not isinstance(layers, int) or not all(parameter.requires_grad for parameter in model.parameters()):
-        return None
-    attention = 12 * layers * heads * (head_width or width / heads) * block_size if isinstance(heads, int) else 0
-    return 6 * model.num_parameters() + attention
+def num_rows(model: PreTrainedModel) -> int:
+    """Return the number of tokens that the embedding holds, also if peft wraps it."""
+    return len(model.get_input_embeddings().weight)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the largest sequence length in tokens, or None if the architecture sets no limit."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter is MPT's
     for name, module in model.named_modules():
-        # RoBERTa's family counts positions from the padding id on, which costs padding_idx + 1 of them.
+        # RoBERTa's family counts positions from the padding id on. ProphetNet also embeds the position after the last.
         if isinstance(module, torch.nn.Embedding) and "position" in name and module.padding_idx is not None:
-            limit = min(limit or module.num_embeddings, module.num_embeddings - module.padding_idx - 1)
+            unused = module.padding_idx + 1 + (config.model_type == "prophetnet")
+            limit = min(limit or module.num_embeddings, module.num_embeddings - unused)
     return limit if limit and limit > 0 else None
+
+
+def smallest_window(model: PreTrainedModel) -> int | None:
+    """Return the smallest number of tokens that a layer attends to, or None if the config names no window."""
+    values = model.config.get_text_config(decoder=True).to_dict().items()
+    return min((size for name, size in values if WINDOW.search(name) and type(size) is int and size > 0), default=None)

@@ -32,7 +32,9 @@ def should_compile(choice: str, model: PreTrainedModel, flops: float) -> bool:
     # On a CPU compiling takes half a minute. Steps then take 2% (DistilGPT2) to 15% (SmolLM2) less time.
     seconds, rate = (1800, torch.get_num_threads() * 2.5e11) if on_cpu else (600, 1e14)
     is_long = flops > seconds * rate
-    return choice == "on" or (choice == "auto" and can_compile and is_long and model._can_compile_fullgraph)
+    return choice == "on" or (
+        choice == "auto" and can_compile and is_long and getattr(model, "_can_compile_fullgraph", False)
+    )
 
 
 def compile_layers(model: PreTrainedModel, block_size: int) -> None:

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,17 +23,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cli.errors import UserError, require, root_cause, warn
 from cli.hub import find_hub, split_revision
+from modeling.adapters import import_peft, load_adapter
 from modeling.architectures import DROPPED, generate_as_trained, make_causal
+from modeling.precision import set_dtypes
 
 WEIGHTS_FIX = "Use a Hub id, or a directory with config.json and model.safetensors."
+ADAPTER_FIX = "Use an adapter of layers, such as LoRA, with adapter_config.json and adapter_model.safetensors."
 
 
 @contextmanager
@@ -107,33 +106,85 @@ def read_config(name: str, flag_name: str, overrides: dict[str, Any]) -> PreTrai
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
     """Put the weights of models that are made here on device meta, without memory. Buffers keep their values."""
-    register = torch.nn.Module.register_parameter
 
-    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
+    def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None  # registered as it is, so that tied weights stay one
+        return torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    torch.nn.Module.register_parameter = register_on_meta
+    handle = register_module_parameter_registration_hook(on_meta)
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register
+        handle.remove()
 
 
-def load_pretrained(
-    name: str, settings: PreTrainedConfig | None = None, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """Return the model of a Hub id (with an optional @revision) or a directory, on the CPU in ``dtype``.
+def stored_tensors(name: str) -> dict[str, tuple[str, list[int], str]]:
+    """Return file, shape and dtype, such as "BF16", of each tensor in the safetensors of a Hub id or a directory."""
+    repo_id, revision = split_revision(name)
+    missing, held = {"_raise_exceptions_for_missing_entries": False}, {}
+    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
+        files = [cached_file(repo_id, SAFE_WEIGHTS_NAME, revision=revision, **missing)]
+        if index := files[0] is None and cached_file(repo_id, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **missing):
+            files, _ = get_checkpoint_shard_files(repo_id, index, revision=revision)
+        for file in filter(None, files):
+            with safe_open(file, "pt") as content:
+                for key in content.keys():  # noqa: SIM118
+                    tensor = content.get_slice(key)
+                    held[key] = file, tensor.get_shape(), tensor.get_dtype()
+    return held
 
-    ``settings`` replaces its config. For an adapter that peft saved, the base model is loaded first. Only safetensors
-    are read, because a pickle can run code. Raise UserError if there is no such model.
+
+def stored_dtype(name: str) -> torch.dtype:
+    """Return bfloat16 if all weights of a model, or of an adapter's base model, are stored in it, else float32."""
+    _, base = find_adapter(name)
+    dtypes = {dtype for _, _, dtype in stored_tensors(base or name).values() if "F" in dtype}
+    return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
+
+
+def find_adapter(name: str) -> tuple[Path | None, str]:
+    """Return the adapter_config.json of an adapter and the name of its base model, or (None, "") for another model.
+
+    A base model that is a relative path is found from the working directory, or from a directory above the adapter's.
     """
     repo_id, revision = split_revision(name)
     with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
-        adapter = find_adapter_config_file(repo_id, revision=revision)
+        found = find_adapter_config_file(repo_id, revision=revision)
+    if not found:
+        return None, ""
+    import_peft(f"--model {name}")
+    with loading(f"--model {name}", "adapter", ADAPTER_FIX):
+        config = json.loads(Path(found).read_text(encoding="utf-8"))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    require(bool(base), f"--model {name}: adapter_config.json has no base_model_name_or_path. Set it to a model.")
+    paths = (parent / base for parent in (Path(), *Path(found).resolve().parents))
+    base = next((str(path) for path in paths if path.exists()), base)
+    return Path(found), f"{base}@{revision}" if revision else base
+
+
+def load_pretrained(
+    name: str,
+    settings: PreTrainedConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    linear: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Return the model of a Hub id (with an optional @revision) or a directory, on the CPU in ``dtype``.
+
+    ``settings`` replaces its config. With ``linear``, which is its `stored_dtype`, the weights of linear layers keep
+    that dtype, and all else is float32. For an adapter that peft saved, the base model is loaded first. Only
+    safetensors are read, because a pickle can run code. Raise UserError if there is no such model.
+    """
+    repo_id, revision = split_revision(name)
+    adapter, base = find_adapter(name)
     if adapter:
-        return _load_adapter(name, Path(adapter), dtype)
+        model = load_pretrained(base, None, dtype, linear)
+        with loading(f"--model {name}", "adapter", ADAPTER_FIX):
+            weights = load_file(cached_file(repo_id, "adapter_model.safetensors", revision=revision))
+            load_adapter(model, adapter.parent, weights)
+            with suppress(OSError):  # an adapter may end texts with other tokens than its base model
+                model.generation_config = GenerationConfig.from_pretrained(repo_id, revision=revision)
+        return model
     if settings is None:
         settings = read_config(name, "--model", {})
         make_causal(settings)
@@ -142,7 +193,8 @@ def load_pretrained(
             repo_id,
             config=settings,
             revision=revision,
-            dtype=dtype,  # the default of transformers 5 is the dtype of the checkpoint
+            dtype=linear or dtype,  # the default of transformers 5 is the dtype of the checkpoint
+            attn_implementation=attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -153,104 +205,20 @@ def load_pretrained(
         raise UserError(f"--model {name}: {key} is {shapes}. {WEIGHTS_FIX}")
     if missing := sorted(report["missing_keys"]):
         warn(f"{name} lacks {len(missing)} weights, now newly initialized: {', '.join(missing[:4])} ...")
+    if linear:
+        _make_buffers_again(model)
+        set_dtypes(model, linear)
     model.name_or_path = name  # an adapter records the revision of its base model
     generate_as_trained(model)
     return model
 
 
-def find_rows(model: PreTrainedModel, name: str) -> Callable[[], None] | None:
-    """Return a function that fills the weights of ``model``, when it is sharded, with the rows that each rank holds.
-
-    ``model`` is empty, and ``name`` a Hub id or a directory. Return None if its files do not hold the weights as they
-    are: if transformers would convert, initialize, tie or untie some of them.
-    """
-    repo_id, revision = split_revision(name)
-    held: dict[str, tuple[str, list[int]]] = {}
-    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
-        if find_adapter_config_file(repo_id, revision=revision):
-            return None
-        missing = {"_raise_exceptions_for_missing_entries": False}
-        files = [cached_file(repo_id, SAFE_WEIGHTS_NAME, revision=revision, **missing)]
-        if index := files[0] is None and cached_file(repo_id, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **missing):
-            files, _ = get_checkpoint_shard_files(repo_id, index, revision=revision)
-        for file in filter(None, files):
-            with safe_open(file, "pt") as content:
-                held |= {key: (file, content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
-
-    prefix, places = f"{model.base_model_prefix}.", {}
-    once = {key for key, _ in chain(model.named_parameters(), model.named_buffers())}
-    for key, tensor in model.state_dict().items():
-        stored = key if key in held else key.removeprefix(prefix)
-        file, shape = held.get(stored, (None, None))
-        if (shape == list(tensor.shape)) != (key in once):
-            return None
-        places |= {key: (file, stored)} if key in once else {}
-    converts = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model, add_legacy=False))
-    return None if converts or hasattr(model.config, "quantization_config") else partial(_read, model, name, places)
-
-
-@torch.no_grad()
-def _read(model: PreTrainedModel, name: str, places: dict[str, tuple[str, str]]) -> None:
-    """Fill this rank's rows of each weight. ``places`` maps a weight's name to its file and its name in the file."""
-    state = model.state_dict()
-    with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
-        for key, (file, stored) in places.items():
-            rows, first = local_rows(state[key])
-            with safe_open(file, "pt") as content:
-                whole = content.get_slice(stored)
-                rows.copy_(whole[first : first + len(rows)] if rows.ndim else whole[...])
-        with suppress(OSError):  # most models on the Hub have one
-            repo_id, revision = split_revision(name)
-            model.generation_config = GenerationConfig.from_pretrained(repo_id, revision=revision)
-    generate_as_trained(model)
-
-
-def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return this rank's rows of a tensor, and the number of the first of them.
-
-    The tensor is sharded in dimension 0, or not sharded: then all its rows are returned.
-    """
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    rows_per_rank = -(-len(tensor) // tensor.device_mesh.size())
-    return tensor.to_local(), min(len(tensor), rows_per_rank * tensor.device_mesh.get_local_rank())
-
-
-def _load_adapter(name: str, config_file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the base model of an adapter with the adapter in it. ``config_file`` is its adapter_config.json."""
-    peft = import_peft(f"--model {name}")
-    repo_id, revision = split_revision(name)
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    base, base_revision = config.get("base_model_name_or_path"), config.get("revision")
-    require(bool(base), f"--model {name}: adapter_config.json has no base_model_name_or_path. Set it to a model.")
-    model = load_pretrained(f"{base}@{base_revision}" if base_revision else base, dtype=dtype)
-    fix = "Use a directory with adapter_config.json and adapter_model.safetensors."
-    with loading(f"--model {name}", "adapter", fix):
-        weights = load_file(cached_file(repo_id, "adapter_model.safetensors", revision=revision))
-        conversions = vars(model).get("_weight_conversions")
-        model.load_adapter(peft_config=peft.PeftConfig.from_pretrained(config_file.parent), adapter_state_dict=weights)
-        model._weight_conversions = conversions  # the adapter's would rename the weights of the model when it is saved
-    return model
-
-
-def import_peft(source: str) -> Any:
-    """Return the module peft. Raise UserError, which begins with ``source``, if it is not installed."""
-    try:
-        import peft
-    except ImportError as error:
-        fix = "Run pip install -r requirements-lora.txt."
-        raise UserError(f"{source}: an adapter needs peft, which is not installed. {fix}") from error
-    return peft
-
-
-def materialize(module: torch.nn.Module, device: torch.device) -> None:
-    """Move a module to ``device``. A weight on device meta gets uninitialized memory, a tied weight only once."""
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter.is_meta:
-                empty = torch.empty_like(parameter, device=device)
-                made.setdefault(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
-                setattr(part, name, made[parameter])
-    module.to(device)
+def _make_buffers_again(model: PreTrainedModel) -> None:
+    """Give the buffers that no file holds, such as scales of embeddings, the values that they have in float32."""
+    with torch.random.fork_rng(devices=[]), weights_on_meta():  # adapters draw the same numbers with it and without
+        fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
+    stored = model.state_dict()
+    for name, buffer in fresh.named_buffers():
+        if name not in stored:
+            module, _, key = name.rpartition(".")
+            setattr(model.get_submodule(module), key, buffer)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import product
 from typing import Literal
 
 import torch
@@ -9,8 +10,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, masking_utils
 
-from modeling.linear_cross_entropy import IGNORED_LABEL, LinearCrossEntropy, linear_cross_entropy
+from cli.errors import require
+from modeling.linear_cross_entropy import IGNORED_LABEL, LinearCrossEntropy, linear_cross_entropy, transform_logits
 
+# Settings that change the output of the head: a factor or divisor, and a soft cap.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+IDENTITY = (1.0, None)  # the scale and the cap of most heads
 SHORT_BLOCK = 128  # tokens; on a CPU, plain attention is the fastest up to this length
 
 
@@ -20,6 +26,7 @@ def next_token_nll(
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     reduction: Literal["sum", "none"] = "sum",
+    loss_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the negative log-likelihood in nats of each label given the tokens before it, in float32.
 
@@ -28,34 +35,51 @@ def next_token_nll(
     attends to none before it (see `check_isolated`).
 
     The model's own ``labels=`` loss is never used. It is a mean, which gradient accumulation cannot add up, and ten
-    architectures forget the shift. If the logits are a linear function of the hidden states, they are computed in
-    chunks. In training, a mixture of experts with output_router_logits in its config adds its router loss.
+    architectures forget the shift. The logits are computed in chunks if `linear_head` finds the head. For float16,
+    ``loss_scale`` is the scale that the GradScaler multiplies the result by; without it the logits are whole. In
+    training, a mixture of experts with output_router_logits in its config adds its router loss.
     """
-    head = linear_head(model) if reduction == "sum" or not torch.is_grad_enabled() else None
-    device = input_ids.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.half:
-        head = None  # its gradients are computed before the GradScaler can keep them in the range of float16
-    bare_head = replace_forward(head, lambda hidden: hidden) if head else nullcontext()
+    device, has_gradient = input_ids.device.type, torch.is_grad_enabled()
+    is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.half
+    # A chunk's gradients are computed in the forward pass. float16 would round them to 0 if they were not scaled yet.
+    loss_scale = loss_scale if is_half else None
+    in_chunks = not has_gradient or (reduction == "sum" and is_half == (loss_scale is not None))
+    head = linear_head(model) if in_chunks else None
+    seen: list[torch.Tensor] = []  # by the head: its input, which it returns as it is
+    bare_head = replace_forward(head, lambda hidden: seen.append(hidden) or hidden) if head else nullcontext()
     isolation = nullcontext() if position_ids is not None else skip_packing_detection()
     with isolation, attention_kernel(model, input_ids), bare_head:
         output = model(input_ids=input_ids, use_cache=False, **isolation_inputs(model, position_ids))
     logits = output.logits  # (batch, sequence, vocabulary); with a bare head the hidden states (batch, sequence, width)
+    if head and model.logit_transform != IDENTITY:
+        (logits,) = seen  # not as the model has scaled and capped them
     if head is None:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting the labels saves a copy of the logits
         nll = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction=reduction
         )
     else:
-        operands = logits[:, :-1].flatten(0, 1), head.weight, head.bias, labels[:, 1:].flatten()
-        if torch.is_grad_enabled():
-            nll = LinearCrossEntropy.apply(*operands)
+        bias = getattr(head, "bias", None)  # peft's wrapper has none
+        operands = logits[:, :-1].flatten(0, 1), head.weight, bias, labels[:, 1:].flatten(), *model.logit_transform
+        if has_gradient:
+            nll = LinearCrossEntropy.apply(*operands, loss_scale)
         else:
             nll = linear_cross_entropy(*operands)[0]
             nll = nll.sum() if reduction == "sum" else nll
-    if model.training and (router_loss := getattr(output, "aux_loss", None)) is not None:
-        weight = model.config.get_text_config(decoder=True).router_aux_loss_coef
-        nll = nll + weight * router_loss * (labels[:, 1:] != IGNORED_LABEL).sum()  # from a mean to a sum
+    if (router_loss := getattr(output, "aux_loss", None)) is not None:
+        weight = router_loss_weight(model)  # in evaluation too, so that `check_model` fails and not the first step
+        if model.training:
+            nll = nll + weight * router_loss * (labels[:, 1:] != IGNORED_LABEL).sum()  # from a mean to a sum
     return nll
+
+
+def router_loss_weight(model: PreTrainedModel) -> float:
+    """Return the weight of the router loss, from the config or the model. Raise UserError if neither has one."""
+    places = product((model.config.get_text_config(decoder=True), model), ("router_aux_loss_coef", "aux_loss_coef"))
+    weights = [getattr(place, name) for place, name in places if hasattr(place, name)]
+    unknown = f"output_router_logits: {model.config.model_type} has no router_aux_loss_coef"
+    require(bool(weights), f"{unknown}. Set output_router_logits to false in its config.")
+    return weights[0]
 
 
 def count_predicted(labels: torch.Tensor) -> int:
@@ -92,9 +116,12 @@ def isolation_inputs(model: PreTrainedModel, position_ids: torch.Tensor | None) 
 
 @contextmanager
 def skip_packing_detection() -> Iterator[None]:
-    """Stop transformers from looking for packed sequences, for which it would wait for the device."""
-    detect = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    """Stop transformers from looking for packed sequences, for which it would wait for the device.
+
+    No argument does that. If a new version has another name for it, a step is slower and nothing else changes.
+    """
+    detect = getattr(masking_utils, "find_packed_sequence_indices", None)
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:
         yield
     finally:
@@ -113,7 +140,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def replace_forward(head: torch.nn.Linear, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def replace_forward(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Replace the forward pass of ``head`` for the time of the context."""
     head.forward = forward
     try:
@@ -122,17 +149,25 @@ def replace_forward(head: torch.nn.Linear, forward: Callable[[torch.Tensor], tor
         del head.forward
 
 
-def linear_head(model: torch.nn.Module) -> torch.nn.Linear | None:
-    """Return the output embedding if it is linear and its output is the logits, with no soft cap or scale after it.
+def linear_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the output embedding if it is linear and the logits are `transform_logits` of its output, else None.
 
-    The model is probed once: the head returns known values, and they must be the logits.
+    The model is probed once: the head returns known values. The scale and the cap that turn them into the logits are
+    stored as ``model.logit_transform``. It is None if the config has no such values.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(head) is not torch.nn.Linear or "forward" in vars(head) or head._forward_hooks:
+    linear = getattr(head, "original_module", head)  # peft wraps a head that it trains
+    if type(linear) is not torch.nn.Linear or "forward" in vars(head) or head._forward_hooks:
         return None
-    if "has_linear_head" not in vars(model):
+    if "logit_transform" not in vars(model):
         ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-        known = torch.linspace(-1e3, 1e3, ids.numel() * head.out_features, device=ids.device).view(1, 2, -1)
+        known = torch.linspace(-1e3, 1e3, 2 * linear.out_features, device=ids.device).view(1, 2, -1)
         with torch.no_grad(), evaluating(model), replace_forward(head, lambda _: known.clone()):
-            model.has_linear_head = torch.equal(model(input_ids=ids, use_cache=False).logits, known)
-    return head if model.has_linear_head else None
+            logits = model(input_ids=ids, use_cache=False).logits
+        values = vars(model.config.get_text_config(decoder=True))
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and value}
+        scales, caps = ([numbers[name] for name in names if name in numbers] for names in (SCALES, CAPS))
+        transforms = product((1.0, *scales, *(1 / scale for scale in scales)), (None, *caps))
+        fits = (each for each in transforms if torch.allclose(logits, transform_logits(known, *each), atol=0))
+        model.logit_transform = next(fits, None) if logits.shape == known.shape else None
+    return head if model.logit_transform else None

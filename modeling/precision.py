@@ -6,17 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cli.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Dense bfloat16 FLOP/s from the datasheets, by the words in a device's name. The first that fits counts.
-PEAK_FLOPS = {
-    "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
-}  # fmt: skip
 
 
 def select_device() -> torch.device:
@@ -27,13 +23,6 @@ def select_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or the number of threads of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a device by PyTorch's name for it, or None if unknown, as for a MIG slice."""
-    words = set(device_name.replace("-", " ").split())
-    fitting = (peak for name, peak in PEAK_FLOPS.items() if words.issuperset(name.split()) and "MIG" not in words)
-    return next(fitting, None)
 
 
 def keep_freed_memory(device_type: str = "cpu") -> None:
@@ -74,3 +63,26 @@ def resolve_precision(precision: Precision, device: torch.device, shards: bool =
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Return the context for forward passes in ``precision``. Master weights stay float32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+@torch.no_grad()
+def set_dtypes(model: PreTrainedModel, linear: torch.dtype, only_frozen: bool = False) -> None:
+    """Make the weights of linear layers ``linear``, and all other weights and buffers float32.
+
+    With ``only_frozen``, linear weights that are trained are float32, too. Autocast casts linear weights to bfloat16 in
+    each forward pass. If they hold bfloat16 numbers already, loss and gradients are the same bits without that cast. A
+    tied weight stays float32, because the embedding is not cast.
+    """
+    kinds: dict[torch.nn.Parameter, set[tuple[type, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kinds.setdefault(parameter, set()).add((type(module), name))
+    casts = {(torch.nn.Linear, "weight"), (Conv1D, "weight")}
+    for parameter, held in kinds.items():
+        is_kept = held <= casts and not (only_frozen and parameter.requires_grad)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(linear if is_kept else torch.float32)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+    model.config.dtype = torch.float32

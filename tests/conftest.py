@@ -134,6 +134,20 @@ def tiny_gpt2(vocab_size: int, dropout: float = 0.0, n_positions: int = 64) -> G
     return GPT2LMHeadModel(config)
 
 
+@torch.no_grad()
+def chain_gpt2(vocab_size: int, successors: dict[int, int], otherwise: int) -> GPT2LMHeadModel:
+    """Return a GPT-2 that says the successor of the last token, and ``otherwise`` after all others."""
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": vocab_size, "n_inner": 8, "n_positions": 512}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, tie_word_embeddings=False, **sizes)).eval()
+    for name, weight in model.named_parameters():
+        weight.fill_("ln" in name and name.endswith("weight"))
+    model.transformer.wte.weight.copy_(torch.eye(vocab_size))
+    for token in range(vocab_size):
+        model.lm_head.weight[successors.get(token, otherwise), token] = 1
+    return model
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"

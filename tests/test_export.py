@@ -1,18 +1,22 @@
 """Export: an adapter is merged, the dtype is chosen, and a revision of the Hub is exported."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from conftest import run_script, tiny_gpt2
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.errors import UserError
 from export import export
-from modeling.adapters import LoraConfig, add_lora
+from modeling.adapters import save_adapter
 from modeling.loading import load_pretrained
+from modeling.trained import LoraConfig, add_lora
 
 PROMPT = ["--prompt", "the model", "--greedy", "--max_new_tokens", 8]
 
@@ -28,7 +32,7 @@ def adapter(model_dir, tokenizer, tmp_path_factory):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1, generator=generator)
-    model.save_pretrained(path)
+    save_adapter(model, path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -44,10 +48,9 @@ def logits(model):
 
 def test_an_adapter_becomes_a_plain_model(adapter, model_dir, tmp_path):
     done = run_script("export.py", "--model", adapter, "--out", "new/merged", cwd=tmp_path, fresh=True)
-    assert (done.returncode, done.stderr) == (
-        0,
-        "",
-    ) and done.stdout == f"new/merged: {adapter} in fp32, adapter merged\n"
+    assert (done.returncode, done.stderr) == (0, "") and re.fullmatch(
+        rf"new/merged: {adapter} in fp32, adapter merged, [\d.,]+ MB\n", done.stdout
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new/merged")
     assert (
         merged.dtype == torch.float32
@@ -74,9 +77,8 @@ def test_the_dtype_is_that_of_the_merged_weights(name, dtype, adapter, tmp_path)
 def test_a_plain_model_is_converted(model_dir, tmp_path):
     for out, source, flags in (("copy", model_dir, ()), ("half", "copy", ("--dtype", "bf16")), ("back", "half", ())):
         done = run_script("export.py", "--model", source, "--out", out, *flags, cwd=tmp_path)
-        assert done.returncode == 0 and done.stdout == f"{out}: {source} in {flags[-1] if flags else 'fp32'}\n", (
-            done.stderr
-        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"{out}: {source} in {flags[-1] if flags else 'fp32'}, ")
     before, copy, back = (weights(path) for path in (model_dir, tmp_path / "copy", tmp_path / "back"))
     assert before.keys() == copy.keys() and all(torch.equal(before[key], copy[key]) for key in before)
     assert all(torch.equal(back[key], before[key].bfloat16().float()) for key in before)
@@ -136,3 +138,23 @@ def test_a_revision_of_the_hub(model_dir, tokenizer, text_file, tmp_path):
     old, new, merged = (weights(tmp_path / name)["transformer.wte.weight"] for name in ("old", "new", "merged"))
     assert torch.equal(old, weights(model_dir)["transformer.wte.weight"]) and not torch.equal(old, new)
     assert torch.equal(merged, old)
+
+
+def test_size_loss_and_card(adapter, text_file, tmp_path):
+    """The loss is of the directory that was written, which plain transformers reads."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    card = "---\nlicense: mit\nlibrary_name: peft\nbase_model: someone/base\n---\n# Notes\n"
+    (tmp_path / "adapter/README.md").write_text(card)
+    measured = run_script("perplexity.py", "--model", "adapter", "--files", text_file, "--block_size", 64, cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    loss = float(re.search("loss: (.*)", measured.stdout)[1])
+    flags = ("--model", "adapter", "--files", text_file, "--dtype", "bf16", "--out", "small")
+    done = run_script("export.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "small").iterdir()) / 1e6
+    before, after = map(float, re.search("loss: (.*) before, (.*) after", done.stdout).groups())
+    assert f", {size:.1f} MB\n" in done.stdout and before == pytest.approx(loss, abs=1e-6)
+    assert 0 < abs(after - before) < 0.1
+    saved = ModelCard.load(tmp_path / "small/README.md").data
+    assert (saved.library_name, saved.license, saved.base_model) == ("transformers", "mit", "someone/base")
+    assert (tmp_path / "small/generation_config.json").exists() and (tmp_path / "small/tokenizer.json").exists()

@@ -4,18 +4,23 @@ import pty
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, run_script, tiny_gpt2
+from architectures import GUIDE, MOE, SIZES, TODAY
+from chat_families import make_tokenizer
+from conftest import ROOT, chain_gpt2, run_script, tiny_gpt2
 from texts import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-import generate as generate_module
+from cli import printer
 from cli.errors import UserError
+from cli.printer import Printer
 from corpus.chat import CHAT_TEMPLATE
-from generate import Printer, SamplingConfig, end_with_turns, generate
+from corpus.tokenize import end_ids
+from generate import GenerateConfig, SamplingConfig, generate, read_prompts, respond
 from modeling.loading import load_pretrained
 
 PROMPTS = ["the model", "a", "token text of loss learns writes", "def return (self) :", "x = 1 \n"]
@@ -103,13 +108,11 @@ def test_what_is_streamed_is_what_is_returned(kind, tokenizer, capsys):
 
 
 def test_streaming_a_long_text_decodes_a_few_tokens_at_a_time(tokenizer, monkeypatch, capsys):
-    model, lengths, decode = tiny_gpt2(len(tokenizer), n_positions=256).eval(), [], generate_module._decode
-    monkeypatch.setattr(
-        generate_module, "_decode", lambda _, ids: [lengths.append(len(ids)), decode(tokenizer, ids)][1]
-    )
+    model, lengths, decode = tiny_gpt2(len(tokenizer), n_positions=256).eval(), [], printer.decode
+    monkeypatch.setattr(printer, "decode", lambda _, ids: [lengths.append(len(ids)), decode(tokenizer, ids)][1])
     (text,) = generate(model, tokenizer, ["the model"], SamplingConfig(max_new_tokens=200), Printer(tokenizer))
     assert capsys.readouterr().out == text + "\n"
-    assert max(lengths[:-2]) < 60  # the last two decode the returned text
+    assert len(lengths) > 100 and max(lengths) < 60
 
 
 def test_samples_differ_and_a_seed_repeats_them(model, tokenizer):
@@ -179,14 +182,111 @@ def test_a_chat_keeps_the_conversation(model, tokenizer, tmp_path):
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer):
-    speaker, model = copy.deepcopy(tokenizer), tiny_gpt2(len(tokenizer))
+    speaker = copy.deepcopy(tokenizer)
     speaker.chat_template = CHAT_TEMPLATE
-    end_with_turns(model, speaker)
-    assert set(model.generation_config.eos_token_id) == {0}
+    assert end_ids(speaker) == [0]
     speaker.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     speaker.chat_template = CHAT_TEMPLATE.replace("eos_token or sep_token", "'<|im_end|>\\n'")
-    end_with_turns(model, speaker)
-    assert set(model.generation_config.eos_token_id) == {0, speaker.convert_tokens_to_ids("<|im_end|>")}
+    end = speaker.convert_tokens_to_ids("<|im_end|>")
+    assert end_ids(speaker) == [0, end]
+    model = chain_gpt2(len(speaker), {}, otherwise=end)
+    generate(model, speaker, ["the"], SamplingConfig(max_new_tokens=9, greedy=True), counter := Counter())
+    assert counter.tokens == 1
+
+
+USER_BOT = (
+    "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'BOT: ' }}{{ m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'BOT>' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}</turn>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "stop"), [(USER_BOT, "\nUSER:"), (MARKED, "</turn>")])
+def test_a_turn_that_ends_in_plain_text_ends_there(template, stop, capsys):
+    """Each letter is a token. The model says a word, the stop, and "xxx" without end."""
+    speaker, question = make_tokenizer(template), [{"role": "user", "content": "a"}]
+    prompt = speaker.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    said = speaker(prompt[-1] + "Hi" + stop)["input_ids"]
+    assert len({*said}) == len(said), "the chain would be a loop"
+    model = chain_gpt2(len(speaker), dict(pairwise(said)), otherwise=speaker.convert_tokens_to_ids("x"))
+    config = GenerateConfig(chat=True, greedy=True, max_new_tokens=30)
+    messages = respond(model, speaker, ["a"], config, [], stream=True)
+    assert messages[-1] == {"role": "assistant", "content": "Hi"}
+    assert capsys.readouterr().out == "Hi\n"
+
+
+def test_prompts_are_split_at_line_ends_alone(tmp_path):
+    lines = ["a\fb", "c\u2028d", "e\x85f\x1cg", "h\ri"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\n".join([lines[0], lines[1] + "\r", "", *lines[2:], ""]).encode())
+    assert read_prompts(GenerateConfig(prompts_file=str(path))) == lines
+    stdin = os.dup(0)
+    try:
+        with open(path) as file:
+            os.dup2(file.fileno(), 0)
+        assert read_prompts(GenerateConfig()) == lines
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+
+
+LEAKS = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 20,
+    "num_beams": 2,
+    "num_return_sequences": 2,
+    "stop_strings": ["e"],
+    "max_length": 3,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 6,
+    "suppress_tokens": [*range(10, 200)],
+    "begin_suppress_tokens": [*range(10, 200)],
+    "do_sample": True,
+    "top_k": 3,
+}
+
+
+@pytest.mark.parametrize("leaks", [*({name: value} for name, value in LEAKS.items()), LEAKS], ids=[*LEAKS, "all"])
+def test_settings_of_the_file_change_nothing(leaks, model, tokenizer, tmp_path):
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        before = len(ids)
+        while len(ids) < before + 12 and (len(ids) == before or ids[-1] != 0):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[before:], skip_special_tokens=True))
+    leaky = copy.deepcopy(model)
+    for name, value in leaks.items():
+        setattr(leaky.generation_config, name, value)
+    settings = leaky.generation_config.to_dict()
+    assert generate(leaky, tokenizer, PROMPTS, GREEDY) == expected
+    assert generate(leaky, tokenizer, PROMPTS[:1], GREEDY) == expected[:1]
+    assert leaky.generation_config.to_dict() == settings  # a run saves it
+
+
+JETMOE = {"kv_channels": 8, "num_key_value_heads": 2, **MOE}
+DBRX = {"d_model": 32, "n_heads": 2, "n_layers": 2, "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4}}
+DBRX |= {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}
+BATCHED = {name: (GUIDE | TODAY)[name] for name in ("GIT", "Mixtral", "Qwen2-MoE", "gpt-oss")}
+BATCHED |= {"JetMoE": ("jetmoe", SIZES | JETMOE), "DBRX": ("dbrx", DBRX)}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_batched_text_equals_alone(name, tokenizer):
+    """GIT sees its pads from the second step on. The others have routers with a loss of their own."""
+    kind, sizes = BATCHED[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes | {"vocab_size": len(tokenizer), "initializer_range": 0.5})
+    config.output_router_logits = name != "GIT"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    together = generate(model, tokenizer, PROMPTS, GREEDY)
+    assert together == [generate(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS]
+    assert len({*together}) > 1
 
 
 def test_no_finished_run(tmp_path):

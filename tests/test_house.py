@@ -15,7 +15,7 @@ PACKAGES = {"cli": 0, "corpus": 1, "modeling": 1, "distributed": 2, "training": 
 IMPORTS = {
     "train": {"data", "model", "generate", "perplexity"},
     "perplexity": {"data", "model"},
-    "export": {"model"},
+    "export": {"data", "perplexity"},
     "generate": {"model"},
 }
 FILES = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(f for p in PACKAGES for f in sorted((ROOT / p).rglob("*.py")))]

@@ -1,11 +1,14 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_script, tiny_gpt2
+from texts import FAMILIES
 
-from corpus.tokenize import tokenize
+from corpus.tokenize import num_text_bytes, tokenize
+from corpus.tokens import token_ids
 from data import group_texts, make_loader
 from modeling.loading import load_pretrained
 from perplexity import evaluate, perplexity
@@ -82,7 +85,8 @@ def test_command(model_dir, text_file, model, tokenizer, tmp_path):
     assert list(values) == ["tokens", "loss", "perplexity", "bits_per_byte"]
     assert values["tokens"] == len(ids) - math.ceil(len(ids) / 32)
     assert values["perplexity"] == pytest.approx(math.exp(values["loss"]), rel=1e-4)
-    bits = values["loss"] * values["tokens"] / math.log(2) / len(text_file.read_bytes())
+    num_bytes = len(text_file.read_bytes()) - sum(len(tokenizer.decode([id]).encode()) for id in ids[::32] if id)
+    bits = values["loss"] * values["tokens"] / math.log(2) / num_bytes
     assert values["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     assert done.stderr == ""
 
@@ -97,3 +101,27 @@ def test_an_evaluation_that_fails_leaves_the_model_in_its_mode(blocks, tokenizer
     with pytest.raises(MemoryError):
         evaluate(model, make_loader(blocks, 2), between_batches=fail)
     assert model.training
+
+
+@pytest.mark.parametrize("family", ["byte-level", "metaspace", "wordpiece"])
+def test_bits_per_byte_do_not_depend_on_the_block_size(family, rows, tokenizer):
+    """If each token costs its bytes, a byte costs the same whatever is not predicted."""
+    if family != "byte-level":
+        tokenizer = FAMILIES[family]()
+        tokenizer.eos_token = "</s>"
+    stream = tokenize(rows, tokenizer)
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    ids = [tokenizer.eos_token_id, *token_ids(stream[:]).tolist()]
+    whole = [num_text_bytes(tokenizer, b, a) for a, b in pairwise(ids)]
+    assert sum(whole) == pytest.approx(stream.num_bytes, rel=0 if family == "byte-level" else 0.05)
+    found = []
+    for size, stride, isolated in ((4, None, False), (16, None, True), (64, None, False), (64, 16, False)):
+        blocks = group_texts(stream, size, stride, isolated)
+        cost = 0
+        for ids, labels in (
+            (blocks[i]["input_ids"].tolist(), blocks[i]["labels"].tolist()) for i in range(len(blocks))
+        ):
+            pairs = zip(pairwise(ids), labels[1:], strict=True)
+            cost += sum(num_text_bytes(tokenizer, b, a) for (a, b), label in pairs if label != -100 and b not in ends)
+        found.append(cost / blocks.num_predicted_bytes(tokenizer))
+    assert max(found) / min(found) <= (1 + 1e-9 if family == "byte-level" else 1.03), found

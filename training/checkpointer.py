@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cli.errors import UserError
 from distributed.parallel import full_tensor, reshard
-from modeling.saving import FILE_SIZE, save_sharded
+from distributed.saving import FILE_SIZE, save_sharded
+from modeling.adapters import adapter_of, save_adapter
 from training import atomic, checkpoint
 from training.log import EVALUATION, RunLog, evaluations
 from training.model_card import model_card
@@ -117,6 +118,8 @@ class BestModel:
         def write(directory: Path) -> None:
             if world.shards:
                 save_sharded(model, directory, full_tensor, writes=True)
+            elif adapter_of(model):
+                save_adapter(model, directory)
             else:
                 model.save_pretrained(directory, max_shard_size=FILE_SIZE)
             self._tokenizer.save_pretrained(directory)

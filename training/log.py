@@ -4,7 +4,9 @@ Another tracker is a class with the methods of `TensorBoard` and an entry in TRA
 """
 
 import json
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from cli.errors import SaveError, drop_output, root_cause, save_advice, warn
+from modeling.loading import stored_tensors
 from training.atomic import write_file
 from training.state import TrainState
 
@@ -237,3 +240,17 @@ def duration(seconds: float) -> str:
 
 def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
     write_file(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def print_paths(directory: Path) -> None:
+    """Print where the model and the curves of a run are, and the commands that use them."""
+    python, model = Path(sys.executable), directory / "model"
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    python, logs, quoted = (shlex.quote(str(path)) for path in (python, directory.parent, model))
+    num_bytes = sum(path.stat().st_size for path in model.iterdir())
+    shapes = [shape for _, shape, _ in stored_tensors(str(model)).values()]
+    in_bf16 = f"--dtype bf16     ({2 * sum(map(math.prod, shapes)) / 1e6:,.1f} MB)"
+    print(f"model     {model} ({num_bytes / 1e6:,.1f} MB{'' if shapes else ', an adapter'})")
+    print(f"export    {python} export.py --model {quoted} --out DIR {in_bf16 if shapes else '    (a plain model)'}")
+    print(f"curves    {python} -m tensorboard.main --logdir {logs}     (or: make tensorboard)")
+    print(f'next      {python} generate.py --model {quoted} --prompt "..."')

@@ -13,8 +13,9 @@ from cli.errors import require, warn
 from corpus.preview import preview
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
-from modeling.architectures import flops_per_token, position_limit
-from modeling.precision import device_name, peak_flops
+from modeling.architectures import position_limit
+from modeling.precision import device_name
+from training.flops import flops_per_token, peak_flops
 from training.monitor import Throughput
 from training.state import TrainState
 

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from cli.flags import AnyPath, Count, flag
 from cli.hub import check_login, push
 from distributed.world import World
 from training import atomic, checkpoint
-from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step
+from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step, print_paths
 from training.model_card import versions
 from training.state import TrainState, make_moments, trained_weights
 
@@ -219,12 +218,7 @@ class Run:
         model = self.directory / "model"
         if self.config.push_to_hub:
             print(f"uploaded  {push(model, self.config.push_to_hub)}")
-        python = Path(sys.executable)
-        python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-        python, logs, quoted = (shlex.quote(str(path)) for path in (python, self.directory.parent, model))
-        print(f"model     {model}")
-        print(f"curves    {python} -m tensorboard.main --logdir {logs}     (or: make tensorboard)")
-        print(f'next      {python} generate.py --model {quoted} --prompt "..."')
+        print_paths(self.directory)
 
     def _check_directory(self) -> bool:
         """Return whether the directory holds a run. Raise UserError if a new one must not go there."""

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from test_distributed import cwd, flags, read_jsonl, run_ranks, tiny_gpt2  # noqa: F401 a fixture
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from modeling.loading import find_rows, weights_on_meta
+from distributed.empty import find_rows
+from modeling.loading import weights_on_meta
 
 READING = """
 import sys
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from cli.errors import run_script
 from distributed.parallel import full_tensor
 from distributed.world import DistributedConfig, World
-from modeling.loading import find_rows, load_pretrained, read_config, weights_on_meta
+from distributed.empty import find_rows
+from modeling.loading import load_pretrained, read_config, weights_on_meta
 
 
 def main():
@@ -122,14 +124,14 @@ def test_no_rank_loads_the_whole_model_and_frozen_shards_are_those_of_one_proces
     ("broken", "codes", "said"),
     [
         ("PreTrainedModel.save_pretrained = fail", [5, 5], "sharded/model: cannot be saved ([Errno 28] No space left"),
-        ("if os.environ['RANK'] == '1': loading.local_rows = fail", [2, 2], "error: rank 1: --model base:"),
+        ("if os.environ['RANK'] == '1': empty.local_rows = fail", [2, 2], "error: rank 1: --model base:"),
     ],
 )
 def test_a_failure_of_one_rank_is_that_of_all_and_not_a_lost_connection(cwd, tokenizer, broken, codes, said):  # noqa: F811
     tiny_gpt2(len(tokenizer)).save_pretrained(cwd / "base")
     tokenizer.save_pretrained(cwd / "base")
     (cwd / "broken.py").write_text(
-        "import errno, os, train\nfrom modeling import loading\nfrom transformers import PreTrainedModel\n"
+        "import errno, os, train\nfrom distributed import empty\nfrom transformers import PreTrainedModel\n"
         "def fail(*args, **options):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
         f"{broken}\ntrain.run_script(train.main)\n"
     )

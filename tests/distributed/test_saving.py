@@ -16,15 +16,19 @@ from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 from cli.errors import run_script
 from distributed.parallel import full_tensor
 from distributed.world import DistributedConfig, World
-from modeling import saving
+from distributed import saving
 from modeling.loading import weights_on_meta
-from modeling.adapters import LoraConfig, add_lora
+from modeling.adapters import adapter_of, save_adapter
+from modeling.precision import set_dtypes
+from modeling.trained import LoraConfig, add_lora
 
 GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 101}
 MIXTRAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
            "intermediate_size": 48, "num_local_experts": 3, "vocab_size": 101, "max_position_embeddings": 16}
+LLAMA = {**MIXTRAL, "tie_word_embeddings": False}
+del LLAMA["num_local_experts"]
 CASES = {"gpt2": ("gpt2", GPT2), "mixtral": ("mixtral", MIXTRAL), "files": ("mixtral", MIXTRAL),
-         "buffers": ("gpt2", GPT2), "lora": ("gpt2", GPT2)}
+         "buffers": ("gpt2", GPT2), "lora": ("gpt2", GPT2), "lora and bf16": ("llama", LLAMA)}
 
 
 def main():
@@ -41,18 +45,20 @@ def main():
                 model.register_buffer("scale", torch.tensor(2.5))
             saving.FILE_SIZE = "20KB" if name == "files" else "2GB"
             expected, directory = Path("one") / name, Path("ranks") / name
-            if name == "lora":
-                for parameter in model.parameters():
-                    parameter.requires_grad_(False)
-                add_lora(model, LoraConfig(lora_rank=4))
+            if "lora" in name:
+                add_lora(model, LoraConfig(lora_rank=4), [99, 100])
+                set_dtypes(model, torch.bfloat16 if "bf16" in name else torch.float32, only_frozen=True)
                 if world.is_main:
                     for parameter in model.parameters():
                         if parameter.requires_grad:
                             torch.nn.init.normal_(parameter)
             if world.is_main:
-                model.save_pretrained(expected, max_shard_size=saving.FILE_SIZE)
+                if adapter_of(model):
+                    save_adapter(model, expected)
+                else:
+                    model.save_pretrained(expected, max_shard_size=saving.FILE_SIZE)
                 directory.mkdir(parents=True)
-            model = world.parallelize(model, torch.device("cpu"), "fp32", 8)
+            model = world.parallelize(model, torch.device("cpu"), "bf16" if "bf16" in name else "fp32", 8)
             largest = []
 
             def counted(tensor):
@@ -81,7 +87,7 @@ def saved(tmp_path_factory):
     return cwd
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "files", "buffers", "lora"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "files", "buffers", "lora", "lora and bf16"])
 def test_a_sharded_model_is_saved_as_in_one_process(saved, name):
     """Of several files the tensors may be shared out otherwise: views of one storage count twice in one process."""
     (ours, our_json), (theirs, their_json) = (content(saved / where / name) for where in ("ranks", "one"))

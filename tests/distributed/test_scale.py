@@ -7,7 +7,8 @@ from conftest import ROOT, start_ranks
 from benchmarks import formulas, scale
 from modeling.architectures import recompute_activations
 from modeling.loss import next_token_nll
-from modeling.precision import autocast
+from modeling.precision import autocast, set_dtypes
+from modeling.trained import LoraConfig, add_lora
 
 TINY = {"layers": 3, "width": 64, "vocabulary": 1000, "length": 64, "batch": 2}
 
@@ -67,6 +68,24 @@ def test_activations_are_what_autograd_keeps(kind, strategy, checkpointing):
     assert saved_bytes(model, ids) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_holds_and_keeps_what_the_formulas_say(checkpointing):
+    for tied in (False, True):
+        model = formulas.llama(500, 128, 320, 4, 4, 2, tied).train()
+        s, ids = formulas.shape_of(model), torch.randint(500, (2, 256))
+        add_lora(model, LoraConfig(lora_rank=8))
+        set_dtypes(model, torch.bfloat16, only_frozen=True)
+        frozen, trained = ([p for p in model.parameters() if p.requires_grad is kind] for kind in (False, True))
+        assert sum(p.nbytes for p in frozen) == formulas.frozen_bytes(s)
+        assert sum(p.numel() for p in trained) == formulas.adapter_parameters(s, 8)
+        if checkpointing:
+            recompute_activations(model)
+        expected = formulas.lora_kept_bytes(s, ids.numel(), 8, checkpointing)
+        if checkpointing:  # without the layer that is computed again
+            expected -= formulas.lora_layer_bytes(s, ids.numel(), 8)
+        assert saved_bytes(model, ids) == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "ranks, strategy, precision, micro_batches",
     [
@@ -115,7 +134,7 @@ from benchmarks.formulas import gpt2
 from cli.errors import run_script
 from distributed import parallel
 from distributed.world import DistributedConfig, World
-from modeling import saving
+from distributed import saving
 from modeling.precision import keep_freed_memory
 from training import checkpoint
 

@@ -7,9 +7,10 @@ import torch
 from architectures import GUIDE, TODAY
 
 from model import ModelConfig, load_config, load_model
-from modeling.adapters import LoraConfig, add_lora, merge_adapters
+from modeling.adapters import merge_adapter, save_adapter
 from modeling.architectures import DROPPED
 from modeling.loading import load_pretrained
+from modeling.trained import LoraConfig, add_lora
 
 NAMES = {name: given for name, given in {**GUIDE, **TODAY}.items() if given[0] not in (*DROPPED, "cpmant")}
 
@@ -37,8 +38,9 @@ def test_adapters(name, tokenizer, tmp_path):
                 parameter.normal_(std=0.1)
     adapted = logits(model)
     assert (adapted - plain).abs().max() > 1e-3
-    model.save_pretrained(tmp_path / "adapter")
-    merge_adapters(model).save_pretrained(tmp_path / "merged")
+    save_adapter(model, tmp_path / "adapter")
+    merge_adapter(model)
+    model.save_pretrained(tmp_path / "merged")
     for directory, tolerance in (("adapter", 1e-6), ("merged", 1e-4)):
         again = logits(load_pretrained(str(tmp_path / directory)))
         torch.testing.assert_close(again, adapted, rtol=tolerance, atol=tolerance)

@@ -13,6 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from modeling.adapters import adapter_of, save_adapter
+
 FILE_SIZE = "2GB"  # at most, unless one tensor is larger
 
 
@@ -22,9 +24,9 @@ def save_sharded(model: PreTrainedModel, directory: Path, full_tensor: Callable,
     ``full_tensor`` returns a whole tensor on the rank that writes, and None on the others. The rank that writes holds
     one file and one layer at a time. An error of its disk is raised after the last tensor, for which the others wait.
     """
-    if model._hf_peft_config_loaded:
+    if adapter_of(model):
         trained = {name: full_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
-        return model.save_pretrained(directory, state_dict=trained) if writes else None
+        return save_adapter(model, directory, trained) if writes else None
 
     state = model.state_dict()
     for name in model._keys_to_ignore_on_save or ():
