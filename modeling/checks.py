@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +105,8 @@ def check_isolated(model: PreTrainedModel, block_size: int, precision: str = "fp
         for model.isolated_by in (["position_ids"], ["attention_mask"], ["attention_mask", "position_ids"]):
             if "attention_mask" in model.isolated_by and (smallest_window(model) or math.inf) < block_size:
                 break  # the mask would replace those of the windows, which may be too long for a probe
+            if not signature(model.forward).parameters.keys() >= set(model.isolated_by):
+                continue  # Marian ignores what it does not know, and if it ignores its tokens, too, no probe shows that
             try:
                 logits = model(input_ids=ids, use_cache=False, **isolation_inputs(model, positions)).logits
             except (TypeError, ValueError, RuntimeError, IndexError, AssertionError):  # the model takes no such input

@@ -589,6 +589,14 @@ def test_a_document_does_not_see_the_one_before_it_in_its_block(kind, way):
             torch.testing.assert_close(packed[name], alone[name], rtol=1e-4, atol=1e-5)
 
 
+def test_an_input_that_the_model_ignores_isolates_nothing():
+    model = of_the_suite("Marian")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-6)  # positions hide its tokens, as after a few steps
+    check_isolated(model, 24)
+    assert model.isolated_by == ["attention_mask"]
+
+
 WINDOWED = {"Cohere2": "sliding_window", "EXAONE 4": "sliding_window", "Gemma 2": "sliding_window"}
 WINDOWED |= {
     "Gemma 3": "sliding_window",
