@@ -81,11 +81,16 @@ class Blocks(Dataset):
         return with_prefix(self._begin, ids, positions)
 
     def num_predicted_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return the UTF-8 bytes of the text with loss, without the first tokens of blocks, which nothing predicts."""
+        """Return the UTF-8 bytes of the text with loss, without the first tokens of blocks, which nothing predicts.
+
+        The end-of-text token that is put behind a document is no text.
+        """
         num_bytes, previous = self.stream.num_bytes, None
-        for ids, positions in map(self.tokens, range(len(self))):
+        for number in range(self.total):
+            ids, positions = self.tokens(number)
             for place in [0] if positions is None else (positions == 0).nonzero()[0]:
-                if ids[place] >= 0:
+                start = number * self.stride + place
+                if ids[place] >= 0 and self.stream.positions(start, start + 2)[-1]:  # not the last of its document
                     num_bytes -= num_text_bytes(tokenizer, int(ids[place]), None if place else previous)
             previous = int(token_ids(ids[-1]))
         return num_bytes

@@ -88,20 +88,18 @@ def begin_of_text_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def num_text_bytes(tokenizer: PreTrainedTokenizerBase, token: int, previous: int | None = None) -> int:
-    """Return the UTF-8 bytes of text that a token stands for after ``previous``; special tokens stand for none.
+    """Return the UTF-8 bytes of text that a token stands for after ``previous``. An end of turn stands for its name.
 
     They are exact for byte-level tokens and for byte fallback. Of another token they are the characters that it adds to
     a decoded text, a space before it included.
     """
     name = tokenizer.convert_ids_to_tokens(token)
-    if token in tokenizer.all_special_ids:
-        return 0
-    if tokenizer.is_fast and b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__():
+    if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
         return len(name.encode() if name in tokenizer.get_added_vocab() else name)
     if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
         return 1
-    before = [] if previous is None else [previous]
-    shorter, longer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, token]))
+    before = [] if previous in (None, *tokenizer.all_special_ids) else [previous]
+    shorter, longer = (tokenizer.decode(ids) for ids in (before, [*before, token]))
     return max(0, len(longer.encode()) - len(shorter.encode()))
 
 

@@ -22,9 +22,10 @@ def needs_padding(settings: PreTrainedConfig) -> bool:
     """Return whether the model fails without a padding id. RoBERTa's family counts positions from it."""
     if getattr(type(settings)(), "pad_token_id", None) is None:
         return False
+    options = {"attn_implementation": None, "trust_remote_code": False}  # a config may name a kernel of the Hub
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(settings, trust_remote_code=False)(input_ids=torch.zeros(1, 2).long())
+            AutoModelForCausalLM.from_config(settings, **options)(input_ids=torch.zeros(1, 2).long())
     except (TypeError, AttributeError):
         return True
     except Exception:  # another fault, which loading the real model reports, or an operation that needs data

@@ -21,6 +21,7 @@ from cli.printer import Printer
 from corpus.chat import CHAT_TEMPLATE
 from corpus.tokenize import end_ids
 from generate import GenerateConfig, SamplingConfig, generate, read_prompts, respond
+from modeling.architectures import generate_as_trained, make_causal
 from modeling.loading import load_pretrained
 
 PROMPTS = ["the model", "a", "token text of loss learns writes", "def return (self) :", "x = 1 \n"]
@@ -272,18 +273,25 @@ def test_settings_of_the_file_change_nothing(leaks, model, tokenizer, tmp_path):
 JETMOE = {"kv_channels": 8, "num_key_value_heads": 2, **MOE}
 DBRX = {"d_model": 32, "n_heads": 2, "n_layers": 2, "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4}}
 DBRX |= {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}
-BATCHED = {name: (GUIDE | TODAY)[name] for name in ("GIT", "Mixtral", "Qwen2-MoE", "gpt-oss")}
+BATCHED = {
+    name: (GUIDE | TODAY)[name] for name in ("GIT", "RecurrentGemma", "XLNet", "Mixtral", "Qwen2-MoE", "gpt-oss")
+}
 BATCHED |= {"JetMoE": ("jetmoe", SIZES | JETMOE), "DBRX": ("dbrx", DBRX)}
 
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_batched_text_equals_alone(name, tokenizer):
-    """GIT sees its pads from the second step on. The others have routers with a loss of their own."""
+    """GIT sees its pads from the second step on, and RecurrentGemma before a single token. XLNet cannot batch a mask.
+
+    The others have routers with a loss of their own.
+    """
     kind, sizes = BATCHED[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **sizes | {"vocab_size": len(tokenizer), "initializer_range": 0.5})
-    config.output_router_logits = name != "GIT"
+    config.output_router_logits = name not in ("GIT", "RecurrentGemma", "XLNet")
+    make_causal(config)
     model = AutoModelForCausalLM.from_config(config).eval()
+    generate_as_trained(model)
     together = generate(model, tokenizer, PROMPTS, GREEDY)
     assert together == [generate(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS]
     assert len({*together}) > 1

@@ -1,12 +1,17 @@
 import math
 from itertools import pairwise
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, tiny_gpt2
-from texts import FAMILIES
+from chat_families import CHATML, IM, make_tokenizer
+from conftest import run_script, talk, tiny_gpt2
+from texts import FAMILIES, plain, read_rows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from corpus.flags import TextConfig
 from corpus.tokenize import num_text_bytes, tokenize
 from corpus.tokens import token_ids
 from data import group_texts, make_loader
@@ -112,7 +117,7 @@ def test_bits_per_byte_do_not_depend_on_the_block_size(family, rows, tokenizer):
     stream = tokenize(rows, tokenizer)
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     ids = [tokenizer.eos_token_id, *token_ids(stream[:]).tolist()]
-    whole = [num_text_bytes(tokenizer, b, a) for a, b in pairwise(ids)]
+    whole = [num_text_bytes(tokenizer, b, a) for a, b in pairwise(ids) if b not in ends]
     assert sum(whole) == pytest.approx(stream.num_bytes, rel=0 if family == "byte-level" else 0.05)
     found = []
     for size, stride, isolated in ((4, None, False), (16, None, True), (64, None, False), (64, 16, False)):
@@ -125,3 +130,25 @@ def test_bits_per_byte_do_not_depend_on_the_block_size(family, rows, tokenizer):
             cost += sum(num_text_bytes(tokenizer, b, a) for (a, b), label in pairs if label != -100 and b not in ends)
         found.append(cost / blocks.num_predicted_bytes(tokenizer))
     assert max(found) / min(found) <= (1 + 1e-9 if family == "byte-level" else 1.03), found
+
+
+def test_bytes_of_a_conversation_have_its_ends_of_turns():
+    """They are special tokens, but text: only the end-of-text token behind a document has no bytes."""
+    tokenizer = make_tokenizer(CHATML, *IM)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*IM]})
+    table = datasets.Dataset.from_list([{"said": talk("ab", "c" * i) + talk("d", "é" * i)} for i in range(1, 20)])
+    stream = tokenize(read_rows(table, TextConfig(text_column="said")), tokenizer)
+    assert set(IM) <= set(tokenizer.all_special_tokens)
+    for size in (2, 3, 4, 64):
+        blocks = group_texts(stream, size)
+        labels = [label for i in range(len(blocks)) for label in blocks[i]["labels"][1:].tolist() if label >= 0]
+        text = [label for label in labels if label != tokenizer.eos_token_id]
+        assert sum(num_text_bytes(tokenizer, label) for label in text) == blocks.num_predicted_bytes(tokenizer)
+
+
+def test_bytes_with_a_tokenizer_that_has_no_decoder():
+    words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "the": 2, "of": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    blocks = group_texts(tokenize(plain(["the of the of the"]), tokenizer), 4)
+    assert blocks.num_predicted_bytes(tokenizer) == len(" of the of")

@@ -21,7 +21,7 @@ from model import ModelConfig, load_config, load_model, load_tokenizer
 from modeling.architectures import make_causal, position_limit, smallest_window
 from modeling.checks import check_causal, check_isolated, check_model, probing
 from modeling.linear_cross_entropy import linear_cross_entropy
-from modeling.loading import load_pretrained
+from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import attention_kernel, count_predicted, isolation_inputs, linear_head, next_token_nll
 from modeling.precision import autocast, resolve_precision
 from modeling.trained import LoraConfig, add_lora
@@ -686,5 +686,10 @@ def test_an_attention_that_the_config_names_is_not_used(name, model_dir, tmp_pat
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, load_pretrained(str(model_dir))(ids).logits)
+    kind, sizes = GUIDE["RoBERTa"]  # it is tried without a padding id
+    scratch = {"model_type": kind, **sizes, "vocab_size": 320, "pad_token_id": None, "attn_implementation": name}
+    (tmp_path / "scratch.json").write_text(json.dumps(scratch))
+    config = ModelConfig(model_config=str(tmp_path / "scratch.json"))
+    load_config(config, load_tokenizer_by_name(str(model_dir), "--model"), 16)
     (fault,) = [words for holds, words in ModelConfig(model="a", attn_implementation="a/b").rules() if not holds]
     assert fault.startswith("--attn_implementation a/b: a kernel of the Hub runs code of its own. Use sdpa")
