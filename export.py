@@ -1,9 +1,7 @@
 """Export a model: merge its adapter into its weights, and choose their dtype.
 
-    python export.py --model runs/lora/model --out merged                # an adapter becomes a plain model
-    python export.py --model runs/x/model --out small --dtype bf16       # half the bytes
-
-The directory also holds tokenizer, generation config and card. It is written completely or not at all.
+python export.py --model runs/lora/model --out merged                # an adapter becomes a plain model
+python export.py --model runs/x/model --out small --dtype bf16       # half the bytes
 """
 
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from cli.flags import AnyPath, flag, parse
 from data import make_loader
 from modeling.adapters import adapter_of, merge_adapter
 from modeling.architectures import position_limit
+from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name, stored_dtype
 from modeling.precision import DTYPES, select_device
 from perplexity import PerplexityConfig, evaluate, load_blocks
@@ -27,9 +26,10 @@ class ExportConfig:
     title = "export"
 
     model: AnyPath | None = flag(None, "Hub id[@revision] or directory of a model or an adapter")
-    out: AnyPath | None = flag(None, "a new directory")
+    out: AnyPath | None = flag(None, "a new directory, also for tokenizer, generation config and card")
     dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "dtype of the saved weights")
     files: list[AnyPath] = flag([], "text on which to print the loss before and after")
+    text_column: str = flag("text", "the column of --files with the text, or a template")
 
     def rules(self) -> list[tuple[bool, str]]:
         return [
@@ -41,11 +41,9 @@ class ExportConfig:
 
 def export(model, tokenizer, directory: Path, dtype: str = "fp32", card=None) -> None:
     """Merge the adapter of ``model`` in float32, cast it to ``dtype``, and save it. Both change ``model`` in place."""
-    if adapter_of(model):
-        merge_adapter(model, DTYPES[dtype])
-    model.to(DTYPES[dtype])
-    too_large = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    require(not too_large, f"--dtype {dtype}: {too_large} is not finite in it. Use bf16 or fp32.")
+    merge_adapter(model, DTYPES[dtype])
+    too_large = next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
+    require(not too_large, f"--dtype {dtype}: {too_large} is not finite in it. Use bf16, fp32 or another model.")
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
@@ -56,24 +54,26 @@ def export(model, tokenizer, directory: Path, dtype: str = "fp32", card=None) ->
     write_directory(directory, write, sum(weight.nbytes for weight in model.parameters()))
 
 
-def loss_of(name: str, files: list[str], tokenizer) -> float:
-    """Return the mean loss of a model in float32, in nats per predicted token of the files."""
+def loss_of(name: str, config: ExportConfig, tokenizer) -> float:
+    """Return the mean loss of a model in float32, in nats per predicted token of --files."""
     model = load_pretrained(name).to(select_device())
-    blocks = load_blocks(PerplexityConfig(files=files, block_size=min(128, position_limit(model) or 128)), tokenizer)
-    return evaluate(model, make_loader(blocks, 8))[0]
+    text = PerplexityConfig(files=config.files, text_column=config.text_column)
+    text.block_size = min(text.block_size, position_limit(model) or text.block_size)
+    check_model(model, tokenizer, text.block_size)
+    return evaluate(model, make_loader(load_blocks(text, tokenizer), 8))[0]
 
 
 def main() -> None:
     config, _ = parse(ExportConfig, __doc__)
     tokenizer = load_tokenizer_by_name(config.model, "--model")
-    before = config.files and loss_of(config.model, config.files, tokenizer)
+    before = config.files and loss_of(config.model, config, tokenizer)
     model = load_pretrained(config.model, linear=stored_dtype(config.model))
     merged = ", adapter merged" if adapter_of(model) else ""
     export(model, tokenizer, Path(config.out), config.dtype, stored_card(config.model))
     megabytes = sum(path.stat().st_size for path in Path(config.out).iterdir()) / 1e6
     print(f"{config.out}: {config.model} in {config.dtype}{merged}, {megabytes:,.1f} MB")
     if config.files:
-        print(f"loss: {before:.6f} before, {loss_of(config.out, config.files, tokenizer):.6f} after")
+        print(f"loss: {before:.6f} before, {loss_of(config.out, config, tokenizer):.6f} after")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def build_model(
     if compiled is None or config.compile != "auto":
         flops = 6 * model.num_parameters() * config.batch_size * config.block_size * num_steps / world.size
         compiled = world.on_main(lambda: should_compile(config.compile, model, flops))
-    set_special_tokens(model, tokenizer, is_new=bool(config.tokenizer))
+    set_special_tokens(model, tokenizer, bool(config.tokenizer), kept=_overrides(config.model_overrides))
     model.is_compiled = compiled
     if compiled:
         compile_layers(model, config.block_size)

@@ -107,7 +107,7 @@ def main() -> None:
     tokenizer = load_tokenizer_by_name(config.model, "--model")
     blocks = load_blocks(config, tokenizer)
     model = load_pretrained(config.model).to(device)
-    check_model(model, tokenizer, config.block_size, blocks.isolate_documents)
+    check_model(model, tokenizer, config.block_size, blocks.isolate_documents, precision)
 
     loss, num_tokens = evaluate(model, make_loader(blocks, config.batch_size), precision)
     print(f"tokens: {num_tokens}")

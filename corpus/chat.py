@@ -87,11 +87,11 @@ def render(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str]]:
-    """Return the ids of tokens, and the texts, that end an answer in the chat template: at most one of each.
+    """Return the id of the token, or else the text, that ends an answer in the chat template, each as a list.
 
-    The token is the first added one, such as <|im_end|>, between an answer and the next question. The text is plain
-    text before it. White space alone does not end an answer: then the text is all before the next question, such as
-    "\\n### User:". Without a template, or if it has no place for these turns, both are empty.
+    The token is the first added one, such as <|im_end|>, between an answer and the next question. If there is none, the
+    text is what the template puts behind an answer. If that is white space alone, it is all before the next question,
+    such as "\\n### User:". Without a template, or if it has no place for these turns, both lists are empty.
     """
     turns = [{"role": role, "content": f"{MARK}{i}{MARK}"} for i, role in enumerate(("user", "assistant", "user"))]
     try:
@@ -102,11 +102,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str
         return [], []
     between, last = (text.rpartition(f"{MARK}1{MARK}")[2].partition(MARK)[0] for text in rendered)
     tokens = {token: id for token, id in tokenizer.get_added_vocab().items() if token.strip() and token in between}
-    token = min(tokens, key=lambda token: (between.find(token), -len(token)), default="")
-    plain = between.partition(token)[0] if token else between
-    own = commonprefix([plain, last])  # noqa: RUF071
-    text = (own if own.strip() else plain).rstrip()
-    return [tokens[token]] if token else [], [text] if text else []
+    if tokens:
+        return [tokens[min(tokens, key=lambda token: (between.find(token), -len(token)))]], []
+    own = commonprefix([between, last])  # noqa: RUF071
+    text = (own if own.strip() else between).rstrip()
+    return [], [text] if text else []
 
 
 def _without(text: str, end: str) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -64,20 +64,26 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(id for id in (end, *end_of_turn(tokenizer)[0]) if id is not None))
 
 
-def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_new: bool) -> None:
+def set_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_new: bool, kept: Collection[str] = ()
+) -> None:
     """Add the ids that end texts to the model's generation config, which is saved with it.
 
-    If the tokenizer ``is_new`` to the model, its special tokens replace those of both configs. The padding id of the
-    model's config stays, because some architectures count positions from it.
+    If the tokenizer ``is_new`` to the model, its special tokens replace those of both configs, but for the settings
+    named in ``kept``. The padding id of the model's config stays, because some architectures count positions from it.
     """
     generation, ends = model.generation_config, end_ids(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id") if is_new else ():
+    for name in {"bos_token_id", "eos_token_id", "pad_token_id"} - {*kept} if is_new else ():
         for config in (generation, model.config) if name != "pad_token_id" else (generation,):
             with suppress(StrictDataclassFieldValidationError):  # some configs must have an id
                 setattr(config, name, getattr(tokenizer, name))
     own = generation.eos_token_id
     ends = [*dict.fromkeys([*([own] if isinstance(own, int) else own or []), *ends])]
     generation.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # a temperature, but no do_sample: published so, it could not be saved after a change
+        generation.do_sample = True
 
 
 def begin_of_text_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,6 +4,7 @@ peft replaces layers of the model in place, so the model keeps its class and the
 which saves and merges adapters, is kept beside the model.
 """
 
+import re
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -44,17 +45,21 @@ def adapter_of(model: PreTrainedModel) -> Any | None:
 def load_adapter(model: PreTrainedModel, directory: Path, weights: dict[str, torch.Tensor]) -> None:
     """Add the adapter of a directory, with its weights, to its base model, in place.
 
-    The embeddings grow if the adapter was made for more tokens. Raise ValueError if the adapter is not in layers
-    alone, or if weights are missing or left over.
+    The embeddings are resized if the adapter was made for another number of tokens. Raise ValueError if the adapter is
+    not in layers alone, or if weights are missing or left over.
     """
     peft = import_peft("an adapter")
     config = peft.PeftConfig.from_pretrained(directory, inference_mode=True)
     embedding = next(name for name, layer in model.named_modules() if layer is model.get_input_embeddings())
     tokens = config.to_dict().get("trainable_token_indices") or []
     tokens = tokens.values() if isinstance(tokens, dict) else [tokens]
-    num_rows = max(len(weights.get(f"{PREFIX}{embedding}.weight", ())), 1 + max(chain(*tokens), default=0))
-    if num_rows > model.get_input_embeddings().num_embeddings:
+    saved, held = weights.get(f"{PREFIX}{embedding}.weight"), len(model.get_input_embeddings().weight)
+    num_rows = max(held, 1 + max(chain(*tokens), default=0)) if saved is None else len(saved)
+    if num_rows != held:
         model.resize_token_embeddings(num_rows, mean_resizing=False)  # the new rows are the adapter's
+    # With a resized embedding peft saves some layers three times.
+    twice = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+    weights = {key: t for key, t in weights.items() if twice.sub("", key) == key or twice.sub("", key) not in weights}
     ours = {*model.parameters()}
     wrapper = attach(model, config)
     forward = peft.tuners.tuners_utils.BaseTuner.forward
@@ -71,8 +76,14 @@ def load_adapter(model: PreTrainedModel, directory: Path, weights: dict[str, tor
 def save_adapter(model: PreTrainedModel, directory: Path, trained: dict[str, torch.Tensor] | None = None) -> None:
     """Save the adapter of ``model`` in the format of peft.
 
-    ``trained`` maps the names of the trained weights to whole tensors. It is needed if the model is sharded.
+    ``trained`` maps the names of the trained weights to whole tensors. It is needed if the model is sharded. If base
+    and adapter are below the working directory, the base's path is ./relative, which is never taken for a Hub id.
     """
+    config, here = adapter_of(model).active_peft_config, Path.cwd()
+    base = Path(config.base_model_name_or_path).absolute()
+    if base.exists():
+        is_below = base.is_relative_to(here) and directory.absolute().is_relative_to(here)
+        config.base_model_name_or_path = f"./{base.relative_to(here)}" if is_below else str(base)
     state = trained and {PREFIX + name: tensor for name, tensor in trained.items()}
     adapter_of(model).save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     model.generation_config.save_pretrained(directory)  # it may end texts with other tokens than the base model
@@ -80,11 +91,21 @@ def save_adapter(model: PreTrainedModel, directory: Path, trained: dict[str, tor
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
-    """Merge the adapter of ``model`` into its weights, in place, and cast all weights to ``dtype``.
+    """Merge the adapter of ``model``, if it has one, into its weights, and cast them to ``dtype``, in place.
 
-    Each layer is merged in float32 and then cast, so that no second model is in memory. Raise UserError if peft cannot
-    merge this type of adapter.
+    Each layer is merged in float32 and then cast, so that no second model is in memory. Weights that transformers keeps
+    in float32 stay so. Raise UserError if peft cannot merge this type of adapter.
     """
+    if adapter_of(model):
+        _merge(model, dtype)
+    kept = (*(getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict")),)
+    is_kept = re.compile(rf"(^|\.)({'|'.join(chain(*kept))})($|\.)").search if any(kept) else lambda name: None
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if is_kept(name) else dtype)
+
+
+def _merge(model: PreTrainedModel, dtype: torch.dtype) -> None:
     layer_type = import_peft("merging an adapter").tuners.tuners_utils.BaseTunerLayer
     wrapper, merged = vars(model).pop("adapter"), set()
     # Embedding and head may share one matrix. If one of them is adapted, the merged model has two.
@@ -105,10 +126,9 @@ def merge_adapter(model: PreTrainedModel, dtype: torch.dtype = torch.float32) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # layers that are merged already, or an embedding that is no longer tied
             wrapper.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         problem = f"an adapter of type {_type_of(wrapper.active_peft_config)} cannot be merged ({root_cause(error)})"
         raise UserError(f"--model: {problem}. Use a LoRA adapter.") from error
-    model.to(dtype)
 
 
 def _type_of(config: Any) -> str:

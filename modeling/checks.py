@@ -63,7 +63,9 @@ def check_causal(model: PreTrainedModel, block_size: int, precision: str = "fp32
         leaks = [leak(model, short, range(1, short))]
         leaks += [leak(model, length, [length * ninth // 9 for ninth in range(1, 9)]) for length in long]
     largest, kind = torch.stack(leaks).max(), model.config.model_type
-    if not largest <= tolerance(model, precision):  # NaN, too
+    fix = "Use another precision or other weights."
+    require(bool(largest.isfinite()), f"--precision {precision}: the logits of {kind} are not finite. {fix}")
+    if largest > tolerance(model, precision):
         fix = "Use a causal architecture, or set is_decoder in the model's config (train.py: --model_overrides)."
         if kind in ("cpmant", "prophetnet"):
             fix = "Use another architecture; this one has no causal switch."
@@ -140,7 +142,7 @@ def probing(model: PreTrainedModel, precision: str) -> Iterator[None]:
     with torch.no_grad(), evaluating(model), autocast(model.device, precision), ExitStack() as stack:
         for weight in model.parameters():
             if weight.ndim > 1 and id(weight) not in tables and type(weight) is torch.nn.Parameter:  # no shard
-                scale = (weight.norm() / math.sqrt(len(weight))).log2().round().clamp(-10, 0).exp2()
+                scale = (weight.norm() / math.sqrt(len(weight))).log2().round().clamp(-10, 0).exp2().nan_to_num(1)
                 stack.callback(weight.mul_, scale)
                 weight.div_(scale)
         yield

@@ -100,6 +100,8 @@ def read_config(name: str, flag_name: str, overrides: dict[str, Any]) -> PreTrai
         )
     named = ", ".join(unknown)
     require(not unknown, f"--model_overrides: {settings.model_type} has no setting {named}. Remove {named}.")
+    if attention := getattr(settings, "_attn_implementation", None):
+        warn(f"{name}: attn_implementation {attention} in its config is not used")
     return settings
 
 
@@ -145,7 +147,7 @@ def stored_dtype(name: str) -> torch.dtype:
 def find_adapter(name: str) -> tuple[Path | None, str]:
     """Return the adapter_config.json of an adapter and the name of its base model, or (None, "") for another model.
 
-    A base model that is a relative path is found from the working directory, or from a directory above the adapter's.
+    A base model of the form ./path is found from a directory above the adapter's, or else from the working directory.
     """
     repo_id, revision = split_revision(name)
     with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
@@ -157,8 +159,12 @@ def find_adapter(name: str) -> tuple[Path | None, str]:
         config = json.loads(Path(found).read_text(encoding="utf-8"))
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     require(bool(base), f"--model {name}: adapter_config.json has no base_model_name_or_path. Set it to a model.")
-    paths = (parent / base for parent in (Path(), *Path(found).resolve().parents))
-    base = next((str(path) for path in paths if path.exists()), base)
+    if base.startswith(("./", "/")):
+        paths = (parent / base for parent in (*Path(found).resolve().parents, Path()))
+        missing = f"--model {name}: its base model {base} does not exist"
+        path = next((path for path in paths if path.exists()), None)
+        require(path is not None, f"{missing}. Set base_model_name_or_path in its adapter_config.json.")
+        base = str(path)
     return Path(found), f"{base}@{revision}" if revision else base
 
 

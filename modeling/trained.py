@@ -1,10 +1,8 @@
 """Choose the weights that are trained: all, some, or LoRA adapters (Hu et al. 2021)."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -101,12 +99,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, added_tokens: Sequence[
     adapted = model.get_input_embeddings(), model.get_output_embeddings()
     if is_tied and any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in adapted):
         raise UserError(f"{targets}: embedding and head share one matrix, and an adapter would change both. Remove it.")
-    # The saved adapter names its base model. A path begins with "./" or "/", so that it is never taken for a Hub id.
-    base, revision = split_revision(model.name_or_path)
-    if os.path.exists(base):
-        path = Path(base).absolute()
-        base = f"./{path.relative_to(Path.cwd())}" if path.is_relative_to(Path.cwd()) else str(path)
-    adapter.base_model_name_or_path, adapter.revision = base, revision
+    adapter.base_model_name_or_path, adapter.revision = split_revision(model.name_or_path)
 
 
 @torch.no_grad()

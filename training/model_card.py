@@ -71,6 +71,9 @@ def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: lis
         tags=["causal-lm", facts["model_type"]],
         **{key: inherited[key] for key in ("license", "license_name", "license_link") if key in inherited},
     )
+    use = PIPELINE
+    if settings["lora_rank"] and settings["add_tokens"]:
+        use = ADAPTER_WITH_TOKENS.format(base='", revision="'.join(filter(None, split_revision(base))))
     rows = "\n".join(f"| {e['step']} | {e['loss']:.4f} | {e['perplexity']:.2f} |" for e in evaluations)
     given = {key: value for key, value in settings.items() if value not in (None, [])}
     hyperparameters = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in given.items())
@@ -86,7 +89,7 @@ A causal language model, {origin}, on `{source}`.
 ## Use
 
 ```python
-{ADAPTER_WITH_TOKENS.format(base=base) if settings["lora_rank"] and settings["add_tokens"] else PIPELINE}
+{use}
 ```
 
 ## Data

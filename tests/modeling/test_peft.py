@@ -1,6 +1,7 @@
 """Adapters that peft made, of any kind: loaded with the same logits, merged, or refused. Frozen weights in bfloat16."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,6 +10,8 @@ from conftest import tiny_gpt2
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -37,6 +40,7 @@ KINDS = {
     "embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
     "both ends": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True),
     "IA3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "a larger vocabulary": lambda: peft.LoraConfig(r=4, **QUERIES, modules_to_save=["embed_tokens", "lm_head"]),
     "LoHa": lambda: peft.LoHaConfig(r=4, **QUERIES),
     "OFT": lambda: peft.OFTConfig(oft_block_size=8, **QUERIES),
 }
@@ -57,11 +61,13 @@ def make_base(path, dtype=torch.float32, **changes):
     return str(path)
 
 
-def adapt(base, config, path):
+def adapt(base, config, path, num_rows=None):
     """Save an adapter with random weights, as peft does, and return the logits with it."""
     config.task_type = config.task_type or "CAUSAL_LM"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.name_or_path = base
+    if num_rows:
+        model.resize_token_embeddings(num_rows)
     wrapper = peft.get_peft_model(model, config)
     randomize(wrapper)
     wrapper.save_pretrained(path)
@@ -82,9 +88,11 @@ def randomize(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_of_peft_are_loaded_and_merged(kind, tied, dtype, tmp_path):
     base = make_base(tmp_path / "base", dtype, tie_word_embeddings=tied)
-    expected = adapt(base, KINDS[kind](), tmp_path / "adapter")
+    num_rows = 104 if kind == "a larger vocabulary" else None
+    expected = adapt(base, KINDS[kind](), tmp_path / "adapter", num_rows)
     name = str(tmp_path / "adapter")
-    assert (logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)) - expected).abs().max() > 1e-4
+    plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    assert (plain - expected[..., :100]).abs().max() > 1e-4
     assert torch.equal(logits(load_pretrained(name)), expected)
     model = load_pretrained(name, linear=stored_dtype(name))
     assert stored_dtype(name) == dtype
@@ -113,19 +121,46 @@ def test_what_is_no_sum_of_layers_is_refused(tmp_path):
 
 
 def test_a_base_is_found_from_anywhere(tmp_path, monkeypatch):
-    """Its path in the adapter is relative, and never taken for an id of the Hub."""
-    monkeypatch.chdir(tmp_path)
-    make_base("bases/small")
-    model = load_pretrained("bases/small")
-    add_lora(model, LoraConfig(lora_rank=2))
-    save_adapter(model, tmp_path / "runs/x/model")
-    config = json.loads((tmp_path / "runs/x/model/adapter_config.json").read_text())
+    """Its path in the adapter is relative, and never taken for an id of the Hub, nor for one of another directory."""
+    for name in ("here", "there"):
+        monkeypatch.chdir(tmp_path)
+        make_base(f"{name}/bases/small", hidden_size=32 if name == "here" else 64)
+        monkeypatch.chdir(tmp_path / name)
+        model = load_pretrained("bases/small")
+        add_lora(model, LoraConfig(lora_rank=2))
+        save_adapter(model, Path("runs/x/model"))
+    config = json.loads(Path("runs/x/model/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "./bases/small"
-    monkeypatch.chdir("/")
-    load_pretrained(str(tmp_path / "runs/x/model"))
-    (tmp_path / "bases").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"--model ./bases/small: no such path, and not a Hub id"):
-        load_pretrained(str(tmp_path / "runs/x/model"))
+    for place in ("/", tmp_path / "here", tmp_path / "there"):
+        monkeypatch.chdir(place)
+        assert load_pretrained(str(tmp_path / "here/runs/x/model")).config.hidden_size == 32
+    save_adapter(model, tmp_path / "far")
+    config = json.loads((tmp_path / "far/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "there/bases/small")
+    (tmp_path / "there/bases").rename(tmp_path / "moved")
+    for adapter in ("far", "there/runs/x/model"):
+        with pytest.raises(UserError, match=r"bases/small does not exist. Set base_model_name_or_path in its adapter_"):
+            load_pretrained(str(tmp_path / adapter))
+
+
+def test_what_has_no_sum_is_not_merged(tmp_path):
+    base = make_base(tmp_path / "base")
+    adapt(base, peft.LoraConfig(r=4, **QUERIES, lora_bias=True), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"--model: an adapter of type LORA cannot be merged .*Use a LoRA adapter."):
+        merge_adapter(load_pretrained(str(tmp_path / "adapter")))
+
+
+def test_what_transformers_keeps_in_float32_is_exported_so():
+    """The biases that choose experts are too large for the digits of bfloat16."""
+    sizes = SMALL | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, first_k_dense_replace=0, moe_intermediate_size=16))
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    biases[0].copy_(torch.tensor([5.001, 5.002, 5.003, 5.004]))
+    merge_adapter(model, torch.bfloat16)
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert biases[0].tolist() == pytest.approx([5.001, 5.002, 5.003, 5.004], abs=1e-5)
+    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,9 +9,11 @@ from architectures import GUIDE
 from chat_families import CHATML, IM, make_tokenizer
 from conftest import chain_gpt2, run_script, talk
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
 
 from corpus.tokenize import set_special_tokens
+from modeling.adapters import save_adapter
+from modeling.trained import LoraConfig, add_lora
 
 QUICK = ("--max_steps", 1, "--learning_rate", 1e-9, "--batch_size", 2, "--block_size", 32, "--precision", "fp32")
 
@@ -75,3 +77,16 @@ def test_positions_that_count_from_the_padding_stay_as_they_were(tokenizer, tmp_
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_config_that_samples_without_saying_so_is_saved(lora, tokenizer, tmp_path):
+    """transformers refuses to save a temperature without do_sample once the config has changed."""
+    model = chain_gpt2(len(tokenizer), {}, otherwise=0)
+    model.generation_config = GenerationConfig(eos_token_id=5, temperature=0.6, top_p=0.9)
+    if lora:
+        add_lora(model, LoraConfig(lora_rank=2))
+    set_special_tokens(model, tokenizer, is_new=False)
+    (save_adapter if lora else PreTrainedModel.save_pretrained)(model, tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.eos_token_id, saved.do_sample, saved.temperature, saved.top_p) == ([5, 0], True, 0.6, 0.9)
