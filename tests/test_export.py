@@ -9,6 +9,7 @@ import torch
 from conftest import run_script, tiny_gpt2
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from processes import prepare
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,16 +124,18 @@ def test_a_revision_of_the_hub(model_dir, tokenizer, text_file, tmp_path):
         hub.add_repo("someone/tiny-gpt2", tmp_path / "other")
         env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         name, flags = f"someone/tiny-gpt2@{sha}", ["--train_files", text_file, "--block_size", 16, "--max_steps", 1]
-        for script, *arguments in (
-            ("export.py", "--model", name, "--out", "old"),
-            ("export.py", "--model", "someone/tiny-gpt2", "--out", "new"),
-            ("generate.py", "--model", name, *PROMPT),
-            ("train.py", "--model", name, *flags, "--lora_rank", 2, "--output_dir", "run"),
-            ("export.py", "--model", "run/model", "--out", "merged"),
-        ):
-            done = run_script(script, *arguments, cwd=tmp_path, env=env)
-            assert done.returncode == 0, done.stderr
-        refused = run_script("export.py", "--model", "someone/tiny-gpt2@nowhere", "--out", "x", cwd=tmp_path, env=env)
+        with prepare(env):
+            for script, *arguments in (
+                ("export.py", "--model", name, "--out", "old"),
+                ("export.py", "--model", "someone/tiny-gpt2", "--out", "new"),
+                ("generate.py", "--model", name, *PROMPT),
+                ("train.py", "--model", name, *flags, "--lora_rank", 2, "--output_dir", "run"),
+                ("export.py", "--model", "run/model", "--out", "merged"),
+            ):
+                done = run_script(script, *arguments, cwd=tmp_path, env=env)
+                assert done.returncode == 0, done.stderr
+            unknown = ("--model", "someone/tiny-gpt2@nowhere", "--out", "x")
+            refused = run_script("export.py", *unknown, cwd=tmp_path, env=env)
     assert refused.returncode == 2 and "nowhere" in refused.stderr and refused.stderr.count("\n") == 1
     saved = json.loads((tmp_path / "run/model/adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("someone/tiny-gpt2", sha)

@@ -144,6 +144,7 @@ def changed(tmp_path_factory, model_dir, text_file):
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nothing", *CHANGES])
 def test_a_change_touches_one_file(changed, name):
     run, process = changed[name]

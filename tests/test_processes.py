@@ -32,6 +32,7 @@ def state(process):
     return signals, sorted(re.sub(r"\d+", "N", name) for name in files)
 
 
+@pytest.mark.slow
 def test_a_forked_run_is_that_of_an_interpreter_of_its_own(model_dir, jsonl_file, tmp_path):
     seen = {}
     for kind in ("fresh", "forked"):
@@ -91,6 +92,7 @@ def test_an_environment_that_imports_may_read_gets_an_interpreter_of_its_own(tmp
     assert not forked()
 
 
+@pytest.mark.slow
 def test_a_server_for_another_environment(tmp_path):
     env = {"HF_HUB_OFFLINE": "0"}
     with processes.prepare(env) as server:

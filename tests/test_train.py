@@ -335,6 +335,7 @@ def test_compiled_code_is_kept_where_it_outlives_a_reboot(tokenizer, monkeypatch
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(used)
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tokenizer):
     """Short last batches, evaluation with one, and samples of growing length included."""
     torch._dynamo.reset()

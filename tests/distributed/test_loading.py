@@ -96,6 +96,7 @@ def test_files_that_do_not_hold_the_weights_as_they_are_go_through_rank_0(tmp_pa
     assert find_rows(mixtral, str(tmp_path / "converted")) is None
 
 
+@pytest.mark.slow
 def test_no_rank_loads_the_whole_model_and_frozen_shards_are_those_of_one_process(cwd, tokenizer):  # noqa: F811
     tiny_gpt2(len(tokenizer)).save_pretrained(cwd / "base")
     tokenizer.save_pretrained(cwd / "base")

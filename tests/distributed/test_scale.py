@@ -86,13 +86,9 @@ def test_lora_holds_and_keeps_what_the_formulas_say(checkpointing):
         assert saved_bytes(model, ids) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, strategy, precision, micro_batches",
-    [
-        (2, "fsdp", "bf16", 2),
-        pytest.param(2, "ddp", "bf16", 2, marks=pytest.mark.slow),
-        pytest.param(3, "fsdp", "fp32", 1, marks=pytest.mark.slow),
-    ],
+    "ranks, strategy, precision, micro_batches", [(2, "fsdp", "bf16", 2), (2, "ddp", "bf16", 2), (3, "fsdp", "fp32", 1)]
 )
 def test_ranks_hold_and_send_what_the_formulas_say(ranks, strategy, precision, micro_batches, tmp_path):
     options = TINY | {"precision": precision, "micro_batches": micro_batches, "counts": True}

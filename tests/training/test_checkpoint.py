@@ -185,7 +185,7 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     assert order[-3:] == [".step-000001.being-written", "rename to step-000001", tmp_path.name]
 
 
-@pytest.mark.parametrize("kind", FILE_SYSTEMS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "overlayfs")) for k in FILE_SYSTEMS])
 def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, kind):
     """A child process saves, over an older checkpoint and a newer model, and dies at its first, second, ... line."""
     outcomes, line = [], 0
