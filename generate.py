@@ -56,7 +56,7 @@ class GenerateConfig(SamplingConfig):
     seed: Seed = flag(42, "seed of the sampling")
     num_samples: Count = flag(1, "texts a prompt")
     batch_size: Count = flag(16, "texts generated at once")
-    precision: Precision = flag("fp32", "of weights and arithmetic; fp32 is exact, auto is the fastest")
+    precision: Precision | None = flag(None, "of weights and arithmetic (default: fp32 on a CPU, auto on a GPU)")
 
     def rules(self) -> list[tuple[bool, str]]:
         """Return (holds, message) for each rule that these flags must keep."""
@@ -213,7 +213,7 @@ def main() -> None:
     prompts = [] if is_interactive else [text for text in read_prompts(config) for _ in range(config.num_samples)]
     device = select_device()
     keep_freed_memory(device.type)
-    precision = resolve_precision(config.precision, device)
+    precision = resolve_precision(config.precision or ("fp32" if device.type == "cpu" else "auto"), device)
     name = config.model or str(newest_finished_run(Path("runs")))
     if not config.model:
         print(f"model: {name}", file=sys.stderr)

@@ -32,7 +32,7 @@ from distributed.world import World
 from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import count_predicted, evaluating, next_token_nll
-from modeling.precision import Precision, autocast, keep_freed_memory, resolve_precision, select_device
+from modeling.precision import Precision, autocast, keep_freed_memory, resolve_precision, select_device, sum_dtype
 
 
 @dataclass
@@ -68,7 +68,7 @@ def evaluate(
     ``between_batches`` is called before each batch; it may raise. The model keeps its mode and its random state.
     """
     device = next(model.parameters()).device
-    nll_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    nll_sum, num_tokens = torch.zeros((), dtype=sum_dtype(device), device=device), 0
     bar = tqdm(loader, "evaluating", leave=False, file=sys.stdout, disable=not sys.stdout.isatty())
     with evaluating(model), autocast(device, precision):  # over all batches, so that weights are cast once
         for batch in bar:
@@ -76,7 +76,7 @@ def evaluate(
             num_tokens += count_predicted(batch["labels"])
             inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             # Token by token, so that the sum is taken in float64.
-            nll_sum += next_token_nll(model, **inputs, reduction="none").double().sum()
+            nll_sum += next_token_nll(model, **inputs, reduction="none").to(nll_sum.dtype).sum()
             if not bar.disable:  # the host waits for the device only if someone looks
                 loss, speed = nll_sum.item() / max(1, num_tokens), num_tokens / bar.format_dict["elapsed"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")

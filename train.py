@@ -29,7 +29,7 @@ from model import ModelConfig, build_model, load_config, load_tokenizer
 from modeling.architectures import position_limit
 from modeling.compile import needs_same_shape, uncompiled
 from modeling.linear_cross_entropy import IGNORED_LABEL
-from modeling.precision import Precision, autocast, make_deterministic, resolve_precision, select_device
+from modeling.precision import Precision, autocast, resolve_precision, select_device, set_arithmetic, sum_dtype
 from modeling.trained import LoraConfig
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
@@ -55,6 +55,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     precision: Precision = flag("auto", "of the arithmetic, not of the weights; auto: the fastest of the device")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: if the run is long enough to pay for it")
+    deterministic: Literal["auto", "on", "off"] = flag("auto", "the same bits in each run; auto: on a CPU alone")
     seed: Seed = flag(42, "of initialization, data order, dropout, and the held-out part")
     eval_every: Count = flag(500, "steps between evaluations; the first and the last step have one, too")
     save_every: Count = flag(500, "steps between checkpoints; the last step has one, too")
@@ -129,7 +130,7 @@ def train_step(
     while True:
         # Gradients are of the summed loss, so that 4 x 2 micro-batches equal 1 x 8, also if blocks differ in length.
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # the loss, predicted tokens, labeled tokens
+        sums = torch.zeros(3, dtype=sum_dtype(device), device=device)  # the loss, predicted tokens, labeled tokens
         for number, batch in enumerate(micro_batches, 1):
             inputs = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with world.sync_gradients(model, number == len(micro_batches)):
@@ -137,8 +138,7 @@ def train_step(
                     nll = world.next_token_nll(model, **inputs, loss_scale=scaler.scale(torch.ones((), device=device)))
                 scaler.scale(nll * world.size).backward()  # DDP and FSDP average the gradients of the ranks
             has_loss = inputs["labels"] != IGNORED_LABEL
-            for i, value in enumerate((nll.detach(), has_loss[:, 1:].sum(), has_loss.sum())):
-                sums[i] += value
+            sums += torch.stack((nll.detach(), has_loss[:, 1:].sum(), has_loss.sum()))
         nll_sum, num_predicted, num_tokens = world.all_reduce(sums)
 
         # Divide loss and gradients by the predicted tokens of the whole step. `clip_grads_with_norm_` divides by
@@ -312,7 +312,7 @@ def main() -> None:
     with World(config) as world:
         signals.world = world
         share_batch(config, world)
-        make_deterministic()
+        set_arithmetic(config.deterministic, select_device(), config.precision)
         train(config, world, signals)
 
 

@@ -131,8 +131,11 @@ def _thread_failed(failure: Any) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out. On a CPU PyTorch raises a plain RuntimeError for that."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError, NoMemoryError)) or "allocate memory" in str(error)
+    """Return whether memory ran out. A CPU, CUDA's driver, cuBLAS and NCCL raise a plain RuntimeError for that."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, NoMemoryError)) or "allocate memory" in str(error):
+        return True
+    texts = ("out of memory", "STATUS_ALLOC_FAILED", "Failed to CUDA")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def as_user_error(error: Exception) -> UserError | None:
@@ -147,6 +150,11 @@ def as_user_error(error: Exception) -> UserError | None:
         return UserError(
             f"--strategy fsdp: an operation does not support sharded tensors ({root_cause(error)}). "
             "Use --strategy ddp, or another optimizer."
+        )
+    if isinstance(error, RuntimeError) and "not have a deterministic implementation" in str(error):
+        return UserError(
+            f"--deterministic: {str(error).split(' does ')[0]} has only a version whose sums run in any order. "
+            "Use --deterministic off."
         )
     # The compiler takes a second to import. Until then it cannot have raised.
     if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):

@@ -73,15 +73,15 @@ class World:
                 warn(f"{flags}: ignored, because this run has one process. Use torchrun to start more.")
 
     def _connect(self, config: DistributedConfig) -> None:
-        self.local_rank, has_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+        self.local_rank, gpu = int(os.environ["LOCAL_RANK"]), torch.accelerator.current_accelerator(True)
         limit = timedelta(seconds=config.rank_timeout)
-        if has_gpu:
-            num_gpus, num_started = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if gpu:
+            num_gpus, num_started = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             wrong = f"torchrun --nproc_per_node={num_started}: this node has {num_gpus} GPUs"
             require(num_started <= num_gpus, f"{wrong}. Use --nproc_per_node={num_gpus}.")
-            torch.cuda.set_device(self.local_rank)
+            torch.accelerator.set_device_index(self.local_rank)
         try:
-            dist.init_process_group("nccl" if has_gpu else "gloo", timeout=limit, **_meet(limit))
+            dist.init_process_group(dist.get_default_backend_for_device(gpu or "cpu"), timeout=limit, **_meet(limit))
             self.hosts, self._alone = (dist.new_group(backend="gloo", timeout=t) for t in (limit, timedelta(days=1)))
         except RuntimeError as error:
             sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
@@ -110,7 +110,7 @@ class World:
             return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
         sys.stderr, known = sys.__stderr__, as_user_error(error)
-        if is_connection_error(error):
+        if is_connection_error(error) and not out_of_memory(error):
             fix = "Run again with --resume; torchrun --max-restarts=3 does this automatically."
             known = RankError(f"the connection to another rank is lost ({headline(error)}). {fix}")
         if known is None:

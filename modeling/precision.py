@@ -1,28 +1,54 @@
 """The device, and the precision and order of its arithmetic."""
 
 import ctypes
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cli.errors import UserError
+from cli.errors import UserError, root_cause, warn
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@functools.cache  # so that it warns once
 def select_device() -> torch.device:
-    """Return the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the accelerator (CUDA, XPU, MPS, ...) if there is one, else the CPU.
+
+    Warn if there is an NVIDIA GPU that PyTorch cannot use.
+    """
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    if NVIDIA_DEVICE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        problem = "this PyTorch is built without CUDA"
+        if torch.version.cuda:
+            try:
+                torch.cuda.init()
+                problem = "CUDA finds no device"
+            except (RuntimeError, AssertionError) as error:
+                problem = root_cause(error)
+        warn(f"THE GPU IS NOT USED: {problem}. Install a driver and a PyTorch that fit it. This runs on the CPU.")
+    return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or the number of threads of the CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    """Return the name of the accelerator, or the number of threads of the CPU."""
+    if device.type == "cpu":
+        return f"CPU ({torch.get_num_threads()} threads)"
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type.upper()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for sums of losses: float64, or float32 on Apple's MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def keep_freed_memory(device_type: str = "cpu") -> None:
@@ -36,11 +62,18 @@ def keep_freed_memory(device_type: str = "cpu") -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
 
 
-def make_deterministic() -> None:
-    """Make sums run in one order. Compiled code and CUDA kernels otherwise add up gradients in thread order."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # from PyTorch's notes on reproducibility
-    torch.use_deterministic_algorithms(True, warn_only=True)  # some operations have no deterministic version
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
+def set_arithmetic(deterministic: str, device: torch.device, precision: str) -> None:
+    """Make sums run in one order if ``deterministic`` is on, or if it is auto and the device is a CPU.
+
+    Compiled code and CUDA kernels otherwise add up gradients in thread order. An operation that has no deterministic
+    version raises RuntimeError. In bf16 and fp16, float32 products outside of autocast use TF32 on a GPU.
+    """
+    if device.type == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+    if deterministic == "on" or (deterministic == "auto" and device.type == "cpu"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # from PyTorch's notes on reproducibility
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
 
 
 def resolve_precision(precision: Precision, device: torch.device, shards: bool = False) -> str:
@@ -52,6 +85,8 @@ def resolve_precision(precision: Precision, device: torch.device, shards: bool =
         raise UserError("--precision fp16: a CPU has no fast float16. Use bf16, fp32 or auto.")
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif precision == "auto" and device.type != "cpu":
+        precision = "bf16" if device.type == "xpu" else "fp32"
     if precision == "fp16" and shards:
         raise UserError("--strategy fsdp: it does not scale the gradients of float16. Use --precision bf16 or fp32.")
     if precision != "auto":

@@ -13,6 +13,7 @@ import torch
 
 from cli.errors import UserError, out_of_memory, warn
 from distributed.world import World
+from modeling.precision import sum_dtype
 from training.log import RunLog
 from training.state import TrainState
 
@@ -26,7 +27,7 @@ class NonFiniteError(UserError):
 class StepResult(NamedTuple):
     """The outcome of a step over all its micro-batches and ranks; tensors on the device."""
 
-    loss: torch.Tensor  # nats per predicted token, float64
+    loss: torch.Tensor  # nats per predicted token, `sum_dtype`
     grad_norm: torch.Tensor  # before clipping, float32
     num_predicted: torch.Tensor  # tokens that the loss is over
     num_tokens: torch.Tensor  # the same, plus the first token of each block, which nothing predicts
@@ -51,7 +52,11 @@ class StepMonitor:
         """
         if not self._pending:
             return
-        values = torch.stack([value.double() for *_, result in self._pending for value in result]).view(-1, 4).tolist()
+        values = (
+            torch.stack([value.to(sum_dtype(value.device)) for *_, result in self._pending for value in result])
+            .view(-1, 4)
+            .tolist()
+        )
         for (step, epoch, blocks, _), (loss, grad_norm, _, num_tokens) in zip(self._pending, values, strict=True):
             self._state.tokens_seen += int(num_tokens)
             if math.isfinite(loss + grad_norm):
@@ -141,8 +146,8 @@ def micro_batch_memory(config: Any) -> Any:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory held so far: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    """Return the most memory held so far: allocated on a GPU, resident in the process on a CPU or MPS."""
+    if hasattr(module := torch.get_device_module(device), "max_memory_allocated"):
+        return module.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
