@@ -1,6 +1,8 @@
 """The cross-entropy of a linear head, computed with the logits of one chunk of tokens in memory at a time."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100  # the label that F.cross_entropy and every Hugging Face model skip
+CACHED_ROWS, ALIGNMENT = 64, 64
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -16,7 +19,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> torch.Tensor:
         nll, *gradients = linear_cross_entropy(*operands, needs_grad=ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*gradients, operands[-1])
+        ctx.save_for_backward(*gradients, operands[6])
         return nll.sum()
 
     @staticmethod
@@ -24,7 +27,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *gradients, loss_scale = ctx.saved_tensors
         grad = grad if loss_scale is None else grad / loss_scale
-        return *(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None, None, None
+        # A factor of 1 is usual. On a CPU, asking costs less than another pass over the gradient of a vocabulary.
+        if grad.device.type != "cpu" or not grad.equal(torch.ones_like(grad)):
+            gradients = [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
+        return *gradients, None, None, None, None, None
 
 
 def transform_logits(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
@@ -42,9 +48,10 @@ def linear_cross_entropy(
     scale: float = 1.0,
     cap: float | None = None,
     loss_scale: torch.Tensor | None = None,
+    compiled: bool = False,
     needs_grad: Sequence[bool] = (False, False, False),
-    chunk: int = 1024,
-    tile: int | None = None,
+    chunk: int | None = None,
+    tile: int = 8192,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Return the cross-entropy of the logits, and the gradients of its sum.
 
@@ -53,48 +60,108 @@ def linear_cross_entropy(
     0 for targets of -100. Other targets outside of the vocabulary raise IndexError, or on a GPU a device-side assert.
     The gradients are of hidden, weight and bias, times ``loss_scale``. They are None if ``needs_grad`` says so.
 
-    Logits exist for ``chunk`` tokens at a time. A CPU computes them ``tile`` columns at a time, which are still in its
-    cache when their exponentials are taken. The softmax over the vocabulary is the softmax over a tile times
-    exp(tile_logsumexp - logsumexp). This factor is applied to the narrow operands of the products.
+    Logits exist for ``chunk`` tokens at a time. Between the products with the weight, compiled code reads them twice.
+    In eager mode, a CPU computes them ``tile`` columns at a time, which are still in its cache when their exponentials
+    are taken. The softmax over the vocabulary is the softmax over a tile times exp(tile_logsumexp - logsumexp). This
+    factor is applied to the narrow operands of the products.
     """
-    device = hidden.device.type
+    device, vocabulary = hidden.device.type, len(weight)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    has_tiles = device == "cpu" and dtype is not torch.half  # float16 cannot hold a value that the factor makes smaller
-    tile = tile or (8192 if has_tiles else len(weight))
+    # float16 cannot hold a value that the factor makes smaller.
+    has_tiles = device == "cpu" and dtype is not torch.half and not compiled
+    tile = tile if has_tiles else vocabulary
+    chunk = chunk or (4096 if device == "cuda" and compiled else 1024)
+    options = {"scale": scale, "cap": cap, "loss_scale": loss_scale, "keeps_gradient": any(needs_grad)}
     tiles = weight.to(dtype).split(tile)
     known = torch.where(targets == IGNORED_LABEL, 0, targets)
-    nll = F.embedding(known, hidden.new_zeros(len(weight), 1)).squeeze(1).float()  # fails for any other target
+    nll = F.embedding(known, hidden.new_zeros(vocabulary, 1)).squeeze(1).float()  # fails for any other target
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad[0] else None
     # The first chunk writes d_weight and later chunks add to it.
     empty = torch.empty_like if len(targets) else torch.zeros_like
     d_weight = empty(weight, dtype=torch.float32) if needs_grad[1] else None  # FSDP2's weight may have a shorter dtype
     d_bias = torch.zeros_like(bias) if needs_grad[2] else None
-    for start in range(0, len(targets), chunk):
-        rows = slice(start, start + chunk)
-        states, has_loss = hidden[rows], targets[rows, None] != IGNORED_LABEL
-        log_probability, error, factors, softmaxes, targets_in_tiles = _softmax_by_tiles(
-            states.to(dtype), tiles, bias, targets[rows, None].clamp_min(0), scale, cap, loss_scale, any(needs_grad)
-        )
-        nll[rows] = (-log_probability * has_loss).squeeze(1)
-        if not any(needs_grad):
-            continue
-        for i, (columns, softmax, (place, is_here)) in enumerate(zip(tiles, softmaxes, targets_in_tiles, strict=True)):
-            factor = factors[:, i : i + 1]
-            softmax.scatter_(1, place, torch.where(is_here, (error / factor).to(dtype), softmax.gather(1, place)))
-            factor = factor * (has_loss * scale)
-            if d_hidden is not None:
-                d_hidden[rows].addcmul_(softmax @ columns, factor)
-            if d_weight is not None:
-                part = d_weight[i * tile : (i + 1) * tile]
-                (part.add_ if start else part.copy_)(softmax.T @ (states * factor).to(dtype))
-            if d_bias is not None:
-                d_bias[i * tile : (i + 1) * tile] += (softmax * factor).sum(0)
-        del softmaxes, softmax  # free them before the next chunk makes its own
+    with torch.autocast(device, enabled=False):
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            states, has_loss = hidden[rows], targets[rows, None] != IGNORED_LABEL
+            compute = _by_tiles if has_tiles else partial(_by_rows, compiled)
+            log_probability, d_logits, factors = compute(
+                states.to(dtype), tiles, bias, targets[rows, None].clamp_min(0), **options
+            )
+            nll[rows] = (-log_probability * has_loss).squeeze(1)
+            for i, gradient in enumerate(d_logits):
+                factor = factors[:, i : i + 1] * (has_loss * scale)
+                columns = slice(i * tile, (i + 1) * tile)
+                if d_hidden is not None:
+                    d_hidden[rows].addcmul_(gradient @ tiles[i], factor)
+                if d_weight is not None:
+                    _add_product(d_weight[columns], gradient, (states * factor).to(dtype), start == 0, device)
+                if d_bias is not None:
+                    d_bias[columns] += (gradient * factor).sum(0)
+            d_logits.clear()  # free them before the next chunk makes its own
     gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
     return nll, *(None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients)
 
 
-def _softmax_by_tiles(
+def _add_product(
+    total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor, is_first: bool, device: str
+) -> None:
+    """Add ``gradient.T @ states`` to ``total``, which is float32, or overwrite it if ``is_first``."""
+    if device == "cuda":  # the product is not rounded before it is added
+        torch.addmm(total, gradient.T, states, out_dtype=torch.float32, beta=0 if is_first else 1, out=total)
+    else:
+        (total.copy_ if is_first else total.add_)(gradient.T @ states)
+
+
+def _by_rows(
+    compiled: bool,
+    states: torch.Tensor,
+    tiles: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Do as `_by_tiles` with one tile, the whole vocabulary."""
+    (weight,) = tiles
+    # Rows of an odd length would make the next products slow: kernels of GPUs need aligned rows.
+    aligned = -(-len(weight) // ALIGNMENT) * ALIGNMENT
+    logits = states.new_empty(len(states), aligned)[:, : len(weight)]
+    logits = torch.mm(states, weight.T, out=logits) if states.device.type == "cuda" else states @ weight.T
+    log_probability = (_compiled() if compiled else _replace_by_gradient)(logits, bias, target, **options)
+    return log_probability, [logits] * options["keeps_gradient"], torch.ones_like(log_probability)
+
+
+def _replace_by_gradient(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    scale: float,
+    cap: float | None,
+    loss_scale: torch.Tensor | None,
+    keeps_gradient: bool,
+) -> torch.Tensor:
+    """Return the log-probability of the targets, and replace ``logits`` by the gradient of its negative.
+
+    logits is (chunk, vocabulary), target (chunk, 1) int64, log_probability (chunk, 1) float32.
+    """
+    values = transform_logits(logits if bias is None else logits + bias, scale, cap).float()
+    logsumexp = values.logsumexp(1, keepdim=True)
+    log_probability = values.gather(1, target) - logsumexp
+    if keeps_gradient:
+        # If the model is sure, probability - 1 is tiny. It has to be computed before anything is rounded.
+        is_target = torch.arange(logits.shape[1], device=logits.device) == target
+        gradient = torch.where(is_target, torch.expm1(log_probability), (values - logsumexp).exp())
+        logits.copy_(_scale_gradient(gradient, values, cap, loss_scale))
+    return log_probability
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    """Return compiled `_replace_by_gradient`. The compiler takes a second to import."""
+    return torch.compile(_replace_by_gradient)
+
+
+def _by_tiles(
     states: torch.Tensor,
     tiles: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
@@ -102,41 +169,46 @@ def _softmax_by_tiles(
     scale: float,
     cap: float | None,
     loss_scale: torch.Tensor | None,
-    keep_softmax: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Return the log-probability of the targets of one chunk, and the softmax over each tile of the vocabulary.
+    keeps_gradient: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Return the log-probability of the targets of one chunk, and the gradient of its negative tile by tile.
 
-    states is (chunk, width), each tile (columns, width), target (chunk, 1). Returned are log_probability (chunk, 1)
-    float32, error (chunk, 1), factors (chunk, number of tiles) that scale a tile's softmax to the vocabulary's, the
-    softmaxes (chunk, columns), and for each tile (column of the target, whether the target is in the tile), both
-    (chunk, 1). The error is the probability of the target minus 1. Error and softmaxes are multiplied by the slope of
-    the cap, and by ``loss_scale`` before they are rounded.
+    states is (chunk, width), each tile (columns, width), target (chunk, 1) int64. Returned are log_probability
+    (chunk, 1) float32, for each tile the gradient of its logits (chunk, columns), and factors (chunk, number of tiles)
+    that each gradient still has to be multiplied by. Without ``keeps_gradient`` there are no gradients.
     """
     tile, target_logit = len(tiles[0]), torch.zeros((), device=states.device)
-    softmaxes, targets_in_tiles, maxima, sums = [], [], [], []
+    gradients, targets_in_tiles, maxima, sums = [], [], [], []
     for i, columns in enumerate(tiles):
         logits = states @ columns.T  # (chunk, columns)
         if bias is not None:
             logits += bias[i * tile : (i + 1) * tile]
-        logits = transform_logits(logits, scale, cap)
         place = (target - i * tile).clamp(0, len(columns) - 1)
         is_here = target == place + i * tile
         targets_in_tiles.append((place, is_here))
-        target_logit = torch.where(is_here, logits.gather(1, place).float(), target_logit)
-        softmax = logits.softmax(1, dtype=torch.float32)
-        maxima.append(logits.amax(1, keepdim=True).float())
-        sums.append(1 / softmax.amax(1, keepdim=True))  # of exp(logits - maximum)
-        if keep_softmax:
-            softmaxes.append(_scale_gradient(softmax, logits, cap, loss_scale).to(states.dtype))
-    maxima = torch.cat(maxima, 1)  # (chunk, number of tiles)
+        at_target = transform_logits(logits.gather(1, place), scale, cap).float()
+        target_logit = torch.where(is_here, at_target, target_logit)
+        for part in logits.split(CACHED_ROWS):  # its float32 numbers stay in the cache of a core
+            values = transform_logits(part, scale, cap).float()
+            softmax = values.softmax(1)
+            maxima.append(values.amax(1, keepdim=True))
+            sums.append(1 / softmax.amax(1, keepdim=True))  # of exp(values - maximum)
+            if keeps_gradient:
+                part.copy_(_scale_gradient(softmax, values, cap, loss_scale))
+        if keeps_gradient:
+            gradients.append(logits)
+    maxima, sums = (torch.cat(parts).view(len(tiles), -1).T for parts in (maxima, sums))  # (chunk, number of tiles)
     maximum = maxima.amax(1, keepdim=True)
-    tile_logsumexp = maxima - maximum + torch.cat(sums, 1).log()  # relative to the maximum
+    tile_logsumexp = maxima - maximum + sums.log()  # relative to the maximum
     logsumexp = tile_logsumexp.logsumexp(1, keepdim=True)
     factors = (tile_logsumexp - logsumexp).clamp_min(-60).exp()  # a divisor too; below exp(-60) nothing counts
     log_probability = target_logit - maximum - logsumexp
     # If the model is sure, probability - 1 is tiny. It has to be computed before anything is rounded.
     error = _scale_gradient(torch.expm1(log_probability), target_logit, cap, loss_scale)
-    return log_probability, error, factors, softmaxes, targets_in_tiles
+    for i, (gradient, (place, is_here)) in enumerate(zip(gradients, targets_in_tiles, strict=False)):
+        corrected = (error / factors[:, i : i + 1]).to(gradient.dtype)
+        gradient.scatter_(1, place, torch.where(is_here, corrected, gradient.gather(1, place)))
+    return log_probability, gradients, factors
 
 
 def _scale_gradient(

@@ -61,8 +61,9 @@ def next_token_nll(
     else:
         bias = getattr(head, "bias", None)  # peft's wrapper has none
         operands = logits[:, :-1].flatten(0, 1), head.weight, bias, labels[:, 1:].flatten(), *model.logit_transform
+        operands = *operands, loss_scale, getattr(model, "is_compiled", False)
         if has_gradient:
-            nll = LinearCrossEntropy.apply(*operands, loss_scale)
+            nll = LinearCrossEntropy.apply(*operands)
         else:
             nll = linear_cross_entropy(*operands)[0]
             nll = nll.sum() if reduction == "sum" else nll

@@ -127,6 +127,7 @@ class CountSyncs(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_the_host_does_not_wait_in_a_step(kind, name):
+    """The log step, which reads the results, is the only one that waits."""
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     llama = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     model = tiny_gpt2(100) if kind == "gpt2" else LlamaForCausalLM(llama)
