@@ -28,8 +28,9 @@ from corpus.streaming import StreamedBlocks
 from corpus.tokenize import drop_long, num_text_bytes, tokenize
 from corpus.tokens import TokenStream, token_ids, with_prefix
 from modeling.linear_cross_entropy import IGNORED_LABEL
+from modeling.packing import with_document_bounds
 
-Batch = dict[str, torch.Tensor]  # "input_ids", "labels" and, with isolated documents, "position_ids"
+Batch = dict[str, torch.Tensor]  # "input_ids", "labels"; with isolated documents "position_ids" and "cu_seq_lens"
 Step = tuple[list[Batch], Position, list[int]]  # micro-batches, the position after them, numbers of their blocks
 
 
@@ -123,8 +124,7 @@ def require_predictions(blocks: Blocks) -> None:
 def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_documents: bool = False) -> Batch:
     """Stack blocks to (batch, longest), at least (rows, length). The filling is token 0 without a label.
 
-    No mask is needed: later tokens cannot change a token's logits, as `check_causal` has proved, and the filling
-    has no loss. Without any blocks everything is filling.
+    No mask is needed: the filling has no loss and comes last in a causal model. Without any blocks all is filling.
     """
     items = items or [block_item(np.array([~0, ~0]), np.arange(2) if isolate_documents else None)]
     batch = {}
@@ -133,7 +133,7 @@ def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_document
         stacked = torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
         missing = (0, max(0, length - stacked.shape[1]), 0, max(0, rows - len(items)))
         batch[key] = torch.nn.functional.pad(stacked, missing, value=value)
-    return batch
+    return with_document_bounds(batch)
 
 
 def rank_batches(indices: Sequence[int], batch_size: int, rank: int = 0, ranks: int = 1) -> list[Sequence[int]]:

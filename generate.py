@@ -30,6 +30,7 @@ from modeling.architectures import num_rows, position_limit
 from modeling.checks import check_model
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import evaluating
+from modeling.packing import plain_attention
 from modeling.precision import DTYPES, Precision, keep_freed_memory, resolve_precision, select_device
 from training.log import finished_step
 
@@ -102,7 +103,7 @@ def generate(
         return torch.tensor([cut(text, stops) != text for text in texts], device=ids.device)
 
     texts, options = [], {"streamer": streamer, "stopping_criteria": [is_stopped] if stops else []}
-    with evaluating(model):
+    with evaluating(model), plain_attention(model):
         is_one = len({*map(len, encoded)}) == 1 or _ignores_padding(model)
         for batch in [encoded] if is_one else (list(same_length) for _, same_length in groupby(encoded, len)):
             width = max(map(len, batch))

@@ -35,6 +35,7 @@ from modeling.loading import (
     stored_dtype,
     weights_on_meta,
 )
+from modeling.packing import isolate_with
 from modeling.precision import keep_freed_memory, set_dtypes
 from modeling.trained import add_lora, freeze
 
@@ -197,6 +198,7 @@ def build_model(
     """
     keep_freed_memory(device.type)
     shape = {"block_size": config.block_size, "isolate_documents": config.pack == "documents"}
+    shape["keep_attention"] = bool(config.attn_implementation)
     check = partial(check_model, tokenizer=tokenizer, precision=precision, **shape)
     # Autocast would cast frozen weights of linear layers in each step. Those that are stored in bfloat16 keep it.
     is_partly_frozen = bool(config.model and (config.lora_rank or config.freeze))
@@ -224,6 +226,8 @@ def build_model(
 
     # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, also with more steps.
     model = world.parallelize(model, device, precision, config.block_size, fill)
+    if config.pack == "documents":
+        isolate_with(model, model.attentions[1], model.isolated_by)  # as rank 0 has chosen
     frozen = world.on_all(lambda: frozen_digest(model) if world.shards or world.is_main else 0)
     model.frozen_sha256 = f"{sum(frozen) % 2**256:064x}" if any(frozen) else None
     if compiled is None or config.compile != "auto":

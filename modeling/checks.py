@@ -8,13 +8,14 @@ from inspect import signature
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cli.errors import UserError, as_user_error, require, root_cause
+from cli.errors import UserError, as_user_error, require, root_cause, warn
 from modeling.architectures import num_rows, position_limit, smallest_window
-from modeling.loss import evaluating, isolation_inputs, next_token_nll
+from modeling.loss import evaluating, next_token_nll
+from modeling.packing import isolate_with, isolated_output, ways_to_isolate
 from modeling.precision import DTYPES, autocast
 
 # Attributes that loading and checking set on a model. Ranks that load no weights copy them from rank 0.
-PROBED_ATTRIBUTES = ("logit_transform", "isolated_by", "generation_config")
+PROBED_ATTRIBUTES = ("logit_transform", "isolated_by", "attentions", "generation_config")
 
 SHORT_PROBE, LONG_PROBE = 32, 256  # tokens
 PROBE_BYTES = 2**28  # the largest size of a batch of logits in float32
@@ -26,11 +27,13 @@ def check_model(
     block_size: int,
     isolate_documents: bool = False,
     precision: str = "fp32",
+    keep_attention: bool = False,
 ) -> None:
     """Raise UserError if the model cannot be trained with these settings.
 
     It must hold blocks of ``block_size`` tokens and every id of the tokenizer, work in ``precision`` and be causal.
-    If ``isolate_documents`` is true, no document of a block may attend to another.
+    If ``isolate_documents`` is true, no document of a block may attend to another. This may change the model's
+    attention implementation, unless ``keep_attention`` is true.
     """
     limit, rows = position_limit(model), num_rows(model)
     largest, kind = max(tokenizer.get_vocab().values()), model.config.model_type
@@ -45,7 +48,7 @@ def check_model(
             next_token_nll(model, ids, ids)
         check_causal(model, block_size, precision)
         if isolate_documents:
-            check_isolated(model, block_size, precision)
+            check_isolated(model, block_size, precision, keep_attention)
     except (RuntimeError, ValueError) as error:
         if as_user_error(error):
             raise
@@ -90,36 +93,59 @@ def leak(model: PreTrainedModel, length: int, cuts: Sequence[int]) -> torch.Tens
     return torch.stack(leaks).max()
 
 
-def check_isolated(model: PreTrainedModel, block_size: int, precision: str = "fp32") -> None:
-    """Find the inputs that isolate the documents of a block, and store their names as ``model.isolated_by``.
+def check_isolated(
+    model: PreTrainedModel, block_size: int, precision: str = "fp32", keep_attention: bool = False
+) -> None:
+    """Find the attention and the inputs that isolate the documents of a block, and use them (see `ways_to_isolate`).
 
-    These are position ids that restart at 0, a block-diagonal attention mask, or both. Raise UserError if a change of
-    one document moves the logits of the next one with any of them, or if they change the logits of the first one.
+    The names of the inputs become ``model.isolated_by``: position ids that restart at 0, a block-diagonal attention
+    mask, or both; flash attention takes bounds. Raise UserError if a change of one document moves the logits of the
+    next one in every way, or if the logits of the first one change.
     """
     half, rows = probe_lengths(model, block_size)[-1] // 2, num_rows(model)
     ids = torch.randint(rows, (2, 2 * half), generator=torch.Generator().manual_seed(0))
     ids[1, half:] = ids[0, half:]
     ids = ids.to(model.device)  # two rows, because flash kernels pack only a batch of one row
     positions = torch.arange(half, device=model.device).repeat(2, 2)
+    plain, kind = model.config._attn_implementation, model.config.model_type
     with probing(model, precision):
         whole = model(input_ids=ids, use_cache=False).logits
-        # Both come last, because RoBERTa's positions do not begin with 0.
-        for model.isolated_by in (["position_ids"], ["attention_mask"], ["attention_mask", "position_ids"]):
-            if "attention_mask" in model.isolated_by and (smallest_window(model) or math.inf) < block_size:
+        for attention, names in ways_to_isolate(model, keep_attention):
+            if "attention_mask" in names and (smallest_window(model) or math.inf) < block_size:
                 break  # the mask would replace those of the windows, which may be too long for a probe
-            if not signature(model.forward).parameters.keys() >= set(model.isolated_by):
+            if not signature(model.forward).parameters.keys() >= {*names} - {"cu_seq_lens"}:
                 continue  # Marian ignores what it does not know, and if it ignores its tokens, too, no probe shows that
             try:
-                logits = model(input_ids=ids, use_cache=False, **isolation_inputs(model, positions)).logits
-            except (TypeError, ValueError, RuntimeError, IndexError, AssertionError):  # the model takes no such input
+                isolate_with(model, attention, names)
+                logits = isolated_output(model, ids, positions).logits.view(*ids.shape, -1)
+                if attention != plain:
+                    check_backward(model, ids, positions)
+            except Exception as error:  # the model takes no such input, or a compiler fails, which raises anything
+                if attention != plain:
+                    warn(f"--pack documents: {kind} does not train with {attention} ({root_cause(error)})")
                 continue
             move = (logits[0] - logits[1]).abs()
             largest = tolerance(model, precision) * size(whole, move[:half])
             is_same = (logits - whole)[:, :half].abs().max() <= 4 * largest  # other kernels round otherwise
             if is_same and move[half:].max() <= largest:
+                model.attentions = plain, attention
                 return
-    kind = model.config.model_type
     raise UserError(f"--pack documents: {kind} attends across document boundaries. Use --pack stream.")
+
+
+def check_backward(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    """Raise an error if a pass of training fails: some kernels have no dropout, or no backward pass on a device."""
+    embedded: list[torch.Tensor] = []  # gradients of weights would take memory
+    embed = model.get_input_embeddings().register_forward_hook(
+        lambda layer, inputs, output: embedded.append(output.detach().requires_grad_()) or embedded[-1]
+    )
+    try:
+        with torch.enable_grad():
+            output = isolated_output(model.train(), ids, positions)
+            torch.autograd.grad(output.logits.float().sum(), embedded[-1])
+    finally:
+        embed.remove()
+        model.eval()
 
 
 def probe_lengths(model: PreTrainedModel, block_size: int) -> list[int]:

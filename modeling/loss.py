@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
 from cli.errors import require
 from modeling.linear_cross_entropy import IGNORED_LABEL, LinearCrossEntropy, linear_cross_entropy, transform_logits
+from modeling.packing import isolated_output
 
 # Settings that change the output of the head: a factor or divisor, and a soft cap.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -27,12 +28,14 @@ def next_token_nll(
     position_ids: torch.Tensor | None = None,
     reduction: Literal["sum", "none"] = "sum",
     loss_scale: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the negative log-likelihood in nats of each label given the tokens before it, in float32.
 
     input_ids and labels are (batch, sequence) int64, not shifted; labels of -100 are skipped. With reduction "sum" the
     result is a scalar, with "none" a vector. position_ids has the same shape. Each 0 in it begins a document, which
-    attends to none before it (see `check_isolated`).
+    attends to none before it (see `check_isolated`). cu_seq_lens is `document_bounds` of them; without it, flash
+    attention waits for the device.
 
     The model's own ``labels=`` loss is never used. It is a mean, which gradient accumulation cannot add up, and ten
     architectures forget the shift. The logits are computed in chunks if `linear_head` finds the head. For float16,
@@ -47,12 +50,12 @@ def next_token_nll(
     head = linear_head(model) if in_chunks else None
     seen: list[torch.Tensor] = []  # by the head: its input, which it returns as it is
     bare_head = replace_forward(head, lambda hidden: seen.append(hidden) or hidden) if head else nullcontext()
-    isolation = nullcontext() if position_ids is not None else skip_packing_detection()
-    with isolation, attention_kernel(model, input_ids), bare_head:
-        output = model(input_ids=input_ids, use_cache=False, **isolation_inputs(model, position_ids))
+    with attention_kernel(model, input_ids), bare_head:
+        output = isolated_output(model, input_ids, position_ids, cu_seq_lens)
     logits = output.logits  # (batch, sequence, vocabulary); with a bare head the hidden states (batch, sequence, width)
     if head and model.logit_transform != IDENTITY:
         (logits,) = seen  # not as the model has scaled and capped them
+    logits = logits.view(*input_ids.shape, -1)  # flash attention takes all blocks as one row
     if head is None:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting the labels saves a copy of the logits
         nll = F.cross_entropy(
@@ -98,35 +101,6 @@ def attention_kernel(model: PreTrainedModel, input_ids: torch.Tensor) -> Abstrac
     prefers_math = is_short and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
     # Gradient checkpointing computes the forward pass again outside of this context, and both must agree.
     return sdpa_kernel(SDPBackend.MATH) if prefers_math and "recomputes" not in vars(model) else nullcontext()
-
-
-def isolation_inputs(model: PreTrainedModel, position_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return the keyword arguments with which no document of a block attends to another.
-
-    position_ids is (batch, sequence) int64, with a 0 at the start of each document. None returns no arguments.
-    """
-    if position_ids is None:
-        return {}
-    positions = {"position_ids": position_ids} if "position_ids" in model.isolated_by else {}
-    if "attention_mask" not in model.isolated_by:  # transformers makes the mask from the position ids
-        return positions
-    document = (position_ids == 0).cumsum(1)
-    visible = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (batch, 1, sequence, sequence)
-    return positions | {"attention_mask": torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)}
-
-
-@contextmanager
-def skip_packing_detection() -> Iterator[None]:
-    """Stop transformers from looking for packed sequences, for which it would wait for the device.
-
-    No argument does that. If a new version has another name for it, a step is slower and nothing else changes.
-    """
-    detect = getattr(masking_utils, "find_packed_sequence_indices", None)
-    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = detect
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from corpus.preview import preview
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
 from modeling.architectures import position_limit
+from modeling.packing import describe_isolation
 from modeling.precision import device_name
 from training.flops import flops_per_token, peak_flops
 from training.monitor import Throughput
@@ -115,10 +116,11 @@ class Plan:
         at_once = f", {config.micro_batch_size} at once" if config.micro_batch_size < share else ""
         per_epoch = self._train_data.steps_per_epoch(config.batch_size)
         epochs = f" ({num_steps / per_epoch:.2f} epochs)" if per_epoch else ""
+        isolation = f", documents isolated by {describe_isolation(self._model)}" if config.pack == "documents" else ""
         lines = {
             "model": f"{base.name if base.exists() else base}: {facts['model_type']}, {total / 1e6:.1f} M parameters, "
             f"{'pretrained' if config.model else 'from scratch'}{part}",
-            "training": facts["training_text"],
+            "training": facts["training_text"] + isolation,
             "held out": facts["eval_text"],
             "steps": f"{num_steps:,} of {config.batch_size} blocks{at_once}{epochs}, "
             f"learning rate {config.learning_rate:g}, {self._warmup_steps} to warm up",

@@ -22,7 +22,8 @@ from modeling.architectures import make_causal, position_limit, smallest_window
 from modeling.checks import check_causal, check_isolated, check_model, probing
 from modeling.linear_cross_entropy import _add_product, linear_cross_entropy
 from modeling.loading import load_pretrained, load_tokenizer_by_name
-from modeling.loss import attention_kernel, count_predicted, isolation_inputs, linear_head, next_token_nll
+from modeling.loss import attention_kernel, count_predicted, linear_head, next_token_nll
+from modeling.packing import isolation_inputs
 from modeling.precision import autocast, resolve_precision
 from modeling.trained import LoraConfig, add_lora
 from training.flops import flops_per_token, peak_flops
