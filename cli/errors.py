@@ -14,7 +14,6 @@ from errno import EACCES, EDQUOT, EFBIG, EIO, ENAMETOOLONG, ENOSPC, ENOTDIR, EPE
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-import datasets
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
@@ -81,9 +80,6 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     # Messages of libraries would hide the one line that matters.
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    if not sys.stdout.isatty():
-        datasets.disable_progress_bars()
     threading.excepthook = _thread_failed
     code: Any = 0
     try:

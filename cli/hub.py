@@ -1,9 +1,9 @@
 """Hub ids with a revision, whether the Hub answers, and the upload to it."""
 
 import functools
+import os
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
@@ -29,13 +29,18 @@ def split_revision(name: str, flag_name: str = "--model") -> tuple[str, str | No
     return repo_id, revision
 
 
+def datasets_cache() -> Path:
+    """Return the cache directory of `datasets`, which takes a second to import."""
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(huggingface_hub.constants.HF_HOME, "datasets"))
+
+
 @functools.cache
 def find_hub() -> None:
     """Switch the Hub's libraries to their cache if the Hub does not answer; else each file would take half a minute."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # the class depends on the HTTP library that the Hub's client uses
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def check_login(repo_id: str) -> None:

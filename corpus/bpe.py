@@ -3,13 +3,12 @@
 import hashlib
 import os
 import tempfile
-from pathlib import Path
 
-import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cli.errors import warn
+from cli.hub import datasets_cache
 from corpus.selection import TrainingDocuments
 
 END_OF_TEXT = "<|endoftext|>"  # ends documents; GPT-2's name for it
@@ -21,7 +20,7 @@ def train_tokenizer(size: int, documents: TrainingDocuments) -> PreTrainedTokeni
     It is cached by the fingerprint of the text.
     """
     key = hashlib.sha256(f"{documents.fingerprint}\n{size}".encode()).hexdigest()[:32]
-    cached = Path(datasets.config.HF_DATASETS_CACHE) / "trained_tokenizers" / f"{key}.json"
+    cached = datasets_cache() / "trained_tokenizers" / f"{key}.json"
     if cached.exists():
         tokenizer = Tokenizer.from_file(str(cached))
     else:

@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import datasets
 import numpy as np
 
 from cli.errors import SaveError, root_cause
+from cli.hub import datasets_cache
 
 # A document: 128 bits of the SHA-256 of its ids, 64 bits of that of its ids with loss mask, its number of tokens, how
 # many of them carry loss, and the UTF-8 bytes of the text with loss.
@@ -124,7 +124,7 @@ def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
     records. Each is written under another name, locked, and renamed. A second process waits for the first one. Raise
     SaveError if that fails.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "tokens"
+    folder = datasets_cache() / "tokens"
     tokens, documents = folder / f"{key}.tokens", folder / f"{key}.documents"
     if not _is_whole(tokens, documents):
         try:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
@@ -42,12 +41,15 @@ def compile_layers(model: PreTrainedModel, block_size: int) -> None:
 
     Compiling the whole model would take longer in proportion to its layers, and would make it no faster.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler takes a second to import
+
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # /tmp, which a reboot empties
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch", "inductor")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     linear_head(model)  # runs the model once, on a shape that must not be compiled
     layers = transformer_layers(model)
     torch._dynamo.config.recompile_limit = 8 + 2 * len(layers)  # for models whose layers all differ
+    torch._dynamo.config.optimize_ddp = False  # it would split each layer; DDP's hooks run between the layers anyway
     # On a CPU, Inductor draws dropout's random numbers slower than eager mode, and a second time in the backward pass.
     # In long blocks the attention dropout masks are too large to keep, so Inductor's own random numbers remain.
     use_eager_random = model.device.type == "cpu" and block_size <= SHORT_BLOCK

@@ -71,6 +71,7 @@ def linear_cross_entropy(
     has_tiles = device == "cpu" and dtype is not torch.half and not compiled
     tile = tile if has_tiles else vocabulary
     chunk = chunk or (4096 if device == "cuda" and compiled else 1024)
+    compute = _by_tiles if has_tiles else partial(_by_rows, compiled)
     options = {"scale": scale, "cap": cap, "loss_scale": loss_scale, "keeps_gradient": any(needs_grad)}
     tiles = weight.to(dtype).split(tile)
     known = torch.where(targets == IGNORED_LABEL, 0, targets)
@@ -84,10 +85,8 @@ def linear_cross_entropy(
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             states, has_loss = hidden[rows], targets[rows, None] != IGNORED_LABEL
-            compute = _by_tiles if has_tiles else partial(_by_rows, compiled)
-            log_probability, d_logits, factors = compute(
-                states.to(dtype), tiles, bias, targets[rows, None].clamp_min(0), **options
-            )
+            operands = states.to(dtype), tiles, bias, targets[rows, None].clamp_min(0)
+            log_probability, d_logits, factors = compute(*operands, **options)
             nll[rows] = (-log_probability * has_loss).squeeze(1)
             for i, gradient in enumerate(d_logits):
                 factor = factors[:, i : i + 1] * (has_loss * scale)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from corpus.flags import TextConfig
 from corpus.records import Documents
-from corpus.sources import Table
+from corpus.tables import Table
 from data import group_texts
 
 

@@ -3,10 +3,10 @@
 import functools
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 import yaml
@@ -31,7 +31,7 @@ model = PeftModel.from_pretrained(model, "{MODEL_NAME}")"""
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the numbers."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": version("datasets")}
 
 
 @functools.cache

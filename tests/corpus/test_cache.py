@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from conftest import in_child
@@ -19,7 +18,7 @@ from corpus.tokens import TokenPart, cached_stream
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 
 
