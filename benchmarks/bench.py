@@ -2,7 +2,7 @@
 
     make bench                                          about 3 minutes on two cores
     make bench ARGS=--full                              about 30
-    python -m benchmarks.bench --only blocks start      these measurements; prints them and writes nothing
+    python -m benchmarks.bench --only step start        these measurements; prints them and writes nothing
     python -m benchmarks.bench --full --text corpus.jsonl --text_column text --tokenizer gpt2-directory
 
 Each contender is a process of its own (`benchmarks.contenders`). Two of them take turns, so that a machine that is slow
@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+HEADER = "| what: against whom | ours | peer | ratio: median (min-max) | target | |\n|" + " --- |" * 6
 Pairs = list[tuple[float, float]]  # seconds of ours and of the peer, round by round
 
 
@@ -81,16 +82,10 @@ class Contender:
 
     def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str], limit: float = 3600):
         self.name, self._log = name, log
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with open(log, "wb") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            command = [sys.executable, *command]
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, **pipes)
         self._timer = threading.Timer(limit, self._process.kill)
         self._timer.daemon = True
         self._timer.start()
@@ -116,12 +111,8 @@ class Contender:
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise ContenderError(f"{self.name} has ended: {last_lines(self._log)}")
+            raise ContenderError(f"{self.name} has ended: {content(self._log)[-1500:].strip()}")
         return json.loads(line)
-
-
-def last_lines(log: Path) -> str:
-    return content(log)[-1500:].strip()
 
 
 def content(path: Path) -> str:
@@ -143,16 +134,16 @@ class Bench:
     def rounds(self, quick: int, full: int) -> int:
         return full if self.settings.full else quick
 
-    def environment(self, **more: str) -> dict[str, str]:
-        base = {"HF_DATASETS_CACHE": str(self.work / "cache"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return os.environ | base | more
+    @property
+    def environment(self) -> dict[str, str]:
+        cache = str(self.work / "cache")
+        return os.environ | {"HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     @contextmanager
-    def contender(self, name: str, cache: Path | None = None, warm_up: int = 0, **options: Any) -> Iterator[Contender]:
+    def contender(self, name: str, warm_up: int = 0, **options: Any) -> Iterator[Contender]:
         given = ("text", "text_column", "tokenizer", "block_size")
         options = {key: getattr(self.settings, key) for key in given} | {"work": str(self.work)} | options
-        environment = self.environment(**({"HF_DATASETS_CACHE": str(cache)} if cache else {}))
-        with running(name, options, self.work / f"{name}.log", environment) as started:
+        with running(name, options, self.work / f"{name}.log", self.environment) as started:
             if warm_up:
                 started.turn(warm_up)
             yield started
@@ -176,11 +167,9 @@ def take_turns(ours: Contender, peer: Contender, rounds: int, units: int = 1) ->
     """Return the seconds of a unit of both, round by round. They take turns in who begins, against drift."""
     pairs = []
     for i in range(rounds):
-        if i % 2:
-            second = peer.turn(units)
-            pairs.append((ours.turn(units), second))
-        else:
-            pairs.append((ours.turn(units), peer.turn(units)))
+        order = (ours, peer) if i % 2 == 0 else (peer, ours)
+        seconds = {contender: contender.turn(units) for contender in order}
+        pairs.append((seconds[ours], seconds[peer]))
     return pairs
 
 
@@ -194,9 +183,9 @@ def speed_row(what: str, pairs: Pairs, tokens: int, target: tuple[str, float] | 
     return Row(what, *rates, [peer / ours for ours, peer in pairs], target)
 
 
-def time_row(what: str, pairs: Pairs, target: tuple[str, float], notes: tuple[str, str] = ("", "")) -> Row:
+def time_row(what: str, pairs: Pairs, target: tuple[str, float]) -> Row:
     """Return the row of the part of the peer's time that ours takes."""
-    times = (f"{seconds:.3g} s{note}" for seconds, note in zip(medians(pairs), notes, strict=True))
+    times = (f"{seconds:.3g} s" for seconds in medians(pairs))
     return Row(what, *times, [ours / peer for ours, peer in pairs], target)
 
 
@@ -277,28 +266,22 @@ def memory(bench: Bench) -> Iterator[Row]:
 def start(bench: Bench) -> Iterator[Row]:
     """From the start of the process to the end of the first step, with warm caches and without compilation."""
     bf16 = bench.facts["precision"] == "bf16"
-    model, held_out = str(bench.work / "model"), str(bench.work / "eval.jsonl")
-    text, column, block_size = (getattr(bench.settings, key) for key in ("text", "text_column", "block_size"))
-    given = {"model": model, "text": text, "eval_text": held_out, "text_column": column, "block_size": block_size}
-    guide = ["-m", "benchmarks.guide", json.dumps({**given, "bf16": bf16})]
-    command = ["train.py", "--model", model, "--train_files", text, "--eval_files", held_out, "--text_column", column]
-    command += ["--block_size", block_size, "--max_eval_blocks", 1, "--max_steps", 1, "--compile", "off"]
+    model, settings = str(bench.work / "model"), bench.settings
+    guide = ["-m", "benchmarks.guide", json.dumps(vars(settings) | {"model": model, "bf16": bf16})]
+    command = ["train.py", "--model", model, "--train_files", settings.text, "--text_column", settings.text_column]
+    command += ["--block_size", settings.block_size, "--max_eval_blocks", 1, "--max_steps", 1, "--compile", "off"]
     command += ["--output_dir", bench.work / "run", "--overwrite"]
     metrics, log = bench.work / "run" / "metrics.jsonl", bench.work / "start.log"
 
     def ours() -> float:
         metrics.unlink(missing_ok=True)
-        return until(command, lambda: '"train"' in content(metrics), log, bench.environment())
+        return until(command, lambda: '"train"' in content(metrics), log, bench.environment)
 
     def peer() -> float:
-        return until(guide, lambda: "first step" in content(log), log, bench.environment())
+        return until(guide, lambda: "first step" in content(log), log, bench.environment)
 
     ours(), peer()  # the caches are warm
-    pairs = []
-    for i in range(bench.rounds(2, 6)):
-        second = peer() if i % 2 else None
-        mine = ours()
-        pairs.append((mine, second or peer()))
+    pairs = [(ours(), peer()) for _ in range(bench.rounds(2, 6))]
     label = f"start to the end of step 1: Trainer{', bf16' * bf16} (ours evaluates a block before)"
     yield time_row(label, pairs, ("<=", 0.75))
 
@@ -316,30 +299,11 @@ def until(command: list, reached: Callable[[], bool], log: Path, environment: di
         while not reached() and process.poll() is None:
             time.sleep(0.01)
         if process.poll() and not reached():
-            raise ContenderError(f"{command[1]} has ended: {last_lines(log)}")
+            raise ContenderError(f"{command[1]} has ended: {content(log)[-1500:].strip()}")
         return time.perf_counter() - started
     finally:
         process.kill()
         process.wait()
-
-
-def blocks(bench: Bench) -> Iterator[Row]:
-    """Text to blocks in new processes with empty caches, without imports and the loading of the tokenizer."""
-    cold, cached = [], []
-    for _ in range(bench.rounds(2, 4)):
-        with tempfile.TemporaryDirectory(dir=bench.work) as directory:
-            times, facts = [], []
-            for name in ("our_blocks", "guide_blocks", "our_blocks"):  # the second one of ours finds the cache
-                with bench.contender(name, Path(directory) / name) as contender:
-                    times.append(contender.turn())
-                    facts.append(contender.facts)
-        cold.append((times[0], times[1]))
-        cached.append((times[2], times[0]))
-    lost = facts[0]["tokens"] - facts[0]["documents"] - facts[1]["tokens"]
-    mine, other = medians(cold)
-    shown = f"{mine:.2f} s, none dropped", f"{other:.2f} s, {lost:,} tokens dropped"
-    yield Row("text to blocks, cold: the guide's maps", *shown, [peer / ours for ours, peer in cold], (">=", 4.0))
-    yield time_row("text to blocks: cached against cold", cached, ("<=", 0.3))
 
 
 def evaluation(bench: Bench) -> Iterator[Row]:
@@ -360,8 +324,8 @@ def evaluation(bench: Bench) -> Iterator[Row]:
             yield speed_row(f"evaluation: Trainer.evaluate, {label}", pairs, ours.facts["tokens"], target)
 
 
-QUICK = (step, start, blocks)
-ALL = (step, overhead, compiled, memory, start, blocks, evaluation)
+QUICK = (step, start, evaluation)
+ALL = (step, overhead, compiled, memory, start, evaluation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,10 +333,7 @@ ALL = (step, overhead, compiled, memory, start, blocks, evaluation)
 
 
 def heading(module: str, device: str) -> str:
-    """Return what a file of results says first: command, commit, device, versions, date.
-
-    The command names no directory of the machine that it ran on.
-    """
+    """Return the top of a file of results. The command in it names no directory of this machine."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -405,11 +366,6 @@ def results_file(device: str, suffix: str = "") -> Path:
     return RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}{suffix}.md"
 
 
-def table(rows: list[Row]) -> str:
-    head = "| what: against whom | ours | peer | ratio: median (min-max) | target | |"
-    return "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *map(str, rows)])
-
-
 def main() -> int:
     names = {measurement.__name__: measurement for measurement in ALL}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -421,7 +377,7 @@ def main() -> int:
     parser.add_argument("--block_size", type=int, default=128)
     settings = parser.parse_args()
     chosen = [names[name] for name in settings.only or ()] or (ALL if settings.full else QUICK)
-    left_out = ", ".join(name for name, measurement in names.items() if measurement not in chosen)
+    left_out = ", ".join(name for name in names if names[name] not in chosen)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contenders and files do not outlive this
     began, rows, failed = time.perf_counter(), [], False
@@ -450,7 +406,8 @@ dropout 0.1, clipping, a log every 10 steps; ours in {facts["precision"]}. The t
 over the peer's; all other ratios are shares of the peer's.
 {f"Left out: {left_out}; `--full` has them. " if left_out else ""}It took {(time.perf_counter() - began) / 60:.1f} minutes.
 
-{table(rows)}
+{HEADER}
+{chr(10).join(map(str, rows))}
 """  # noqa: E501
     if not settings.only:
         results_file(device).write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ random numbers, and never work at the same time.
 Our side is imported from the product. A peer is the library itself, or is written here in its manner.
 """
 
+import itertools
 import json
 import os
 import random
@@ -18,8 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import cycle, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,17 +28,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import train
 from corpus.flags import DataConfig, TextConfig
@@ -65,13 +56,11 @@ class Turns:
         os.dup2(2, 1)
         self._left, self._started = 0, 0.0
         self.facts: dict[str, Any] = {}
-        self.between: Callable[[], None] = lambda: None  # called after each turn, outside of the measured time
 
     def boundary(self) -> None:
         """Return when there is a unit of work to do. End the process when the driver is gone."""
         if self._left == 0:
             seconds = synchronized_time() - self._started
-            self.between()
             answer = {"seconds": seconds, "gib": peak_memory_gib(select_device()), **self.facts}
             print(json.dumps(answer), file=self._answers, flush=True)
             line = sys.stdin.readline()
@@ -101,8 +90,8 @@ def fresh_model(o: Options, **options: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(shape(o), dtype=torch.float32, **options)
 
 
-def text_blocks(o: Options, tokenizer: PreTrainedTokenizerBase | None = None) -> Blocks:
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(o["tokenizer"])
+def text_blocks(o: Options) -> Blocks:
+    tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
     documents = read_documents(TextConfig(text_column=o["text_column"]), "--text", [o["text"]])
     return group_texts(tokenize(documents, tokenizer), o["block_size"])
 
@@ -129,21 +118,6 @@ def set_determinism(choice: str) -> None:
 # Training steps
 
 
-class Stops:
-    """Stands in for the signals of `train.train`, and stops between two steps."""
-
-    def __init__(self, turns: Turns):
-        self._turns, self._in_loop = turns, False
-
-    def defer(self) -> None:
-        pass
-
-    def handle(self, checkpointer: Any) -> None:
-        if self._in_loop:  # the first call comes from the evaluation of one batch before the first step
-            self._turns.boundary()
-        self._in_loop = True
-
-
 def ours(turns: Turns, o: Options) -> None:
     """Run train.py's `train`, with an evaluation of one batch before the first step."""
     directory = Path(tempfile.mkdtemp(dir=o["work"]))
@@ -153,27 +127,19 @@ def ours(turns: Turns, o: Options) -> None:
         documents = (" ".join(draw.choices(WORDS, k=draw.randint(50, 1000))) for _ in range(1000))
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     shape(o).save_pretrained(directory)
-    config = train.Config(
-        train_files=[str(text)],
-        text_column=column,
-        model_config=str(directory),
-        model_overrides=json.dumps({"vocab_size": shape(o).vocab_size}),
-        tokenizer=tokenizer,
-        block_size=o["block_size"],
-        pack=o.get("pack", "stream"),
-        batch_size=BATCH,
-        micro_batch_size=BATCH,
-        max_steps=ENDLESS,
-        eval_every=ENDLESS,
-        save_every=ENDLESS,
-        max_eval_blocks=BATCH,
-        log_every=LOG_EVERY,
-        compile="on" if o.get("compile") else "off",
-        output_dir=str(directory / "run"),
-    )
+    vocabulary = json.dumps({"vocab_size": shape(o).vocab_size})
+    source = {"train_files": [str(text)], "text_column": column, "pack": o.get("pack", "stream")}
+    model = {"model_config": str(directory), "model_overrides": vocabulary, "tokenizer": tokenizer}
+    sizes = {"block_size": o["block_size"], "batch_size": BATCH, "micro_batch_size": BATCH, "max_eval_blocks": BATCH}
+    steps = {"max_steps": ENDLESS, "eval_every": ENDLESS, "save_every": ENDLESS, "log_every": LOG_EVERY}
+    compiled, output_dir = "on" if o.get("compile") else "off", str(directory / "run")
+    config = train.Config(**source, **model, **sizes, **steps, compile=compiled, output_dir=output_dir)
+    # `train` handles signals before each step, and before that once in its evaluation.
+    calls = itertools.count()
+    signals = SimpleNamespace(defer=lambda: None, handle=lambda _: next(calls) and turns.boundary())
     set_determinism(o.get("deterministic", "auto"))
     with HostSyncs(turns.facts) if o.get("count_syncs") else nullcontext():
-        train.train(config, World(DistributedConfig(o.get("strategy", "ddp"))), Stops(turns))
+        train.train(config, World(DistributedConfig(o["strategy"]) if "strategy" in o else None), signals)
 
 
 class HostSyncs(TorchDispatchMode):
@@ -200,7 +166,7 @@ def bare(turns: Turns, o: Options) -> None:
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
     batches = list(make_loader(text_blocks(o), BATCH, rank_batches(range(32 * BATCH), BATCH)))
-    for batch in cycle(batches):
+    for batch in itertools.cycle(batches):
         turns.boundary()
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
         optimizer.zero_grad(set_to_none=True)
@@ -211,7 +177,7 @@ def bare(turns: Turns, o: Options) -> None:
         optimizer.step()
 
 
-class StopsAtSteps(TrainerCallback):
+class StopsAtSteps(transformers.TrainerCallback):
     def __init__(self, turns: Turns):
         self._turns = turns
 
@@ -219,59 +185,51 @@ class StopsAtSteps(TrainerCallback):
         self._turns.boundary()
 
 
-def trainer_arguments(o: Options, **more: Any) -> TrainingArguments:
-    return TrainingArguments(
-        f"{o['work']}/trainer-{os.getpid()}",
-        per_device_train_batch_size=BATCH,
-        bf16=o.get("bf16", False),
-        bf16_full_eval=o.get("bf16_full_eval", False),
-        torch_compile=o.get("compile", False),
-        use_cpu=not torch.cuda.is_available(),
-        report_to=["tensorboard"],
-        save_strategy="no",
-        disable_tqdm=True,
-        **more,
-    )
+def trainer_arguments(o: Options, **more: Any) -> transformers.TrainingArguments:
+    chosen = {name: o.get(name, False) for name in ("bf16", "bf16_full_eval")}
+    manners = {"report_to": ["tensorboard"], "save_strategy": "no", "disable_tqdm": True}
+    device = {"per_device_train_batch_size": BATCH, "use_cpu": not torch.cuda.is_available()}
+    settings = {**chosen, **manners, **device, **more}
+    return transformers.TrainingArguments(f"{o['work']}/trainer", torch_compile=o.get("compile", False), **settings)
 
 
 def trainer(turns: Turns, o: Options) -> None:
     """The Trainer; with ``keeps_memory`` it gets our setting of the allocator."""
     if o.get("keeps_memory"):
         keep_freed_memory()
-    settings = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY)
+    settings, stops = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY), [StopsAtSteps(turns)]
     data = full_blocks(o, 1024)
-    Trainer(model=fresh_model(o), args=settings, train_dataset=data, callbacks=[StopsAtSteps(turns)]).train()
+    transformers.Trainer(model=fresh_model(o), args=settings, train_dataset=data, callbacks=stops).train()
 
 
 class NanoBlock(nn.Module):
     """One block of nanoGPT: fused query, key and value; PyTorch's attention; exact GELU."""
 
-    def __init__(self, width: int, heads: int, dropout: float, bias: bool):
+    def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=bias), nn.LayerNorm(width, bias=bias)
         self.c_attn, self.c_proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width, bias=bias)
         self.up, self.down = nn.Linear(width, 4 * width, bias=bias), nn.Linear(4 * width, width, bias=bias)
-        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, sequence, width)
         batch, length, width = x.shape
         parts = self.c_attn(self.ln_1(x)).split(width, dim=2)
         q, k, v = (part.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for part in parts)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=True)
-        x = x + self.drop(self.c_proj(y.transpose(1, 2).reshape(batch, length, width)))
-        return x + self.drop(self.down(F.gelu(self.up(self.ln_2(x)))))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
 class NanoGPT(nn.Module):
-    """The arithmetic of nanoGPT's model, with its defaults: no dropout, no biases; head and embedding are one."""
+    """The arithmetic of nanoGPT's model with its defaults: no dropout, no biases, a tied head."""
 
-    def __init__(self, config: PreTrainedConfig, dropout: float = 0.0, bias: bool = False):
+    def __init__(self, config: PreTrainedConfig, bias: bool = False):
         super().__init__()
         width = config.n_embd
         self.wte, self.wpe = nn.Embedding(config.vocab_size, width), nn.Embedding(config.n_positions, width)
-        self.drop, self.ln_f = nn.Dropout(dropout), nn.LayerNorm(width, bias=bias)
-        self.h = nn.ModuleList(NanoBlock(width, config.n_head, dropout, bias) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(width, bias=bias)
+        self.h = nn.ModuleList(NanoBlock(width, config.n_head, bias) for _ in range(config.n_layer))
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         for weight in self.parameters():
             if weight.ndim == 2:
@@ -279,7 +237,7 @@ class NanoGPT(nn.Module):
         self.lm_head.weight = self.wte.weight
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x = self.drop(self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)))
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.h:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))
@@ -291,17 +249,13 @@ def nanogpt(turns: Turns, o: Options) -> None:
     device = select_device()
     transformers.set_seed(42)
     model = NanoGPT(shape(o)).to(device)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed, others = ([p for p in model.parameters() if (p.ndim >= 2) is kind] for kind in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    batches = cycle(torch.stack([block["input_ids"] for block in full_blocks(o, 1024)]).split(BATCH))
+    batches = itertools.cycle(torch.stack([block["input_ids"] for block in full_blocks(o, 1024)]).split(BATCH))
     step_model = torch.compile(model) if o.get("compile") else model
-    step = 0
-    while True:
+    for step, ids in enumerate(batches, 1):
         turns.boundary()
-        ids = next(batches)
         ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
         with torch.autocast(device.type, torch.bfloat16):
             loss = step_model(ids, ids.roll(-1, 1))
@@ -309,7 +263,6 @@ def nanogpt(turns: Turns, o: Options) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         if step % LOG_EVERY == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
 
@@ -318,8 +271,9 @@ def products(turns: Turns, o: Options) -> None:
     """Compute all matrix products of a step in bf16, each in its fastest layout, into memory that is allocated."""
     device, work = select_device(), []
     keep_freed_memory(device.type)
+    layouts = list(itertools.product((False, True), repeat=2))
     for count, batch, m, k, n in step_products(shape(o), BATCH, o["block_size"]):
-        candidates = [[*operands(batch, m, k, n, *turned, device)] for turned in product((False, True), repeat=2)]
+        candidates = [[*operands(batch, m, k, n, *layout, device)] for layout in layouts]
         multiply = torch.bmm if batch > 1 else torch.mm
         work.append((count, multiply, *min(candidates, key=lambda c: _seconds(multiply, *c))))
     while True:
@@ -363,27 +317,7 @@ def _seconds(multiply: Callable, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text to blocks, evaluation, a whole run
-
-
-def our_blocks(turns: Turns, o: Options) -> None:
-    """Turn the text into blocks, once. The driver gives each process a cache, empty or not."""
-    tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
-    turns.boundary()
-    blocks = text_blocks(o, tokenizer)
-    assert all(len(blocks[i]["input_ids"]) for i in (0, len(blocks) - 1))
-    turns.facts |= {"tokens": len(blocks.stream), "documents": blocks.stream.num_documents}
-    turns.boundary()
-
-
-def guide_blocks(turns: Turns, o: Options) -> None:
-    from benchmarks import guide  # needs `datasets`, which no other peer does
-
-    tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
-    turns.boundary()
-    blocks = guide.text_to_blocks(o["text"], o["text_column"], tokenizer, o["block_size"])
-    turns.facts["tokens"] = len(blocks) * len(blocks[0]["input_ids"])
-    turns.boundary()
+# Evaluation, and a whole run
 
 
 def our_evaluation(turns: Turns, o: Options) -> None:
@@ -400,7 +334,8 @@ def our_evaluation(turns: Turns, o: Options) -> None:
 def trainer_evaluation(turns: Turns, o: Options) -> None:
     if o.get("keeps_memory"):
         keep_freed_memory()
-    peer = Trainer(model=fresh_model(o), args=trainer_arguments(o), eval_dataset=full_blocks(o, o["blocks"]))
+    blocks = full_blocks(o, o["blocks"])
+    peer = transformers.Trainer(model=fresh_model(o), args=trainer_arguments(o), eval_dataset=blocks)
     while True:
         turns.boundary()
         # It divides by all labels, also by each block's first one, which nothing predicts.
@@ -415,13 +350,12 @@ def fine_tuned(turns: Turns, o: Options) -> None:
     train_data, held_out = load_data(config, *load_documents(config, 42), tokenizer, 42)
     transformers.set_seed(42)
     model = AutoModelForCausalLM.from_pretrained(o["model"], dtype=torch.float32)
-    precision, limits = resolve_precision("auto", select_device()), {"max_steps": o["max_steps"] or -1}
-    settings = trainer_arguments(
-        {**o, "bf16": precision == "bf16"}, num_train_epochs=1, learning_rate=o["learning_rate"], seed=42, **limits
-    )
+    precision = resolve_precision("auto", select_device())
+    limits = {"num_train_epochs": 1, "max_steps": o["max_steps"] or -1, "learning_rate": o["learning_rate"]}
+    settings = trainer_arguments({**o, "bf16": precision == "bf16"}, seed=42, **limits)
     blocks = train_data.blocks
     full = [blocks[i] for i in range(len(blocks) - 1)]  # its default collator cannot take the last, short block
-    peer = Trainer(model=model, args=settings, train_dataset=full)
+    peer = transformers.Trainer(model=model, args=settings, train_dataset=full)
     peer.train()
     turns.facts["steps"] = peer.state.global_step
     turns.boundary()
@@ -429,19 +363,14 @@ def fine_tuned(turns: Turns, o: Options) -> None:
     turns.boundary()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def prepare(turns: Turns, o: Options) -> None:
-    """Make what several contenders need: the model's directory, a text to evaluate on, a warm cache of tokens."""
+    """Make what several processes need: the model's directory, and a warm cache of tokens."""
     work, model = Path(o["work"]), fresh_model(o)
     model.save_pretrained(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{o['tokenizer']}: {len(tokenizer)} tokens, and the model has {model.config.vocab_size}")
     tokenizer.save_pretrained(work / "model")
-    with open(o["text"], encoding="utf-8") as text:
-        (work / "eval.jsonl").write_text(text.readline(), encoding="utf-8")
     turns.facts |= {
         "precision": resolve_precision("auto", select_device()),
         "parameters": model.num_parameters(),
@@ -450,9 +379,5 @@ def prepare(turns: Turns, o: Options) -> None:
     turns.boundary()
 
 
-STEPS = (ours, bare, trainer, nanogpt, products)
-OTHERS = (our_blocks, guide_blocks, our_evaluation, trainer_evaluation, fine_tuned, prepare)
-CONTENDERS = {each.__name__: each for each in (*STEPS, *OTHERS)}
-
 if __name__ == "__main__":
-    CONTENDERS[sys.argv[1]](Turns(), json.loads(sys.argv[2]))
+    globals()[sys.argv[1]](Turns(), json.loads(sys.argv[2]))

@@ -208,7 +208,7 @@ def checkpoint_bytes(group: int, largest: int, device: str = "cuda") -> int:
 
 
 def model_bytes(s: Shape, file_size: float = 1e9 * int(FILE_SIZE.removesuffix("GB"))) -> float:
-    """Return the host memory that writing model/ adds to rank 0 with fsdp: one file, and one layer or the embeddings."""
+    """Return the host memory that writing model/ adds to rank 0 with fsdp: a file, and a layer or the embeddings."""
     return min(file_size, 4 * s.parameters) + 4 * max(s.block, s.vocabulary * s.width)
 
 
@@ -278,16 +278,11 @@ def table() -> str:
                 said = ("checkpointed" if checkpointing else "yes") if fits else "**no**"
                 row = [name, str(devices), strategy if devices > 1 else "(none)"]
                 row += [*(f"{part / 1e9:.1f}" for part in parts), f"{sum(parts) / 1e9:.1f} GB", said]
-                if fits and devices > 1:
-                    computing, exchanging, hidden = seconds(s, flops, devices, strategy, checkpointing)
-                    shares = (computing / (computing + exchanging - behind) for behind in (0, hidden))
-                    row += [f"{sent_bytes(s, devices, strategy) / 1e9:.1f} GB", f"{computing * 1e3:.0f} ms"]
-                    row += [f"{exchanging * 1e3:.0f} ms", " to ".join(f"{100 * share:.0f}%" for share in shares)]
-                elif fits:
-                    computing, *_ = seconds(s, flops, 1, strategy, checkpointing)
-                    row += ["", f"{computing * 1e3:.0f} ms", "", ""]
-                else:
-                    row += [""] * 4
+                computing, exchanging, hidden = seconds(s, flops, devices, strategy, checkpointing)
+                shares = (computing / (computing + exchanging - behind) for behind in (0, hidden))
+                speed = [f"{sent_bytes(s, devices, strategy) / 1e9:.1f} GB", f"{computing * 1e3:.0f} ms"]
+                speed += [f"{exchanging * 1e3:.0f} ms", " to ".join(f"{100 * share:.0f}%" for share in shares)]
+                row += speed if fits and devices > 1 else ["", speed[1] if fits else "", "", ""]
                 if fits or strategy == "fsdp" or devices == 1:  # with ddp no number of devices helps
                     lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)

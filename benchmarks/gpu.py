@@ -53,6 +53,7 @@ STEPS: list[tuple[str, str, str, dict[str, Any], float | None]] = [
     ("flags", "--deterministic on", "ours", {"deterministic": "on"}, None),
     ("flags", "--pack documents", "ours", {"pack": "documents"}, None),
     ("flags", "host syncs", "ours", {"count_syncs": True}, None),
+    ("flags", "host syncs, --pack documents", "ours", {"count_syncs": True, "pack": "documents"}, None),
     ("flags", "torchrun, --strategy ddp", "ours", {"strategy": "ddp"}, None),
     ("flags", "torchrun, --strategy fsdp", "ours", {"strategy": "fsdp"}, None),
     ("llama", "ours", "ours", {}, None),

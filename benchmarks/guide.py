@@ -1,10 +1,10 @@
 """The script that the Trainer's users write: the guide "Causal language modeling" of transformers.
 
-    python -m benchmarks.guide '{"model": "quickstart/smollm2", "text": "a.jsonl", "eval_text": "b.jsonl",
-                                 "text_column": "answers.text", "block_size": 128, "bf16": true}'
+    python -m benchmarks.guide '{"model": "quickstart/smollm2", "text": "a.jsonl", "text_column": "answers.text",
+                                 "block_size": 128, "bf16": true}'
 
 It reads the text, makes blocks with the guide's two maps, and trains one step. It imports nothing of this project,
-because its start is timed. `text_to_blocks` is also timed alone.
+because its start is timed.
 """
 
 import json
@@ -16,25 +16,17 @@ import transformers
 from datasets import Dataset, load_dataset
 
 
-def text_to_blocks(
-    text: str,
-    text_column: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    block_size: int,
-    num_proc: int | None = 4,
-) -> Dataset:
+def text_to_blocks(o: dict, tokenizer: transformers.PreTrainedTokenizerBase, num_proc: int | None = 4) -> Dataset:
     """Apply the guide's `preprocess_function` and `group_texts`. They drop the rest of each thousand records."""
-    table = load_dataset("json", data_files=text, split="train").flatten()
+    table = load_dataset("json", data_files=o["text"], split="train").flatten()
 
     def preprocess(examples):
-        return tokenizer([value if isinstance(value, str) else " ".join(value) for value in examples[text_column]])
+        return tokenizer([value if isinstance(value, str) else " ".join(value) for value in examples[o["text_column"]]])
 
     def group_texts(examples):
-        joined = {key: sum(rows, []) for key, rows in examples.items()}  # noqa: RUF017
-        total = len(joined["input_ids"])
-        if total >= block_size:
-            total = total // block_size * block_size
-        blocks = {key: [row[i : i + block_size] for i in range(0, total, block_size)] for key, row in joined.items()}
+        joined, size = {key: sum(rows, []) for key, rows in examples.items()}, o["block_size"]  # noqa: RUF017
+        total = len(joined["input_ids"]) // size * size
+        blocks = {key: [row[i : i + size] for i in range(0, total, size)] for key, row in joined.items()}
         blocks["labels"] = blocks["input_ids"].copy()
         return blocks
 
@@ -50,22 +42,15 @@ class PrintFirstStep(transformers.TrainerCallback):
 def main() -> None:
     o = json.loads(sys.argv[1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(o["model"])
-    paths = o["text"], o["eval_text"]
-    train, held_out = (text_to_blocks(path, o["text_column"], tokenizer, o["block_size"]) for path in paths)
+    blocks = text_to_blocks(o, tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     model = transformers.AutoModelForCausalLM.from_pretrained(o["model"], dtype=torch.float32)
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     with tempfile.TemporaryDirectory() as directory:
-        settings = transformers.TrainingArguments(
-            directory, max_steps=1, logging_steps=1, bf16=o["bf16"], use_cpu=not torch.cuda.is_available()
-        )
-        transformers.Trainer(
-            model=model,
-            args=settings,
-            train_dataset=train,
-            eval_dataset=held_out,
-            data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
-            callbacks=[PrintFirstStep()],
-        ).train()
+        device = {"bf16": o["bf16"], "use_cpu": not torch.cuda.is_available()}
+        settings = transformers.TrainingArguments(directory, max_steps=1, logging_steps=1, **device)
+        data = {"train_dataset": blocks, "data_collator": collator}
+        transformers.Trainer(model=model, args=settings, callbacks=[PrintFirstStep()], **data).train()
 
 
 if __name__ == "__main__":
