@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import write_jsonl
+from conftest import tiny_gpt2, write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import bench, contenders, gpu, guide, quality
@@ -202,9 +202,11 @@ def test_steps_in_tiny(monkeypatch, capsys, part):
 
 
 @pytest.mark.slow
-def test_quality_compares_on_each_text(model_dir, jsonl_file, monkeypatch, capsys):
+def test_quality_compares_on_each_text(tokenizer, jsonl_file, tmp_path, monkeypatch, capsys):
+    for part in (tokenizer, tiny_gpt2(len(tokenizer), n_positions=128)):
+        part.save_pretrained(tmp_path)
     texts = ["--text", str(jsonl_file), str(jsonl_file)]
-    rest = ["--model", str(model_dir), "--max_steps", "2", "--max_documents", "20", "--learning_rates", "1e-4", "2e-4"]
+    rest = ["--model", str(tmp_path), "--max_steps", "2", "--max_documents", "20", "--learning_rates", "1e-4", "2e-4"]
     monkeypatch.setattr(sys, "argv", ["quality.py", *texts, *rest, "--recipe", "--block_size 32 --eval_every 1"])
     monkeypatch.setattr(quality, "results_file", None)  # with --max_steps nothing is written
     quality.main()
