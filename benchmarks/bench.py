@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -270,11 +271,11 @@ def start(bench: Bench) -> Iterator[Row]:
     guide = ["-m", "benchmarks.guide", json.dumps(vars(settings) | {"model": model, "bf16": bf16})]
     command = ["train.py", "--model", model, "--train_files", settings.text, "--text_column", settings.text_column]
     command += ["--block_size", settings.block_size, "--max_eval_blocks", 1, "--max_steps", 1, "--compile", "off"]
-    command += ["--output_dir", bench.work / "run", "--overwrite"]
+    command += ["--output_dir", bench.work / "run"]
     metrics, log = bench.work / "run" / "metrics.jsonl", bench.work / "start.log"
 
     def ours() -> float:
-        metrics.unlink(missing_ok=True)
+        shutil.rmtree(metrics.parent, ignore_errors=True)
         return until(command, lambda: '"train"' in content(metrics), log, bench.environment)
 
     def peer() -> float:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def measure_ours(settings: argparse.Namespace, text: str, recipe: str, target: f
     def reached() -> bool:
         return any(record["loss"] <= target for record in evaluations())
 
-    (work / "run" / "metrics.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(work / "run", ignore_errors=True)
     command = our_command(settings, text, work / "run", *shlex.split(recipe))
     seconds = until(command, reached, work / "ours.log", ENVIRONMENT)
     best = min(evaluations(), key=lambda record: record["loss"])
@@ -61,7 +62,7 @@ def our_command(settings: argparse.Namespace, text: str, run_dir: Path, *flags: 
     command = ["train.py", "--model", settings.model, "--train_files", text, "--text_column", settings.text_column]
     limits = {"--max_steps": settings.max_steps, "--max_documents": settings.max_documents}
     command += [part for flag, value in limits.items() if value for part in (flag, value)]
-    return [*command, "--output_dir", run_dir, "--overwrite", *flags]
+    return [*command, "--output_dir", run_dir, *flags]
 
 
 def compare(settings: argparse.Namespace, text: str, work: Path) -> str:
