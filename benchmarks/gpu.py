@@ -143,6 +143,7 @@ def time_calls(work: Callable[[], None], device: torch.device) -> tuple[list[flo
             torch.cuda.reset_peak_memory_stats()
             work()
             gib = (torch.cuda.max_memory_allocated() - held) / 2**30
+            torch.cuda.empty_cache()  # the next part is another process
     return seconds[3:], gib
 
 
@@ -186,11 +187,11 @@ def main() -> int:
         for cells in PARTS[part](part, settings.tiny):
             rows.append(f"| {' | '.join([part, *cells, *[''] * (7 - len(cells))])} |")
             print(rows[-1], flush=True)
-    if not (settings.only or settings.tiny):
-        device = device_name(select_device())
-        text = f"# On one GPU\n\n{heading('gpu', f'{device}, beside {processor()}')}\n"
-        text += f"It took {(time.perf_counter() - began) / 60:.1f} minutes.\n\n"
-        results_file(device).write_text("\n".join([text + HEADER, "|" + " --- |" * 8, *rows, ""]), encoding="utf-8")
+        if not (settings.only or settings.tiny):  # after each part, in case that the next one does not end
+            device, minutes = device_name(select_device()), (time.perf_counter() - began) / 60
+            text = heading("gpu", f"{device}, beside {processor()}") + f"\nIt took {minutes:.1f} minutes.\n"
+            table = "\n".join(["# On one GPU\n", text, HEADER, "|" + " --- |" * 8, *rows, ""])
+            results_file(device).write_text(table, encoding="utf-8")
     return 0
 
 
