@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # A recipe that names a file of the quickstart gets it made first.
 PREPARED = $(shell grep -soE 'quickstart/(smollm2|text\.jsonl)' $(CONFIG) | sort -u)
 
-.PHONY: all help install train tensorboard test test-all torture bench docs lint clean
+.PHONY: all help install train tensorboard test test-all torture bench bench-gpu docs lint clean
 .DELETE_ON_ERROR:
 
 all: install help
@@ -27,6 +27,7 @@ help:
 	@echo 'make test-all                          the slow tests as well: adapters on every architecture'
 	@echo 'make torture                           kills, lost ranks, damage, full disks, signals: the long tests, as a table'
 	@echo 'make bench                             speed and memory beside the peers, 3 minutes; ARGS=--full takes 30'
+	@echo 'make bench-gpu                         the same on one GPU, 10 minutes'
 
 install: .venv/installed
 
@@ -48,6 +49,9 @@ torture: .venv/installed-dev
 
 bench: .venv/installed-dev quickstart/smollm2 quickstart/text.jsonl
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+bench-gpu: .venv/installed-dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 docs: .venv/installed-dev
 	$(BIN)/python docs/flags.py > docs/flags.md.new && mv docs/flags.md.new docs/flags.md

@@ -1,28 +1,30 @@
-"""Ours beside its peers, measured in turns in one run; the table goes to benchmarks/RESULTS.md.
+"""Measure this project and its peers in turns, on the CPU; the table goes to benchmarks/results/.
 
     make bench                                          about 3 minutes on two cores
     make bench ARGS=--full                              about 30
-    python -m benchmarks.bench --only blocks start      some measurements; prints them, writes nothing
+    python -m benchmarks.bench --only step start        these measurements; prints them and writes nothing
     python -m benchmarks.bench --full --text corpus.jsonl --text_column text --tokenizer gpt2-directory
 
-Each contender is a process of its own (`benchmarks.contenders`). Two are alive at a time and take turns, so that a
-machine that is slow for a minute is slow for both; a ratio is that of two turns, one after the other, and the table
-holds the median of the ratios with the smallest and the largest.
+Each contender is a process of its own (`benchmarks.contenders`). Two of them take turns, so that a machine that is slow
+for a minute is slow for both. A ratio is that of two turns, one after the other. The table shows the median of the
+ratios with the smallest and the largest. `make bench-gpu` is for GPUs.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+HEADER = "| what: against whom | ours | peer | ratio: median (min-max) | target | |\n|" + " --- |" * 6
+Pairs = list[tuple[float, float]]  # seconds of ours and of the peer, round by round
 
 
 @dataclass
@@ -43,27 +47,24 @@ class Row:
     peer: str
     ratios: list[float] = field(default_factory=list)
     target: tuple[str, float] | None = None
-    unit: str = "x"
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ratios)
 
     @property
     def verdict(self) -> str:
         if not self.ratios or self.target is None:
             return ""
-        sign, value = self.target
-        return "met" if (self.median >= value if sign == ">=" else self.median <= value) else "**missed**"
+        (sign, value), median = self.target, statistics.median(self.ratios)
+        return "met" if (median >= value if sign == ">=" else median <= value) else "**missed**"
 
     def __str__(self) -> str:
-        ratio = ""
-        if self.ratios:
-            ratio = f"{short(self.median)}{self.unit}"
-            if len(self.ratios) > 1:
-                ratio += f" ({short(min(self.ratios))}-{short(max(self.ratios))})"
-        target = f"{self.target[0]} {self.target[1]:g}{self.unit}" if self.target else ""
+        ratio = spread(self.ratios, "x") if self.ratios else ""
+        target = f"{self.target[0]} {self.target[1]:g}x" if self.target else ""
         return f"| {' | '.join([self.what, self.ours, self.peer, ratio, target, self.verdict])} |"
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Return the median with the smallest and the largest value."""
+    median = f"{short(statistics.median(values))}{unit}"
+    return f"{median} ({short(min(values))}-{short(max(values))})" if len(values) > 1 else median
 
 
 def short(value: float) -> str:
@@ -71,50 +72,56 @@ def short(value: float) -> str:
 
 
 class ContenderError(RuntimeError):
-    pass
+    """A process of a measurement has failed."""
 
 
 class Contender:
-    """A process of benchmarks.contenders. It has prepared itself when this returns, and waits."""
+    """A process that does units of work when it is told to. ``command`` are the arguments of its Python.
 
-    def __init__(self, name: str, options: dict[str, Any], log: Path, environment: dict[str, str]):
+    If it takes longer than ``limit`` seconds it is killed, and the next turn raises ContenderError.
+    """
+
+    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str], limit: float = 3600):
         self.name, self._log = name, log
-        with open(log, "ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.contenders", name, json.dumps(options)],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with open(log, "wb") as errors:
+            command = [sys.executable, *command]
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, **pipes)
+        self._timer = threading.Timer(limit, self._process.kill)
+        self._timer.daemon = True
+        self._timer.start()
         self.facts = self._answer()
 
     def turn(self, units: int = 1) -> float:
-        """Lets it do that many units of work; returns the seconds of one. What else it says is in ``facts``."""
-        try:
-            self._process.stdin.write(f"{units}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # why, is in its log
+        """Let it do ``units`` units of work, and return the seconds of one. Other results are in ``facts``."""
+        with suppress(BrokenPipeError):  # `_answer` reports why
+            print(units, file=self._process.stdin, flush=True)
         self.facts = self._answer()
         return self.facts["seconds"] / units
 
     def stop(self) -> None:
-        self._process.stdin.close()  # it ends by itself at a boundary, where it is unless something went wrong
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()  # it ends at the next boundary
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._timer.cancel()
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            said = self._log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise ContenderError(f"{self.name} has ended: " + "\n".join(said))
+            raise ContenderError(f"{self.name} has ended: {content(self._log)[-1500:].strip()}")
         return json.loads(line)
+
+
+def content(path: Path) -> str:
+    """Return the text of a file that may not exist."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 @dataclass
@@ -125,408 +132,260 @@ class Bench:
     work: Path
     facts: dict[str, Any] = field(default_factory=dict)  # of the machine and the model, from the contender `prepare`
 
-    @property
-    def full(self) -> bool:
-        return self.settings.full
-
     def rounds(self, quick: int, full: int) -> int:
-        return full if self.full else quick
+        return full if self.settings.full else quick
 
-    def environment(self, **more: str) -> dict[str, str]:
-        return os.environ | {"HF_DATASETS_CACHE": str(self.work / "cache"), "HF_HUB_OFFLINE": "1", **more}
+    @property
+    def environment(self) -> dict[str, str]:
+        cache = str(self.work / "cache")
+        return os.environ | {"HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     @contextmanager
-    def contender(self, contender: str, cache: Path | None = None, **options: Any) -> Iterator[Contender]:
-        given = {
-            key: getattr(self.settings, key) for key in ("text", "text_column", "tokenizer", "model", "block_size")
-        }
-        environment = self.environment(HF_DATASETS_CACHE=str(cache)) if cache else self.environment()
-        given |= {"work": str(self.work), **options}
-        started = Contender(contender, given, self.work / f"{contender}.log", environment)
-        try:
+    def contender(self, name: str, warm_up: int = 0, **options: Any) -> Iterator[Contender]:
+        given = ("text", "text_column", "tokenizer", "block_size")
+        options = {key: getattr(self.settings, key) for key in given} | {"work": str(self.work)} | options
+        with running(name, options, self.work / f"{name}.log", self.environment) as started:
+            if warm_up:
+                started.turn(warm_up)
             yield started
-        finally:
-            started.stop()
 
 
-def take_turns(ours: Contender, peer: Contender, rounds: int, units: int = 1) -> list[tuple[float, float]]:
-    """Seconds of a unit of ours and of the peer's, round by round; who begins changes, against what drifts."""
-    found = []
+@contextmanager
+def running(
+    name: str, options: dict, log: Path, environment: dict[str, str], limit: float = 3600, torchrun: bool = False
+) -> Iterator[Contender]:
+    """Run a contender of benchmarks.contenders in this context; with ``torchrun`` as its only rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] if torchrun else []
+    command = [*launcher, "-m", "benchmarks.contenders", name, json.dumps(options)]
+    started = Contender(name, command, log, environment, limit)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def take_turns(ours: Contender, peer: Contender, rounds: int, units: int = 1) -> Pairs:
+    """Return the seconds of a unit of both, round by round. They take turns in who begins, against drift."""
+    pairs = []
     for i in range(rounds):
-        if i % 2:
-            second = peer.turn(units)
-            found.append((ours.turn(units), second))
-        else:
-            found.append((ours.turn(units), peer.turn(units)))
-    return found
+        order = (ours, peer) if i % 2 == 0 else (peer, ours)
+        seconds = {contender: contender.turn(units) for contender in order}
+        pairs.append((seconds[ours], seconds[peer]))
+    return pairs
 
 
-def speeds(pairs: list[tuple[float, float]]) -> list[float]:
-    """How many times as fast ours is."""
-    return [peer / ours for ours, peer in pairs]
-
-
-def shares(pairs: list[tuple[float, float]]) -> list[float]:
-    """The part of the peer's time that ours takes."""
-    return [ours / peer for ours, peer in pairs]
-
-
-def medians(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+def medians(pairs: Pairs) -> tuple[float, float]:
     return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs)
 
 
-def rate(tokens: float, seconds: float) -> str:
-    return f"{tokens / seconds:,.0f} tokens/s"
+def speed_row(what: str, pairs: Pairs, tokens: int, target: tuple[str, float] | None = None) -> Row:
+    """Return the row of how many times as fast ours is."""
+    rates = (f"{tokens / seconds:,.0f} tokens/s" for seconds in medians(pairs))
+    return Row(what, *rates, [peer / ours for ours, peer in pairs], target)
+
+
+def time_row(what: str, pairs: Pairs, target: tuple[str, float]) -> Row:
+    """Return the row of the part of the peer's time that ours takes."""
+    times = (f"{seconds:.3g} s" for seconds in medians(pairs))
+    return Row(what, *times, [ours / peer for ours, peer in pairs], target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements: each yields rows
 
+BF16, BF16_OUR_ALLOCATOR = {"bf16": True}, {"bf16": True, "keeps_memory": True}
+
 
 def step(bench: Bench) -> Iterator[Row]:
-    """Training steps in eager mode; one process of ours stays for all peers."""
+    """Training steps in eager mode. One process of ours stays for all peers."""
     peers = [
-        ("Trainer, float32 (its default)", "trainer", {}, (">=", 2.8), True),
-        ("Trainer, bf16", "trainer", {"bf16": True}, (">=", 2.0), True),
-        ("Trainer, bf16, with our allocator setting", "trainer", {"bf16": True, "keeps_memory": True}, None, False),
-        ("no_trainer loop, float32 (its default)", "no_trainer", {}, None, False),
-        ("no_trainer loop, bf16", "no_trainer", {"bf16": True}, None, False),
-        ("nanoGPT's step, bf16 (no dropout, no biases)", "nanogpt", {}, None, False),
+        ("Trainer, float32 (its default)", "trainer", {}, (">=", 2.8)),
+        ("Trainer, bf16", "trainer", BF16, (">=", 2.0)),
+        ("Trainer, bf16, with our allocator setting", "trainer", BF16_OUR_ALLOCATOR, None),
+        ("nanoGPT's step, bf16 (no dropout, no biases)", "nanogpt", {}, None),
     ]
-    tokens = 8 * bench.settings.block_size
-    with bench.contender("ours") as ours:
-        ours.turn(2)
-        for label, name, options, target, quick in peers:
-            if quick or bench.full:
-                with bench.contender(name, **options) as peer:
-                    peer.turn(2)
+    with bench.contender("ours", warm_up=2) as ours:
+        for label, name, options, target in peers:
+            if target or bench.settings.full:
+                with bench.contender(name, warm_up=2, **options) as peer:
                     pairs = take_turns(ours, peer, bench.rounds(3, 8), units=bench.rounds(1, 2))
-                mine, other = medians(pairs)
-                yield Row(f"step: {label}", rate(tokens, mine), rate(tokens, other), speeds(pairs), target)
-
+                yield speed_row(f"step: {label}", pairs, 8 * bench.settings.block_size, target)
         yield matrix_limit(bench, ours, "step")
 
 
 def matrix_limit(bench: Bench, ours: Contender, label: str) -> Row:
-    with bench.contender("products") as limit:
-        limit.turn()
-        pairs = take_turns(ours, limit, bench.rounds(4, 8))
-    mine, other = (f"{seconds:.2f} s" for seconds in medians(pairs))
-    return Row(f"{label}: share of the matrix limit", mine, f"{other} of products", speeds(pairs), (">=", 0.65))
+    """Compare a step with its matrix products alone."""
+    with bench.contender("products", warm_up=1) as products:
+        pairs = take_turns(ours, products, bench.rounds(4, 8))
+    mine, limit = (f"{seconds:.2f} s" for seconds in medians(pairs))
+    target = (">=", 0.45 if "AMX" in processor() else 0.7)
+    shares = [products / ours for ours, products in pairs]
+    return Row(f"{label}: share of the matrix limit", mine, f"{limit} of products", shares, target)
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
-    """The differences looked for are those of single steps' noise, hence the many rounds."""
-    with bench.contender("ours") as ours, bench.contender("bare") as bare:
-        ours.turn(2)
-        bare.turn(2)
+    """The difference is smaller than the noise of single steps, hence the many rounds."""
+    with bench.contender("ours", warm_up=2) as ours, bench.contender("bare", warm_up=2) as bare:
         pairs = take_turns(ours, bare, bench.rounds(6, 20))
-    mine, other = medians(pairs)
-    yield Row("step: the loop against the bare step", f"{mine:.3f} s", f"{other:.3f} s", shares(pairs), ("<=", 1.02))
+    yield time_row("step: the loop against the bare step", pairs, ("<=", 1.02))
 
 
 def compiled(bench: Bench) -> Iterator[Row]:
-    """Compilation is in the warm-up, and not measured here."""
-    trainer = ("Trainer, bf16 + torch_compile", "trainer", {"bf16": True, "compile": True})
-    nanogpt = ("nanoGPT's step, bf16, compiled", "nanogpt", {"compile": True})
+    """Compilation happens in the warm-up and is not measured here."""
+    trainer = ("Trainer, bf16 + torch_compile", "trainer", BF16 | {"compile": True}, (">=", 1.5))
+    nanogpt = ("nanoGPT's step, bf16, compiled", "nanogpt", {"compile": True}, None)
     pairings = [
-        ("ours eager (short runs)", {}, trainer, (">=", 1.3)),
-        ("ours compiled", {"compile": True}, trainer, (">=", 1.3)),
-        ("ours compiled", {"compile": True}, nanogpt, None),
-        ("ours compiled", {"compile": True}, ("ours eager", "ours", {}), None),
+        ("ours eager", {}, trainer),
+        ("ours compiled", {"compile": True}, trainer),
+        ("ours compiled", {"compile": True}, nanogpt),
+        ("ours compiled", {"compile": True}, ("ours eager", "ours", {}, None)),
     ]
-    tokens = 8 * bench.settings.block_size
-    for how, mine, (label, name, options), target in pairings:
-        with bench.contender("ours", **mine) as ours, bench.contender(name, **options) as peer:
-            ours.turn(3)
-            peer.turn(3)
+    for how, mine, (label, name, options, target) in pairings:
+        with bench.contender("ours", warm_up=3, **mine) as ours, bench.contender(name, warm_up=3, **options) as peer:
             pairs = take_turns(ours, peer, bench.rounds(3, 6))
-        own, other = medians(pairs)
-        yield Row(f"step, {how}: {label}", rate(tokens, own), rate(tokens, other), speeds(pairs), target)
-    with bench.contender("ours", compile=True) as ours:
-        ours.turn(3)
+        yield speed_row(f"step, {how}: {label}", pairs, 8 * bench.settings.block_size, target)
+    with bench.contender("ours", warm_up=3, compile=True) as ours:
         yield matrix_limit(bench, ours, "step, ours compiled")
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """The most memory of the process after two steps, one contender after the other."""
-    contenders = [("trainer", {"bf16": True}), ("ours", {"precision": "bf16", "compile": True})]
-    peaks, times = [], []
-    for name, options in [*contenders, ("ours", {"precision": "bf16"})]:
-        with bench.contender(name, block_size=1024, **options) as contender:
-            contender.turn()
-            times.append(contender.turn())
-            peaks.append(contender.facts["gib"])
-    for i, how in enumerate(("compiled", "eager"), 1):
-        label = f"peak memory, 8 x 1024, ours {how}: Trainer, bf16"
-        mine, other = (f"{peaks[each]:.1f} GiB, {times[each]:.0f} s" for each in (i, 0))
-        yield Row(label, mine, other, [peaks[i] / peaks[0]], ("<=", 0.5))
+    """The most memory of a process after two steps, one process after the other."""
+
+    def peak(name: str, **options: Any) -> float:
+        with bench.contender(name, block_size=1024, warm_up=2, **options) as contender:
+            return contender.facts["gib"]
+
+    rounds = range(bench.rounds(1, 2))
+    peers = [peak("trainer", **BF16) for _ in rounds]
+    for how, options, target in (("eager", {}, 0.6), ("compiled", {"compile": True}, 0.5)):
+        peaks = [peak("ours", **options) for _ in rounds]
+        shown = (f"{statistics.median(each):.1f} GiB" for each in (peaks, peers))
+        ratios = [mine / other for mine, other in zip(peaks, peers, strict=True)]
+        yield Row(f"peak memory, 8 x 1024, ours {how}: Trainer, bf16", *shown, ratios, ("<=", target))
 
 
 def start(bench: Bench) -> Iterator[Row]:
     """From the start of the process to the end of the first step, with warm caches and without compilation."""
     bf16 = bench.facts["precision"] == "bf16"
-    model, held_out = bench.work / "model", bench.work / "eval.jsonl"
-    text, column, block = (getattr(bench.settings, key) for key in ("text", "text_column", "block_size"))
-    given = {"model": str(model), "text": text, "eval_text": str(held_out), "text_column": column}
-    guide = ["-m", "benchmarks.guide", json.dumps({**given, "block_size": block, "bf16": bf16})]
-    flags = ["--model", model, "--train_files", text, "--eval_files", held_out, "--text_column", column]
-    flags += ["--block_size", block, "--max_steps", 1, "--compile", "off", "--output_dir", bench.work / "run"]
+    model, settings = str(bench.work / "model"), bench.settings
+    guide = ["-m", "benchmarks.guide", json.dumps(vars(settings) | {"model": model, "bf16": bf16})]
+    command = ["train.py", "--model", model, "--train_files", settings.text, "--text_column", settings.text_column]
+    command += ["--block_size", settings.block_size, "--max_eval_blocks", 1, "--max_steps", 1, "--compile", "off"]
+    command += ["--output_dir", bench.work / "run"]
+    metrics, log = bench.work / "run" / "metrics.jsonl", bench.work / "start.log"
 
     def ours() -> float:
-        shutil.rmtree(bench.work / "run", ignore_errors=True)
-        metrics = bench.work / "run" / "metrics.jsonl"
-        return until(bench, ["train.py", *flags], lambda _: '"train"' in content(metrics), "start-ours")
+        shutil.rmtree(metrics.parent, ignore_errors=True)
+        return until(command, lambda: '"train"' in content(metrics), log, bench.environment)
 
     def peer() -> float:
-        return until(bench, guide, lambda said: "first step" in said, "start-peer")
+        return until(guide, lambda: "first step" in content(log), log, bench.environment)
 
     ours(), peer()  # the caches are warm
-    pairs = []
-    for i in range(bench.rounds(2, 6)):
-        second = peer() if i % 2 else None
-        mine = ours()
-        pairs.append((mine, second or peer()))
-    mine, other = medians(pairs)
+    pairs = [(ours(), peer()) for _ in range(bench.rounds(2, 6))]
     label = f"start to the end of step 1: Trainer{', bf16' * bf16} (ours evaluates a block before)"
-    yield Row(label, f"{mine:.1f} s", f"{other:.1f} s", shares(pairs), ("<=", 0.8))
+    yield time_row(label, pairs, ("<=", 0.75))
 
 
-def until(bench: Bench, command: list, reached: Callable[[str], bool], name: str) -> float:
-    """Seconds from the start of the process until ``reached(its output)``; it is then ended."""
-    log = bench.work / f"{name}.log"
+def until(command: list, reached: Callable[[], bool], log: Path, environment: dict[str, str]) -> float:
+    """Return the seconds from the start of ``python command`` until it has reached something, and end the process.
+
+    Raise ContenderError if it fails before.
+    """
     with open(log, "wb") as out:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=bench.environment(), stdout=out, stderr=out
-        )
+        command = [sys.executable, *map(str, command)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
     try:
-        while not reached(content(log)):
-            if process.poll() is not None and not reached(content(log)):
-                raise ContenderError(f"{name} has ended: {content(log)[-1500:]}")
+        while not reached() and process.poll() is None:
             time.sleep(0.01)
+        if process.poll() and not reached():
+            raise ContenderError(f"{command[1]} has ended: {content(log)[-1500:].strip()}")
         return time.perf_counter() - started
     finally:
         process.kill()
         process.wait()
 
 
-def content(path: Path) -> str:
-    """What is in the file, which may come and go."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
-def blocks(bench: Bench) -> Iterator[Row]:
-    """Text to blocks in new processes with empty caches, imports and the tokenizer's loading left out."""
-
-    def once(name: str, cache: Path, **options: Any) -> tuple[float, dict[str, Any]]:
-        with bench.contender(name, cache, **options) as contender:
-            return contender.turn(), contender.facts
-
-    peers = [("the guide's maps", 4, False, (">=", 4.0))]
-    if bench.full:
-        peers += [("the same, num_proc=None", None, False, None), ("chain, num_proc=4", 4, True, None)]
-        peers += [("chain, num_proc=None", None, True, None)]
-    cached = []
-    for label, num_proc, chained, target in peers:
-        pairs = []
-        for _ in range(bench.rounds(2, 3)):
-            with tempfile.TemporaryDirectory(dir=bench.work) as directory:
-                mine, ours = once("our_blocks", Path(directory) / "ours")
-                options = {"num_proc": num_proc, "chained": chained}
-                other, peer = once("guide_blocks", Path(directory) / "guide", **options)
-                pairs.append((mine, other))
-                if target:
-                    again, _ = once("our_blocks", Path(directory) / "ours")
-                    cached.append((again, mine))
-        mine, other = medians(pairs)
-        lost = ours["tokens"] - ours["documents"] - peer["tokens"]
-        theirs = f"{other:.2f} s, {lost:,} tokens dropped"
-        yield Row(f"text to blocks, cold: {label}", f"{mine:.2f} s, none dropped", theirs, speeds(pairs), target)
-    mine, other = medians(cached)
-    yield Row("text to blocks: cached against cold", f"{mine:.2f} s", f"{other:.2f} s", shares(cached), ("<=", 0.3))
-
-
 def evaluation(bench: Bench) -> Iterator[Row]:
-    number = 16 if not bench.full else 32
-    with bench.contender("our_evaluation", blocks=number) as ours:
-        ours.turn()
-        for label, options in (("float32 (its default)", {}), ("bf16", {"bf16": True})):
-            with bench.contender("trainer_evaluation", blocks=number, **options) as peer:
-                peer.turn()
-                pairs = take_turns(ours, peer, bench.rounds(3, 10))
+    number = bench.rounds(16, 32)
+    peers = [
+        ("bf16", BF16, (">=", 2.2)),
+        ("float32 (its default)", {}, (">=", 2.0)),
+        ("bf16, with our allocator setting", BF16_OUR_ALLOCATOR, None),
+        ("bf16_full_eval, with our allocator setting", BF16_OUR_ALLOCATOR | {"bf16_full_eval": True}, None),
+    ]
+    with bench.contender("our_evaluation", warm_up=1, blocks=number) as ours:
+        for label, options, target in peers[: bench.rounds(1, len(peers))]:
+            with bench.contender("trainer_evaluation", warm_up=1, blocks=number, **options) as peer:
+                pairs = take_turns(ours, peer, bench.rounds(3, 8))
                 gap = abs(ours.facts["loss"] - peer.facts["loss"])
-                if gap > 0.01:
-                    raise ContenderError(f"evaluation: the losses differ by {gap:.4f}")
-            (mine, other), tokens = medians(pairs), ours.facts["tokens"]
-            label = f"evaluation: Trainer.evaluate, {label}"
-            yield Row(label, rate(tokens, mine), rate(tokens, other), speeds(pairs), (">=", 2.0))
+            if gap > 0.01:
+                raise ContenderError(f"evaluation: the losses differ by {gap:.4f}")
+            yield speed_row(f"evaluation: Trainer.evaluate, {label}", pairs, ours.facts["tokens"], target)
 
 
-def generation(bench: Bench) -> Iterator[Row]:
-    """Greedy; where both compute in float32 the texts must be the same."""
-    variants = [("fp32", (">=", 1.0)), ("bf16", (">=", 1.0))]
-    for batch in (1, 16):
-        for precision, target in variants if bench.full else variants[:1]:
-            options = {"batch": batch, "new_tokens": 48 if batch == 1 else 24, "precision": precision}
-            with (
-                bench.contender("our_generation", **options) as ours,
-                bench.contender("pipeline_generation", **options) as peer,
-            ):
-                ours.turn()
-                peer.turn()
-                pairs = take_turns(ours, peer, bench.rounds(2, 5))
-                same = ours.facts["texts"] == peer.facts["texts"]
-                tokens = ours.facts["tokens"]
-            if precision == "fp32" and not same:
-                raise ContenderError(f"generation: other texts than the pipeline's: {ours.facts} {peer.facts}")
-            (mine, other), note = medians(pairs), "the same tokens" if same else "other tokens"
-            label = f"generation, batch {batch}, {precision} weights: pipeline, {note}"
-            yield Row(label, rate(tokens, mine), rate(tokens, other), speeds(pairs), target)
-
-
-def checkpoints(bench: Bench) -> Iterator[Row]:
-    with bench.contender("our_checkpoint") as ours, bench.contender("plain_checkpoint") as plain:
-        ours.turn()
-        plain.turn()
-        pairs = take_turns(ours, plain, bench.rounds(3, 6))
-        size = plain.facts["bytes"] / 2**30
-    mine, other = medians(pairs)
-    label = f"a checkpoint's stall: {size:.2f} GiB written, hashed and synced"
-    yield Row(label, f"{mine:.2f} s", f"{other:.2f} s", shares(pairs), ("<=", 1.2))
-
-
-def trajectory(bench: Bench) -> Iterator[Row]:
-    """200 steps each of a narrower model, as float32 at the full width would take a quarter of an hour."""
-    shape = {"n_embd": 256, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    losses = []
-    for precision in ("bf16", "fp32"):
-        options = {"shape": shape, "learning_rate": 1e-3, "warmup": 20, "max_steps": 200}
-        with bench.contender("ours", precision=precision, **options) as ours:
-            ours.turn(200)
-            losses.append(ours.facts["losses"])
-    gap = statistics.mean(abs(low - exact) / exact for low, exact in zip(*losses, strict=True))
-    label = "200 steps' losses, bf16 against float32: mean gap (6 x 256, whole vocabulary, no dropout)"
-    last = [f"{losses[i][-1]:.4f} at the end" for i in (0, 1)]
-    yield Row(label, *last, [100 * gap], ("<=", 0.5), "%")
-
-
-def gpu(bench: Bench) -> Iterator[Row]:
-    """What only a GPU can show: MFU by PaLM's convention, compiled, and the host syncs of steps without a log."""
-    if not bench.facts["cuda"]:
-        yield Row("MFU, block 1024, compiled; host syncs in a step", "no GPU at hand", "")
-        return
-    length = 1024
-    for layers, name in ((6, "DistilGPT2"), (12, "GPT-2 124M")):
-        options = {"shape": {"n_layer": layers}, "block_size": length, "compile": True}
-        with bench.contender("ours", **options) as ours, bench.contender("trainer", bf16=True, **options) as peer:
-            ours.turn(5)
-            peer.turn(5)
-            pairs = take_turns(ours, peer, bench.rounds(3, 8), units=20)
-            peaks = ours.facts["gib"], peer.facts["gib"]
-        (mine, other), tokens = medians(pairs), 8 * length
-        label = f"{name}, 8 x 1024, compiled"
-        yield Row(f"{label}: Trainer, bf16", rate(tokens, mine), rate(tokens, other), speeds(pairs), (">=", 1.5))
-        yield Row(f"{label}: peak memory", *(f"{peak:.1f} GiB" for peak in peaks), [peaks[0] / peaks[1]], ("<=", 0.5))
-        flops, peak = ours.facts["flops_per_token"] * tokens, ours.facts["peak_flops"]
-        utilization = [100 * flops / seconds / peak for seconds, _ in pairs] if peak else []
-        yield Row(
-            f"{label}: MFU",
-            "" if utilization else f"peak of {bench.facts['device']} unknown",
-            "",
-            utilization,
-            (">=", 50),
-            "%",
-        )
-    with bench.contender("ours", block_size=length, compile=True, count_syncs=True) as ours:
-        ours.turn(2)
-        before = ours.facts["syncs"]
-        ours.turn(7)  # steps 3 to 9: the log comes at step 10
-        yield Row("host syncs in 7 steps without a log", "", "", [ours.facts["syncs"] - before], ("<=", 0), "")
-
-
-MEASUREMENTS: dict[Callable[[Bench], Iterator[Row]], bool] = {  # and whether the quick mode has it
-    step: True,
-    overhead: False,
-    compiled: False,
-    memory: False,
-    start: True,
-    blocks: True,
-    evaluation: False,
-    generation: False,
-    checkpoints: True,
-    trajectory: False,
-    gpu: True,
-}
+QUICK = (step, start, evaluation)
+ALL = (step, overhead, compiled, memory, start, evaluation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
 
-def heading(command: str, device: str) -> str:
-    """What a table of results has to say first: command, commit, device, versions, date."""
+def heading(module: str, device: str) -> str:
+    """Return the top of a file of results. The command in it names no directory of this machine."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
+    names = (Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:])
     changes = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return f"""\
-- command: `{command}`
+- command: `{" ".join([f"python -m benchmarks.{module}", *names])}`
 - commit: {git("rev-parse", "--short", "HEAD") or "none"}{changes}
-- device: {device}, {processor()}
+- device: {device}
 - versions: Python {platform.python_version()}, {libraries}
 - date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC
 """
 
 
 def processor() -> str:
-    """The CPU's name and how many of it there are."""
+    """Return the name of the CPU, its instructions for bfloat16, and the number of its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    native = " with AVX512-BF16" if any("avx512_bf16" in line for line in lines if line.startswith("flags")) else ""
-    return f"{cores} cores of {names[0] if names else platform.processor() or platform.machine()}{native}"
+    info = content(Path("/proc/cpuinfo"))
+    name = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
+    name = re.sub(r"\(\w+\)|@.*|\b(CPU|Processor)\b", "", name[1] if name else platform.machine())
+    flags = {"amx_bf16": " AMX", "avx512_bf16": " AVX512-BF16"}
+    fastest = next((shown for flag, shown in flags.items() if re.search(rf"\b{flag}\b", info)), "")
+    return f"{' '.join(name.split())}{fastest}, {cores} cores"
 
 
-def table(rows: list[Row]) -> str:
-    head = "| what: against whom | ours | peer | ratio: median (min-max) | target | |"
-    return "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *map(str, rows)])
-
-
-def shown(argv: list[str], module: str = "bench") -> str:
-    """The command without the directories of the machine that it ran on."""
-    names = (Path(argument).name if argument.startswith("/") else argument for argument in argv)
-    return " ".join([f"python -m benchmarks.{module}", *names])
+def results_file(device: str, suffix: str = "") -> Path:
+    """Return the file of results of a device, such as results/amd-epyc-avx512-bf16-2-cores.md."""
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}{suffix}.md"
 
 
 def main() -> int:
-    names = {measurement.__name__: measurement for measurement in MEASUREMENTS}
+    names = {measurement.__name__: measurement for measurement in ALL}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all measurements, more rounds")
-    parser.add_argument("--only", nargs="+", choices=names, help="these measurements alone; nothing is written")
+    parser.add_argument("--only", nargs="+", choices=names, help="these measurements; nothing is written")
     parser.add_argument("--text", default="quickstart/text.jsonl", help="JSON lines")
     parser.add_argument("--text_column", default="answers.text")
     parser.add_argument("--tokenizer", default="quickstart/smollm2", help="a directory; at most 50257 tokens")
-    parser.add_argument("--model", default="quickstart/smollm2", help="a model's directory, for generation")
     parser.add_argument("--block_size", type=int, default=128)
     settings = parser.parse_args()
-    chosen = [names[name] for name in settings.only or ()]
-    chosen = chosen or [measurement for measurement, quick in MEASUREMENTS.items() if quick or settings.full]
-    left_out = [name for name, measurement in names.items() if measurement not in chosen]
+    chosen = [names[name] for name in settings.only or ()] or (ALL if settings.full else QUICK)
+    left_out = ", ".join(name for name in names if names[name] not in chosen)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contenders and files do not outlive this
-    began, failed = time.perf_counter(), []
+    began, rows, failed = time.perf_counter(), [], False
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         bench = Bench(settings, Path(work))
         with bench.contender("prepare") as prepared:
             bench.facts = prepared.facts
-        rows = []
         for measurement in chosen:
             started = time.perf_counter()
             try:
@@ -534,27 +393,27 @@ def main() -> int:
                     rows.append(row)
                     print(row, flush=True)
             except ContenderError as error:
-                failed.append(measurement.__name__)
+                failed = True
                 rows.append(Row(measurement.__name__, "failed", ""))
                 print(f"{measurement.__name__}: {error}", file=sys.stderr, flush=True)
             print(f"({measurement.__name__}: {time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
 
-    facts, minutes = bench.facts, (time.perf_counter() - began) / 60
-    left_out = f"Left out: {', '.join(left_out)}; `--full` has them. " if left_out else ""
+    facts, device = bench.facts, processor()
     text = f"""# Measured side by side
 
-{heading(shown(sys.argv[1:]), facts["device"])}
-The step is that of DistilGPT2's shape from scratch ({facts["parameters"] / 1e6:.1f} M parameters, float32), batch
-8 x {settings.block_size}, dropout 0.1, clipping, logging every 10 steps; ours in {facts["precision"]}. The text has {facts["tokens"]:,} tokens.
-Generation is with {Path(settings.model).name}. Speeds are ours over the peer's; all other ratios are shares of the peer's.
-{left_out}It took {minutes:.1f} minutes.
+{heading("bench", device)}
+The step is that of DistilGPT2's shape from scratch ({facts["parameters"] / 1e6:.1f} M parameters, float32): batch 8 x {settings.block_size},
+dropout 0.1, clipping, a log every 10 steps; ours in {facts["precision"]}. The text has {facts["tokens"]:,} tokens. Speeds are ours
+over the peer's; all other ratios are shares of the peer's.
+{f"Left out: {left_out}; `--full` has them. " if left_out else ""}It took {(time.perf_counter() - began) / 60:.1f} minutes.
 
-{table(rows)}
+{HEADER}
+{chr(10).join(map(str, rows))}
 """  # noqa: E501
     if not settings.only:
-        RESULTS.write_text(text, encoding="utf-8")
+        results_file(device).write_text(text, encoding="utf-8")
     print(f"\n{text}")
-    return 1 if failed else 0
+    return int(failed)
 
 
 if __name__ == "__main__":

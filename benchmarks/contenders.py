@@ -1,117 +1,93 @@
-"""The contenders, each a process of its own that works when it is told to; `benchmarks.bench` starts them in pairs.
+"""The contenders: processes that prepare themselves and then work in turns. `benchmarks.bench` starts them in pairs.
 
     echo 3 | python -m benchmarks.contenders ours '{"text": "quickstart/text.jsonl", ...}'     # three steps
 
-A contender prepares itself, and then stops at each boundary between two units of work (steps, evaluations, ...) until a
-line with a number tells it to do that many. It answers with the seconds that they took, and waits asleep. Memory,
-allocator, compiled code and random numbers are therefore its own, and two of them never work at the same time.
+A contender stops before each unit of work (a step, an evaluation, ...) until a line with a number tells it to do that
+many. It answers with the seconds that they took. Two contenders share neither memory, allocator, compiled code nor
+random numbers, and never work at the same time.
 
-What is ours is imported from the product. What is a peer's is the peer itself, or written here in its manner.
+Our side is imported from the product. A peer is the library itself, or is written here in its manner.
 """
 
-import hashlib
+import itertools
 import json
 import os
-import shutil
+import random
 import statistics
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from itertools import cycle, product
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
-from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    get_scheduler,
-    pipeline,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import train
-from benchmarks import guide
-from corpus.flags import TextConfig
+from corpus.flags import DataConfig, TextConfig
 from corpus.sources import read_documents
 from corpus.tokenize import tokenize
-from data import Blocks, TrainingData, group_texts, make_loader, rank_batches
-from distributed.world import World
-from generate import SamplingConfig, generate
-from modeling.compile import compile_layers
-from modeling.loading import load_pretrained
+from data import Blocks, group_texts, load_data, load_documents, make_loader, rank_batches
+from distributed.world import DistributedConfig, World
 from modeling.loss import next_token_nll
-from modeling.precision import (
-    DTYPES,
-    autocast,
-    device_name,
-    keep_freed_memory,
-    make_deterministic,
-    resolve_precision,
-    select_device,
-)
+from modeling.precision import autocast, keep_freed_memory, make_deterministic, resolve_precision, select_device
 from perplexity import evaluate
-from training import checkpoint
-from training.flops import flops_per_token, peak_flops
-from training.log import RunLog
-from training.monitor import StepMonitor, Throughput, micro_batch_memory, peak_memory_gib
-from training.state import TrainState, moments, seed_step, trained_weights
+from training.monitor import peak_memory_gib
 
-BATCH, PEAK_RATE, CLIP, LOG_EVERY, ENDLESS = 8, 5e-5, 1.0, 10, 10**6
-PROMPTS = ["The with statement is used to", "A list comprehension", "To open a file for reading,", "In Python, a class"]
+BATCH, CLIP, LOG_EVERY, ENDLESS = 8, 1.0, 10, 10**6
 
+WORDS = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "tu") for b in ("n", "r", "s", "th", "x")]
 Options = dict[str, Any]
 
 
 class Turns:
-    """The contender's end of the line to the driver."""
+    """The contender's end of the connection to the driver."""
 
     def __init__(self):
-        # Libraries print what they like; answers go where stdout was.
+        # Libraries print what they like. Answers go to the first stdout, and everything else to stderr.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._left, self._started = 0, 0.0
-        self._device = select_device()
         self.facts: dict[str, Any] = {}
-        self.between: Callable[[], None] = lambda: None  # called at the end of a turn, after the clock has stopped
 
     def boundary(self) -> None:
-        """Returns when there is a unit of work to do; ends the process when the driver is gone."""
+        """Return when there is a unit of work to do. End the process when the driver is gone."""
         if self._left == 0:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - self._started
-            self.between()
-            self._say({"seconds": seconds, "gib": peak_memory_gib(self._device), **self.facts})
+            seconds = synchronized_time() - self._started
+            answer = {"seconds": seconds, "gib": peak_memory_gib(select_device()), **self.facts}
+            print(json.dumps(answer), file=self._answers, flush=True)
             line = sys.stdin.readline()
             if not line:
                 os._exit(0)
             self._left, self._started = int(line), time.perf_counter()
         self._left -= 1
 
-    def _say(self, answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=self._answers, flush=True)
+
+def synchronized_time() -> float:
+    """Return the time after all work of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def shape(o: Options) -> GPT2Config:
-    """DistilGPT2's, unless the options change it."""
-    return GPT2Config(**{"n_layer": 6, "bos_token_id": 0, "eos_token_id": 0, **o.get("shape", {})})
+def shape(o: Options) -> PreTrainedConfig:
+    """Return the config of DistilGPT2, with the changes of the options."""
+    family, changes = o.get("family", "gpt2"), o.get("shape", {})
+    defaults = {"n_layer": 6, "bos_token_id": 0, "eos_token_id": 0} if family == "gpt2" else {}
+    return AutoConfig.for_model(family, **defaults | changes)
 
 
-def fresh_model(o: Options) -> GPT2LMHeadModel:
+def fresh_model(o: Options, **options: Any) -> PreTrainedModel:
     transformers.set_seed(42)
-    return GPT2LMHeadModel(shape(o)).to(select_device())
+    with select_device():
+        return AutoModelForCausalLM.from_config(shape(o), dtype=torch.float32, **options)
 
 
 def text_blocks(o: Options) -> Blocks:
@@ -120,10 +96,22 @@ def text_blocks(o: Options) -> Blocks:
     return group_texts(tokenize(documents, tokenizer), o["block_size"])
 
 
-def full_blocks(o: Options, number: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """The same blocks for the peers in whole batches: for a smaller one they would compile anew."""
-    blocks = text_blocks(o)
-    return [blocks[i] for i in range(min(number or ENDLESS, len(blocks) - 1) // BATCH * BATCH)]
+def full_blocks(o: Options, number: int) -> list[dict[str, torch.Tensor]]:
+    """Return the same blocks for the peers, in whole batches: for a smaller batch they would compile again.
+
+    Without a text the tokens are random.
+    """
+    if o.get("text"):
+        blocks = text_blocks(o)
+        return [blocks[i] for i in range(min(number, len(blocks) - 1) // BATCH * BATCH)]
+    ids = torch.randint(shape(o).vocab_size, (number, o["block_size"]), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def set_determinism(choice: str) -> None:
+    """Do what train.py does for ``--deterministic auto|on|off``: auto is on for a CPU and off for a GPU."""
+    if choice == "on" or (choice == "auto" and select_device().type == "cpu"):
+        make_deterministic()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,79 +119,54 @@ def full_blocks(o: Options, number: int | None = None) -> list[dict[str, torch.T
 
 
 def ours(turns: Turns, o: Options) -> None:
-    """The loop of train.py's `train` without evaluations, checkpoints and signals."""
-    keep_freed_memory()
-    device, world, num_steps = select_device(), World(), o.get("max_steps", ENDLESS)
-    config = train.Config(block_size=o["block_size"], batch_size=BATCH, micro_batch_size=BATCH, log_every=LOG_EVERY)
-    precision = resolve_precision(o.get("precision", "auto"), device)
-    model = fresh_model(o)
-    make_deterministic()
-    model.train()
-    compiled = o.get("compile", False)
-    if compiled:
-        compile_layers(model, config.block_size)
-    optimizer = train.make_optimizer(model, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    directory = Path(o["work"]) / f"ours-{os.getpid()}"
-    directory.mkdir()
-    state, train_data, losses = TrainState(), TrainingData(text_blocks(o), config.seed), []
-    log, peak_rate = RunLog(directory, state, num_steps), o.get("learning_rate", PEAK_RATE)
-    monitor = StepMonitor(state, log, world, config.max_skipped_steps, peak_rate)
-    throughput = Throughput(state, num_steps, device)
-
-    def tell_losses() -> None:
-        turns.facts["losses"] = [loss.item() for loss in losses]
-
-    turns.between = tell_losses
-    turns.facts |= {
-        "flops_per_token": flops_per_token(model, config.block_size),
-        "peak_flops": peak_flops(device_name(device)),
-    }
-    if o.get("count_syncs"):
-        turns.between = count_syncs(turns)
-    batches = train_data.batches(BATCH, BATCH, state.position, same_shape=compiled)
-    while True:
-        with throughput.paused():
-            turns.boundary()
-        micro_batches, position, blocks = next(batches)
-        learning_rate = train.learning_rate_at(state.step, peak_rate, o.get("warmup", 0), num_steps)
-        seed_step(config.seed, state.step, world.rank)
-        with micro_batch_memory(config):
-            result = train.train_step(model, optimizer, scaler, micro_batches, learning_rate, CLIP, precision, world)
-        losses.append(result.loss)
-        epoch = state.position.epoch
-        state.advance(position)
-        monitor.add(epoch, blocks, result)
-        log.step()
-        if state.step % config.log_every == 0 or state.step in (1, num_steps):
-            monitor.check()
-            log.training(state, result, learning_rate, train_data.epochs(position), throughput.since_last_log())
+    """Run train.py's `train`, with an evaluation of one batch before the first step."""
+    directory = Path(tempfile.mkdtemp(dir=o["work"]))
+    text, column, tokenizer = o.get("text"), o.get("text_column", "text"), o.get("tokenizer", "train:300")
+    if not text:  # random words, in documents of 50 to 1,000
+        draw, text = random.Random(0), directory / "random.jsonl"
+        documents = (" ".join(draw.choices(WORDS, k=draw.randint(50, 1000))) for _ in range(1000))
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    shape(o).save_pretrained(directory)
+    vocabulary = json.dumps({"vocab_size": shape(o).vocab_size})
+    source = {"train_files": [str(text)], "text_column": column, "pack": o.get("pack", "stream")}
+    model = {"model_config": str(directory), "model_overrides": vocabulary, "tokenizer": tokenizer}
+    sizes = {"block_size": o["block_size"], "batch_size": BATCH, "micro_batch_size": BATCH, "max_eval_blocks": BATCH}
+    steps = {"max_steps": ENDLESS, "eval_every": ENDLESS, "save_every": ENDLESS, "log_every": LOG_EVERY}
+    compiled, output_dir = "on" if o.get("compile") else "off", str(directory / "run")
+    config = train.Config(**source, **model, **sizes, **steps, compile=compiled, output_dir=output_dir)
+    # `train` handles signals before each step, and before that once in its evaluation.
+    calls = itertools.count()
+    signals = SimpleNamespace(defer=lambda: None, handle=lambda _: next(calls) and turns.boundary())
+    set_determinism(o.get("deterministic", "auto"))
+    with HostSyncs(turns.facts) if o.get("count_syncs") else nullcontext():
+        train.train(config, World(DistributedConfig(o["strategy"]) if "strategy" in o else None), signals)
 
 
-def count_syncs(turns: Turns) -> Callable[[], None]:
-    """From now on each host sync is counted in the facts; the one that ends a turn is not."""
-    turns.facts["syncs"] = 0
+class HostSyncs(TorchDispatchMode):
+    """Count in facts["syncs"] the operations for which the host waits for its device."""
 
-    def count(message: object, *_: object) -> None:
-        turns.facts["syncs"] += "synchronizing" in str(message)
+    def __init__(self, facts: dict[str, Any]):
+        super().__init__()
+        self._facts = facts
+        facts["syncs"] = 0
 
-    warnings.simplefilter("always")
-    warnings.showwarning = count
-    torch.cuda.set_sync_debug_mode("warn")
-    return lambda: None
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        self._facts["syncs"] += operation.overloadpacket in waits
+        return operation(*args, **kwargs or {})
 
 
 def bare(turns: Turns, o: Options) -> None:
-    """Nothing but forward, backward, clipping and optimizer, with the settings and the model call of ours."""
-    keep_freed_memory()
+    """Forward pass, backward pass, clipping and optimizer alone, with the settings and the loss of ours."""
     device = select_device()
+    keep_freed_memory(device.type)
     precision = resolve_precision("auto", device)
     model = fresh_model(o)
-    make_deterministic()
+    set_determinism("auto")
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
     batches = list(make_loader(text_blocks(o), BATCH, rank_batches(range(32 * BATCH), BATCH)))
-    for batch in cycle(batches):
+    for batch in itertools.cycle(batches):
         turns.boundary()
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
         optimizer.zero_grad(set_to_none=True)
@@ -214,7 +177,7 @@ def bare(turns: Turns, o: Options) -> None:
         optimizer.step()
 
 
-class StopsAtSteps(TrainerCallback):
+class StopsAtSteps(transformers.TrainerCallback):
     def __init__(self, turns: Turns):
         self._turns = turns
 
@@ -222,82 +185,51 @@ class StopsAtSteps(TrainerCallback):
         self._turns.boundary()
 
 
-def trainer_arguments(o: Options, **more: Any) -> TrainingArguments:
-    return TrainingArguments(
-        f"{o['work']}/trainer-{os.getpid()}",
-        per_device_train_batch_size=BATCH,
-        bf16=o.get("bf16", False),
-        torch_compile=o.get("compile", False),
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        disable_tqdm=True,
-        **more,
-    )
+def trainer_arguments(o: Options, **more: Any) -> transformers.TrainingArguments:
+    chosen = {name: o.get(name, False) for name in ("bf16", "bf16_full_eval")}
+    manners = {"report_to": ["tensorboard"], "save_strategy": "no", "disable_tqdm": True}
+    device = {"per_device_train_batch_size": BATCH, "use_cpu": not torch.cuda.is_available()}
+    settings = {**chosen, **manners, **device, **more}
+    return transformers.TrainingArguments(f"{o['work']}/trainer", torch_compile=o.get("compile", False), **settings)
 
 
 def trainer(turns: Turns, o: Options) -> None:
+    """The Trainer; with ``keeps_memory`` it gets our setting of the allocator."""
     if o.get("keeps_memory"):
         keep_freed_memory()
-    settings = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY, report_to=["tensorboard"])
-    data = Dataset.from_list(full_blocks(o, 1024))
-    Trainer(model=fresh_model(o), args=settings, train_dataset=data, callbacks=[StopsAtSteps(turns)]).train()
-
-
-def no_trainer(turns: Turns, o: Options) -> None:
-    """In the manner of transformers' run_clm_no_trainer with its defaults, and with clipping, as all others have it."""
-    accelerator = Accelerator(mixed_precision="bf16" if o.get("bf16") else "no", cpu=not torch.cuda.is_available())
-    data = Dataset.from_list(full_blocks(o, 1024))
-    loader = DataLoader(data, shuffle=True, collate_fn=default_data_collator, batch_size=BATCH)
-    model = fresh_model(o)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=ENDLESS)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    model.train()
-    total_loss, step = 0.0, 0
-    while True:
-        for batch in loader:
-            turns.boundary()
-            loss = model(**batch).loss
-            total_loss += loss.detach().float()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % LOG_EVERY == 0:
-                print(f"step {step}: loss {total_loss.item() / step:.4f}", flush=True)
+    settings, stops = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY), [StopsAtSteps(turns)]
+    data = full_blocks(o, 1024)
+    transformers.Trainer(model=fresh_model(o), args=settings, train_dataset=data, callbacks=stops).train()
 
 
 class NanoBlock(nn.Module):
     """One block of nanoGPT: fused query, key and value; PyTorch's attention; exact GELU."""
 
-    def __init__(self, width: int, heads: int, dropout: float, bias: bool):
+    def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=bias), nn.LayerNorm(width, bias=bias)
         self.c_attn, self.c_proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width, bias=bias)
         self.up, self.down = nn.Linear(width, 4 * width, bias=bias), nn.Linear(4 * width, width, bias=bias)
-        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, sequence, width)
         batch, length, width = x.shape
         parts = self.c_attn(self.ln_1(x)).split(width, dim=2)
         q, k, v = (part.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for part in parts)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=True)
-        x = x + self.drop(self.c_proj(y.transpose(1, 2).reshape(batch, length, width)))
-        return x + self.drop(self.down(F.gelu(self.up(self.ln_2(x)))))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
 class NanoGPT(nn.Module):
-    """The arithmetic of nanoGPT's model, with its defaults: no dropout, no biases; head and embedding are one."""
+    """The arithmetic of nanoGPT's model with its defaults: no dropout, no biases, a tied head."""
 
-    def __init__(self, config: GPT2Config, dropout: float = 0.0, bias: bool = False):
+    def __init__(self, config: PreTrainedConfig, bias: bool = False):
         super().__init__()
         width = config.n_embd
         self.wte, self.wpe = nn.Embedding(config.vocab_size, width), nn.Embedding(config.n_positions, width)
-        self.drop, self.ln_f = nn.Dropout(dropout), nn.LayerNorm(width, bias=bias)
-        self.h = nn.ModuleList(NanoBlock(width, config.n_head, dropout, bias) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(width, bias=bias)
+        self.h = nn.ModuleList(NanoBlock(width, config.n_head, bias) for _ in range(config.n_layer))
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         for weight in self.parameters():
             if weight.ndim == 2:
@@ -305,7 +237,7 @@ class NanoGPT(nn.Module):
         self.lm_head.weight = self.wte.weight
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x = self.drop(self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)))
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.h:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))
@@ -313,40 +245,35 @@ class NanoGPT(nn.Module):
 
 
 def nanogpt(turns: Turns, o: Options) -> None:
-    """nanoGPT's step: targets are the next tokens, also of a block's last one; betas and decay are its own."""
+    """nanoGPT's step, with its betas and its weight decay."""
     device = select_device()
     transformers.set_seed(42)
     model = NanoGPT(shape(o)).to(device)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed, others = ([p for p in model.parameters() if (p.ndim >= 2) is kind] for kind in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    stream, length = text_blocks(o).stream[:], o["block_size"]
+    batches = itertools.cycle(torch.stack([block["input_ids"] for block in full_blocks(o, 1024)]).split(BATCH))
     step_model = torch.compile(model) if o.get("compile") else model
-    step = 0
-    while True:
+    for step, ids in enumerate(batches, 1):
         turns.boundary()
-        starts = torch.randint(len(stream) - length - 1, (BATCH,)).tolist()
-        ids = torch.stack([torch.from_numpy(stream[i : i + length]) for i in starts]).to(device)
-        targets = torch.stack([torch.from_numpy(stream[i + 1 : i + 1 + length]) for i in starts]).to(device)
+        ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
         with torch.autocast(device.type, torch.bfloat16):
-            loss = step_model(ids, targets)
+            loss = step_model(ids, ids.roll(-1, 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         if step % LOG_EVERY == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
 
 
 def products(turns: Turns, o: Options) -> None:
-    """All matrix products of one step in bf16, each in its fastest layout, into memory that is already there."""
-    keep_freed_memory()
+    """Compute all matrix products of a step in bf16, each in its fastest layout, into memory that is allocated."""
     device, work = select_device(), []
+    keep_freed_memory(device.type)
+    layouts = list(itertools.product((False, True), repeat=2))
     for count, batch, m, k, n in step_products(shape(o), BATCH, o["block_size"]):
-        candidates = [[*operands(batch, m, k, n, *turned, device)] for turned in product((False, True), repeat=2)]
+        candidates = [[*operands(batch, m, k, n, *layout, device)] for layout in layouts]
         multiply = torch.bmm if batch > 1 else torch.mm
         work.append((count, multiply, *min(candidates, key=lambda c: _seconds(multiply, *c))))
     while True:
@@ -356,16 +283,11 @@ def products(turns: Turns, o: Options) -> None:
                 multiply(a, b, out=out)
 
 
-def step_products(config: GPT2Config, batch: int, length: int) -> list[tuple[int, int, int, int, int]]:
-    """(how often, batch, m, k, n) of each product of a GPT-2's forward and backward pass: (m, k) times (k, n)."""
+def step_products(config: PreTrainedConfig, batch: int, length: int) -> list[tuple[int, int, int, int, int]]:
+    """Return (count, batch, m, k, n) of each product, (m, k) times (k, n), of a step of GPT-2."""
     tokens, width, heads, layers = batch * length, config.n_embd, config.n_head, config.n_layer
-    linear = [
-        (layers, width, 3 * width),
-        (layers, width, width),
-        (layers, width, 4 * width),
-        (layers, 4 * width, width),
-    ]
-    linear.append((1, width, config.vocab_size))
+    linear = [(layers, width, outside) for outside in (3 * width, width, 4 * width)]
+    linear += [(layers, 4 * width, width), (1, width, config.vocab_size)]
     found = []
     for count, inside, outside in linear:  # the output; the gradients of input and weight
         found += [(count, 1, tokens, inside, outside), (count, 1, tokens, outside, inside)]
@@ -376,50 +298,26 @@ def step_products(config: GPT2Config, batch: int, length: int) -> list[tuple[int
     return found
 
 
-def operands(batch: int, m: int, k: int, n: int, a_turned: bool, b_turned: bool, device: torch.device):
-    for rows, columns, turned in ((m, k, a_turned), (k, n, b_turned), (m, n, False)):
-        size = (columns, rows) if turned else (rows, columns)
+def operands(batch: int, m: int, k: int, n: int, a_transposed: bool, b_transposed: bool, device: torch.device):
+    """Yield matrices (m, k), (k, n) and (m, n) in bfloat16. The first two may be stored transposed."""
+    for rows, columns, transposed in ((m, k, a_transposed), (k, n, b_transposed), (m, n, False)):
+        size = (columns, rows) if transposed else (rows, columns)
         matrix = torch.randn(batch, *size, device=device).to(torch.bfloat16)
-        matrix = matrix.transpose(1, 2) if turned else matrix
+        matrix = matrix.transpose(1, 2) if transposed else matrix
         yield matrix if batch > 1 else matrix[0]
 
 
 def _seconds(multiply: Callable, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
     times = []
     for _ in range(4):
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = synchronized_time()
         multiply(a, b, out=out)
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append(synchronized_time() - started)
     return statistics.median(times[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text to blocks, evaluation, generation, checkpoints
-
-
-def our_blocks(turns: Turns, o: Options) -> None:
-    """One unit; the driver gives each process a cache, empty or not."""
-    tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
-    config = TextConfig(text_column=o["text_column"])
-    turns.boundary()
-    blocks = group_texts(tokenize(read_documents(config, "--text", [o["text"]]), tokenizer), o["block_size"])
-    assert all(len(blocks[i]["input_ids"]) for i in (0, len(blocks) - 1))
-    turns.facts |= {"tokens": len(blocks.stream), "documents": blocks.stream.num_documents}
-    turns.boundary()
-
-
-def guide_blocks(turns: Turns, o: Options) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
-    turns.boundary()
-    blocks = guide.text_to_blocks(
-        o["text"], o["text_column"], tokenizer, o["block_size"], o["num_proc"], o.get("chained", False)
-    )
-    turns.facts["tokens"] = len(blocks) * len(blocks[0]["input_ids"])
-    turns.boundary()
+# Evaluation, and a whole run
 
 
 def our_evaluation(turns: Turns, o: Options) -> None:
@@ -434,116 +332,52 @@ def our_evaluation(turns: Turns, o: Options) -> None:
 
 
 def trainer_evaluation(turns: Turns, o: Options) -> None:
-    settings = trainer_arguments(o, report_to=["tensorboard"])
-    peer = Trainer(model=fresh_model(o), args=settings, eval_dataset=Dataset.from_list(full_blocks(o, o["blocks"])))
+    if o.get("keeps_memory"):
+        keep_freed_memory()
+    blocks = full_blocks(o, o["blocks"])
+    peer = transformers.Trainer(model=fresh_model(o), args=trainer_arguments(o), eval_dataset=blocks)
     while True:
         turns.boundary()
         # It divides by all labels, also by each block's first one, which nothing predicts.
         turns.facts["loss"] = peer.evaluate()["eval_loss"] * o["block_size"] / (o["block_size"] - 1)
 
 
-def prompts(o: Options) -> list[str]:
-    return [f"{i + 1}. {PROMPTS[i % len(PROMPTS)]}" for i in range(o["batch"])]
-
-
-def our_generation(turns: Turns, o: Options) -> None:
-    """generate.py's function, on a model loaded as its --precision loads it."""
-    keep_freed_memory()
-    device, tokenizer = select_device(), AutoTokenizer.from_pretrained(o["model"])
-    model = load_pretrained(o["model"], dtype=DTYPES[o["precision"]]).to(device)
-    sampling = SamplingConfig(max_new_tokens=o["new_tokens"], greedy=True)
-    while True:
-        turns.boundary()
-        texts = generate(model, tokenizer, prompts(o), sampling)
-        turns.facts |= {"texts": texts, "tokens": sum(len(tokenizer(text)["input_ids"]) for text in texts)}
-
-
-def pipeline_generation(turns: Turns, o: Options) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(o["model"], padding_side="left")  # as its documentation asks for batches
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dtype = DTYPES[o["precision"]]
-    make = pipeline("text-generation", o["model"], tokenizer=tokenizer, dtype=dtype, device=select_device())
-    while True:
-        turns.boundary()
-        made = make(
-            prompts(o),
-            do_sample=False,
-            max_new_tokens=o["new_tokens"],
-            batch_size=o["batch"],
-            return_full_text=False,
-            clean_up_tokenization_spaces=False,
-        )
-        turns.facts["texts"] = [each[0]["generated_text"] for each in made]
-
-
-def trained_state(o: Options) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of a checkpoint after one update."""
-    model = fresh_model(o)
-    optimizer = train.make_optimizer(model, 0.01)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer.step()
-    return {"weights": trained_weights(model), "optimizer": moments(model, optimizer)}
-
-
-def our_checkpoint(turns: Turns, o: Options) -> None:
-    keep_freed_memory()
-    tensors, path = trained_state(o), Path(o["work"]) / "checkpoints" / "step-000001"
-    turns.between = lambda: shutil.rmtree(path, ignore_errors=True)
-    while True:
-        turns.boundary()
-        checkpoint.save(path, tensors, {"step": 1}, World())
-
-
-def plain_checkpoint(turns: Turns, o: Options) -> None:
-    """The same bytes into one file, hashed on the way, and on the disk at the end."""
-    path = Path(o["work"]) / "plain"
-    tensors = [tensor.cpu().contiguous() for group in trained_state(o).values() for tensor in group.values()]
-    pieces = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
-    turns.facts["bytes"] = sum(len(piece) for piece in pieces)
-    turns.between = lambda: path.unlink(missing_ok=True)
-    while True:
-        turns.boundary()
-        digest = hashlib.sha256()
-        with open(path, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+def fine_tuned(turns: Turns, o: Options) -> None:
+    """Fine-tune with the Trainer for one epoch, on our blocks of our split, and then measure the held-out loss."""
+    turns.boundary()
+    config = DataConfig(train_files=[o["text"]], text_column=o["text_column"], max_documents=o["max_documents"])
+    tokenizer = AutoTokenizer.from_pretrained(o["model"])
+    train_data, held_out = load_data(config, *load_documents(config, 42), tokenizer, 42)
+    transformers.set_seed(42)
+    model = AutoModelForCausalLM.from_pretrained(o["model"], dtype=torch.float32)
+    precision = resolve_precision("auto", select_device())
+    limits = {"num_train_epochs": 1, "max_steps": o["max_steps"] or -1, "learning_rate": o["learning_rate"]}
+    settings = trainer_arguments({**o, "bf16": precision == "bf16"}, seed=42, **limits)
+    blocks = train_data.blocks
+    full = [blocks[i] for i in range(len(blocks) - 1)]  # its default collator cannot take the last, short block
+    peer = transformers.Trainer(model=model, args=settings, train_dataset=full)
+    peer.train()
+    turns.facts["steps"] = peer.state.global_step
+    turns.boundary()
+    turns.facts["loss"], turns.facts["tokens"] = evaluate(model, make_loader(held_out, BATCH), precision)
+    turns.boundary()
 
 
 def prepare(turns: Turns, o: Options) -> None:
-    """Makes what several contenders need: the model's directory, a text of about a block to evaluate on."""
-    work, device = Path(o["work"]), select_device()
-    model = fresh_model(o)
+    """Make what several processes need: the model's directory, and a warm cache of tokens."""
+    work, model = Path(o["work"]), fresh_model(o)
     model.save_pretrained(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{o['tokenizer']}: {len(tokenizer)} tokens, and the model has {model.config.vocab_size}")
     tokenizer.save_pretrained(work / "model")
-    document = next(iter(read_documents(TextConfig(text_column=o["text_column"]), "--text", [o["text"]])))
-    value: Any = "".join(document)[: 4 * o["block_size"]]
-    for key in reversed(o["text_column"].split(".")):
-        value = {key: value}
-    (work / "eval.jsonl").write_text(json.dumps(value) + "\n", encoding="utf-8")
-    blocks = text_blocks(o)  # and the cache is warm
     turns.facts |= {
-        "device": device_name(device),
-        "cuda": device.type == "cuda",
-        "precision": resolve_precision("auto", device),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": len(blocks.stream),
+        "precision": resolve_precision("auto", select_device()),
+        "parameters": model.num_parameters(),
+        "tokens": len(text_blocks(o).stream),
     }
     turns.boundary()
 
 
-STEPS = (ours, bare, trainer, no_trainer, nanogpt, products)
-OTHERS = (our_blocks, guide_blocks, our_evaluation, trainer_evaluation, our_generation, pipeline_generation)
-CONTENDERS = {each.__name__: each for each in (*STEPS, *OTHERS, our_checkpoint, plain_checkpoint, prepare)}
-
 if __name__ == "__main__":
-    CONTENDERS[sys.argv[1]](Turns(), json.loads(sys.argv[2]))
+    globals()[sys.argv[1]](Turns(), json.loads(sys.argv[2]))

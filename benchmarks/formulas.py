@@ -1,10 +1,14 @@
-"""What a run on many devices needs and costs, by formula; the table of docs/scale.md is made of them.
+"""Formulas for the memory and the traffic of a training step of this project on many devices.
 
-They are for this project's training step. tests/distributed/test_scale.py compares them with bytes that were counted.
-Sizes are in bytes, GB are 10^9 of them, P is the number of parameters. `benchmarks.scale` prints the table.
+    python -m benchmarks.formulas              print the tables
+    python -m benchmarks.formulas --write      write them into docs/scale.md
+
+tests/distributed/test_scale.py compares the formulas with counted bytes. Sizes are in bytes, a GB is 10^9 bytes, P is
+the number of parameters.
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +22,21 @@ from training.checkpoint import FILE_BYTES, FILES
 from training.flops import flops_per_token, peak_flops
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
-BEGIN, END = "<!-- python -m benchmarks.scale --table --write -->", "<!-- end of the table -->"
-LORA_BEGIN, LORA_END = "<!-- LoRA: python -m benchmarks.scale --table --write -->", "<!-- end of LoRA -->"
+BEGIN, END = "<!-- python -m benchmarks.formulas --write -->", "<!-- end of the table -->"
+LORA_BEGIN, LORA_END = "<!-- LoRA: python -m benchmarks.formulas --write -->", "<!-- end of LoRA -->"
 
-# What the table assumes of the devices; nobody has measured it here.
-PEAK, MFU = peak_flops("NVIDIA H100"), 0.4  # dense bfloat16 FLOP/s, and the part of it that computing reaches
+# Assumptions about the devices. None was measured here.
+PEAK, MFU = peak_flops("NVIDIA H100"), 0.4  # dense bfloat16 FLOP/s, and the part of it that a step reaches
 NVLINK = 0.8 * 450e9  # bytes/s from each GPU to the others of its node: 80% of NVLink 4's 450 GB/s
-NETWORK = 0.8 * 8 * 50e9  # bytes/s between nodes: 80% of eight 400 Gb/s adapters, over all of which a ring can go
-MEMORY, RESERVED = 80e9, 5e9  # of a GPU, and of that for CUDA, NCCL's buffers and fragmentation
-NODE = 8  # GPUs a node
+NETWORK = 0.8 * 8 * 50e9  # bytes/s between nodes: 80% of eight 400 Gb/s adapters, which a ring can all use
+MEMORY, RESERVED = 80e9, 5e9  # of a GPU, and its part for CUDA, NCCL's buffers and fragmentation
+NODE = 8  # GPUs per node
 CHUNK = 1024  # tokens whose logits exist at once: linear_cross_entropy
 
 
 @dataclass
 class Shape:
-    """What the formulas need of a model. Parameters: ``block`` is a layer's, ``root`` those outside of all layers."""
+    """The numbers of a model. ``block`` is the parameters of a layer, ``root`` those outside of all layers."""
 
     parameters: int
     block: int
@@ -50,7 +54,7 @@ class Shape:
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
-    """A GPT-2's or a Llama's, which may be on device meta."""
+    """Return the shape of a GPT-2 or a Llama, which may be on device meta."""
     c, gated = model.config, model.config.model_type == "llama"
     blocks = transformer_layers(model)
     kv_width = c.hidden_size // c.num_attention_heads * (c.num_key_value_heads if gated else c.num_attention_heads)
@@ -68,30 +72,30 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 
 def state_bytes(s: Shape, devices: int, strategy: str) -> tuple[float, float, float]:
-    """Weights, gradients and AdamW's two moments on a device, all float32: 4 P, 4 P and 8 P.
+    """Return weights, gradients and AdamW's two moments on a device, all float32: 4 P, 4 P and 8 P.
 
-    The 16 bytes of Rajbhandari et al. 2020 (ZeRO, section 3.1) without their fp16 copies; ddp has them on each device
-    (its buckets are the gradients' memory), fsdp divides them, as ZeRO stage 3 does.
+    They are the 16 bytes of Rajbhandari et al. 2020 (ZeRO, section 3.1) without the fp16 copies. ddp holds them on each
+    device; the gradients are views of its buckets. fsdp divides them among the devices, as ZeRO stage 3 does.
     """
     share = s.parameters / (devices if strategy == "fsdp" else 1)
     return 4 * share, 4 * share, 8 * share
 
 
 def copied_bytes(s: Shape, strategy: str) -> float:
-    """bfloat16 weights beside the float32 ones.
+    """Return the bfloat16 weights beside the float32 ones.
 
-    ddp: autocast's copies of the layers' weights, which are kept for the backward pass. fsdp: the root's, which stay
-    gathered, and those of three layers: at work, gathered next, and the flat buffer that the latter comes in (see
-    _fsdp_param_group.py in torch.distributed.fsdp).
+    ddp: autocast's copies of the layers' weights, kept for the backward pass. fsdp: the root, which stays gathered, and
+    three layers: the current one, the next one, and the flat buffer that the next one arrives in (_fsdp_param_group.py
+    in torch.distributed.fsdp).
     """
     return 2 * (s.root + 3 * s.block) if strategy == "fsdp" else 2 * s.layers * s.block
 
 
 def unsharded_gradient_bytes(s: Shape, strategy: str, micro_batches: int = 1) -> float:
-    """fsdp's gradients on their way: in bfloat16 as they come, and in float32 what is being reduced; 0 with ddp.
+    """Return fsdp's gradients before they are sharded: bfloat16, and float32 while they are reduced; 0 with ddp.
 
-    A layer's while the root's wait for the end, or the root's then. Where an update has several micro-batches, all
-    4 P are kept on each device until the last (`to_accumulated_grad_if_needed` in FSDP2's _fsdp_param.py).
+    They are those of a layer beside the root's bfloat16 ones, or at the end those of the root. If a step has several
+    micro-batches, all 4 P stay on each device until the last one (`to_accumulated_grad_if_needed` in _fsdp_param.py).
     """
     if strategy != "fsdp":
         return 0
@@ -99,29 +103,29 @@ def unsharded_gradient_bytes(s: Shape, strategy: str, micro_batches: int = 1) ->
 
 
 def layer_bytes(s: Shape, strategy: str, device: str = "cuda") -> float:
-    """What a layer keeps of a token for its backward pass: bf16, flash attention, no dropout, not compiled.
+    """Return what a layer keeps of a token for its backward pass: bf16, flash attention, no dropout, not compiled.
 
     Korthikanti et al. 2022 (section 4.1) count 34 width + 5 heads x length for 16-bit activations. Flash attention
-    keeps a float32 a head instead of the second term, and transformers' layers keep more than the first: float32
-    inputs of norms, tanh-GELU as five results (on CUDA autocast makes three of them float32), with Llama under
-    autocast a bfloat16 copy for each matrix that reads the same input.
+    keeps one float32 per head instead of the second term. The layers of transformers keep more than the first term:
+    float32 inputs of norms, five results of tanh-GELU (on CUDA autocast makes three of them float32), and with Llama
+    under autocast a bfloat16 copy for each matrix that reads the same input.
     """
     residual = 2 if strategy == "fsdp" else 4  # bytes of a value between layers; fsdp's embeddings are bfloat16
-    attention = 2 * (s.width + 2 * s.kv_width) + 2 * s.width + 4 * s.heads  # query, key, value; result; log-sum-exp
+    attention = 2 * (s.width + 2 * s.kv_width) + 2 * s.width + 4 * s.heads  # query, key, value; output; log-sum-exp
     if s.gated:
         norms = 2 * (4 + residual) * s.width  # float32 input, normalized values
         inputs = (2 if strategy == "fsdp" else 5) * 2 * s.width
         return norms + inputs + attention + 4 * 2 * s.mlp_width  # gate, silu(gate), up, their product
-    wide = 4 if device == "cuda" else 2  # of what CUDA's autocast makes float32, and a CPU's does not
+    wide = 4 if device == "cuda" else 2  # bytes of the values that only CUDA's autocast makes float32
     mlp = (3 * wide + 2 * 2) * s.mlp_width
     return 2 * (max(residual, wide) + 2) * s.width + attention + mlp
 
 
 def kept_bytes(s: Shape, tokens: int, strategy: str, checkpointing: bool, device: str = "cuda") -> float:
-    """All that is kept for the backward pass, beside `copied_bytes`: layers, last norm, gradients of the head.
+    """Return all that is kept for the backward pass beside `copied_bytes`: layers, last norm, gradients of the head.
 
-    With gradient checkpointing layers keep their inputs, and one at a time the rest. The head's gradients are made in
-    the forward pass (linear_cross_entropy): of hidden states, and of its weights.
+    With gradient checkpointing each layer keeps its input, and one layer at a time the rest. The head computes the
+    gradients of hidden states and weights in the forward pass (linear_cross_entropy).
     """
     residual = 2 if strategy == "fsdp" else 4
     states = 4 if device == "cuda" and not s.gated else residual  # LayerNorm gives float32 there
@@ -132,42 +136,44 @@ def kept_bytes(s: Shape, tokens: int, strategy: str, checkpointing: bool, device
 
 
 def head_bytes(s: Shape, tokens: int, strategy: str) -> float:
-    """What exists only while the head works: logits, softmax in float32 and in bfloat16 of a chunk; a product of the
-    weights' shape and, with ddp, their bfloat16 copy, with fsdp the float32 sum that becomes a bfloat16 gradient."""
+    """Return what exists only while the head works: logits and softmaxes of a chunk, and matrices like its weights.
+
+    These are a product and, with ddp, the bfloat16 copy of the weights; with fsdp, the float32 sum of the gradient.
+    """
     matrices = 3 if strategy == "fsdp" else 2
     return 8 * s.vocabulary * min(CHUNK, tokens) + matrices * 2 * s.vocabulary * s.width
 
 
 def adapter_parameters(s: Shape, rank: int) -> int:
-    """Parameters of LoRA on all seven matrices of Llama's layers: rank x (inputs + outputs) each."""
+    """Return the parameters of LoRA on the seven matrices of each Llama layer: rank x (inputs + outputs) each."""
     return s.layers * rank * (9 * s.width + 2 * s.kv_width + 3 * s.mlp_width)
 
 
 def frozen_bytes(s: Shape) -> int:
-    """Frozen weights under bf16: linear layers in bfloat16, embeddings and norms in float32; a tied head is one."""
+    """Return the frozen weights under bf16: linear layers in bfloat16; embeddings, a tied head and norms in float32."""
     norms, table = (2 * s.layers + 1) * s.width, s.vocabulary * s.width
     return 2 * (s.parameters - norms - table) + 4 * (norms + table)
 
 
 def lora_layer_bytes(s: Shape, tokens: int, rank: int) -> float:
-    """What a Llama's layer keeps for its backward pass with LoRA, on one device.
+    """Return what a Llama layer keeps for its backward pass with LoRA, on one device.
 
-    Frozen norms keep no normalized values. Adapters keep rank bfloat16 numbers a token for each of seven matrices, and
-    bfloat16 copies of themselves.
+    Frozen norms keep no normalized values. Each of seven adapters keeps rank bfloat16 numbers per token, and a bfloat16
+    copy of itself.
     """
     copies = 2 * adapter_parameters(s, rank) / s.layers
     return tokens * (layer_bytes(s, "ddp") - 2 * 4 * s.width + 7 * 2 * rank) + copies
 
 
 def lora_kept_bytes(s: Shape, tokens: int, rank: int, checkpointing: bool) -> float:
-    """All that LoRA keeps: layers, the last norm, and the gradient of the head's input; its weights have none."""
+    """Return all that LoRA keeps: layers, the last norm, and the gradient of the head's input."""
     layer = lora_layer_bytes(s, tokens, rank)
     layers = s.layers * 4 * s.width * tokens + layer if checkpointing else s.layers * layer
     return layers + tokens * 2 * 4 * s.width
 
 
 def lora_memory(s: Shape, tokens: int, rank: int, devices: int = 1) -> list[float]:
-    """Frozen weights, adapters with gradients and moments, activations (checkpointed), of each device; fsdp if many.
+    """Return frozen weights, adapters with gradients and moments, and checkpointed activations; fsdp if many devices.
 
     The head's part of the activations is the logits of a chunk and a bfloat16 copy of a tied matrix.
     """
@@ -180,10 +186,11 @@ def lora_memory(s: Shape, tokens: int, rank: int, devices: int = 1) -> list[floa
 
 
 def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, width: int = 2) -> float:
-    """What each device sends for an update. Rings: all-reduce 2 (n - 1) / n of the data, gather and reduce half of it.
+    """Return the bytes that a device sends in a step. In a ring an all-reduce sends 2 (n - 1) / n of the data, and a
+    gather or a reduce half of that.
 
-    ddp: float32 gradients once. fsdp: float32 gradients once, and for each micro-batch weights of ``width`` bytes:
-    the root's once, the layers' for the forward and for the backward pass (Rajbhandari et al. 2020, section 7.2).
+    ddp: float32 gradients once. fsdp: float32 gradients once, and for each micro-batch weights of ``width`` bytes: the
+    root once, the layers for the forward and for the backward pass (Rajbhandari et al. 2020, section 7.2).
     """
     part = (devices - 1) / devices
     if strategy == "ddp":
@@ -192,24 +199,24 @@ def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, wi
 
 
 def checkpoint_bytes(group: int, largest: int, device: str = "cuda") -> int:
-    """Host memory that saving a checkpoint adds to a rank: its largest file, in bytes.
+    """Return the host memory that saving a checkpoint adds to a rank: copies of its largest file.
 
     ``group`` is the larger part of the rank's shard: with AdamW its moments, two thirds. ``largest`` is its largest
-    tensor. safetensors builds a file as two copies. On a GPU a third one comes before: the tensors, moved to the host.
+    tensor. safetensors builds a file as two copies. On a GPU the tensors are first copied to the host.
     """
     return (2 if device == "cpu" else 3) * max(group // FILES, largest, FILE_BYTES)
 
 
 def model_bytes(s: Shape, file_size: float = 1e9 * int(FILE_SIZE.removesuffix("GB"))) -> float:
-    """Host memory that writing model/ adds to rank 0 with fsdp, in bytes: one file, and one layer or the embeddings."""
+    """Return the host memory that writing model/ adds to rank 0 with fsdp: a file, and a layer or the embeddings."""
     return min(file_size, 4 * s.parameters) + 4 * max(s.block, s.vocabulary * s.width)
 
 
 def seconds(s: Shape, flops: float, devices: int, strategy: str, checkpointing: bool) -> tuple[float, float, float]:
-    """Computing, exchanging, and the part of the exchange's time that can lie behind computing.
+    """Return the seconds of computing, of exchanging, and of the exchange that computing can hide.
 
-    ``flops`` are 6 N + 12 L H Q T a token (Chowdhery et al. 2022, appendix B); checkpointing adds a forward pass, a
-    third. ddp can exchange behind the backward pass, two thirds of all, fsdp behind both.
+    ``flops`` are those of `flops_per_token` for all tokens; checkpointing adds a forward pass, a third. ddp can
+    exchange during the backward pass, two thirds of the computing, and fsdp during both passes.
     """
     computing = flops / (PEAK * MFU) * (4 / 3 if checkpointing else 1)
     exchanging = sent_bytes(s, devices, strategy) / (NVLINK if devices <= NODE else min(NVLINK, NETWORK))
@@ -227,7 +234,7 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {  # and the bloc
     "Llama 2, 13B": (lambda: llama(32000, 5120, 13824, 40, 40, 40), 4096),
     "Llama 3, 70B": (lambda: llama(128256, 8192, 28672, 80, 64, 8), 4096),
 }
-TOKENS = 8192  # a device and step
+TOKENS = 8192  # per device and step
 DEVICES = (1, 8, 16, 64)
 
 
@@ -240,22 +247,13 @@ def gpt2(layers: int, width: int, heads: int, vocabulary: int = 50257, length: i
 def llama(
     vocabulary: int, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, tied: bool = False
 ) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            tie_word_embeddings=tied,
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=mlp_width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=4096,
-        )
-    )
+    shape = {"hidden_size": width, "intermediate_size": mlp_width, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary}
+    return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied, max_position_embeddings=4096))
 
 
 def memory(s: Shape, devices: int, strategy: str, checkpointing: bool) -> list[float]:
-    """Weights, gradients, moments, bfloat16 weights, activations: at their most, be it not at the same moment."""
+    """Return weights, gradients, moments, bfloat16 weights and activations, each at its own peak."""
     weights, gradients, moments = state_bytes(s, devices, strategy)
     gradients += unsharded_gradient_bytes(s, strategy)
     activations = kept_bytes(s, TOKENS, strategy, checkpointing) + head_bytes(s, TOKENS, strategy)
@@ -280,16 +278,11 @@ def table() -> str:
                 said = ("checkpointed" if checkpointing else "yes") if fits else "**no**"
                 row = [name, str(devices), strategy if devices > 1 else "(none)"]
                 row += [*(f"{part / 1e9:.1f}" for part in parts), f"{sum(parts) / 1e9:.1f} GB", said]
-                if fits and devices > 1:
-                    computing, exchanging, hidden = seconds(s, flops, devices, strategy, checkpointing)
-                    shares = (computing / (computing + exchanging - behind) for behind in (0, hidden))
-                    row += [f"{sent_bytes(s, devices, strategy) / 1e9:.1f} GB", f"{computing * 1e3:.0f} ms"]
-                    row += [f"{exchanging * 1e3:.0f} ms", " to ".join(f"{100 * share:.0f}%" for share in shares)]
-                elif fits:
-                    computing, *_ = seconds(s, flops, 1, strategy, checkpointing)
-                    row += ["", f"{computing * 1e3:.0f} ms", "", ""]
-                else:
-                    row += [""] * 4
+                computing, exchanging, hidden = seconds(s, flops, devices, strategy, checkpointing)
+                shares = (computing / (computing + exchanging - behind) for behind in (0, hidden))
+                speed = [f"{sent_bytes(s, devices, strategy) / 1e9:.1f} GB", f"{computing * 1e3:.0f} ms"]
+                speed += [f"{exchanging * 1e3:.0f} ms", " to ".join(f"{100 * share:.0f}%" for share in shares)]
+                row += speed if fits and devices > 1 else ["", speed[1] if fits else "", "", ""]
                 if fits or strategy == "fsdp" or devices == 1:  # with ddp no number of devices helps
                     lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
@@ -298,10 +291,7 @@ def table() -> str:
 LORA_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "Llama 3.2, 1B": lambda: llama(128256, 2048, 8192, 16, 32, 8, tied=True),
     "Llama 3.2, 3B": lambda: llama(128256, 3072, 8192, 28, 24, 8, tied=True),
-    "Llama 3, 8B": MODELS["Llama 3, 8B"][0],
-    "Llama 2, 13B": MODELS["Llama 2, 13B"][0],
-    "Llama 3, 70B": MODELS["Llama 3, 70B"][0],
-}
+} | {name: make for name, (make, _) in MODELS.items() if name.startswith("Llama")}
 LORA_RANK, LORA_TOKENS, CARDS = 16, 4096, (24, 48, 80)  # one block of 4,096 tokens at once; GB
 
 
@@ -320,7 +310,13 @@ def lora_table() -> str:
 
 
 def with_table(document: str) -> str:
-    """The document with the tables between their marks."""
+    """Return the document with new tables between their marks."""
     for begin, end, make in ((BEGIN, END, table), (LORA_BEGIN, LORA_END, lora_table)):
         document = re.sub(f"(?<={begin}\n).*(?={end})", f"\n{make()}\n\n", document, flags=re.DOTALL)
     return document
+
+
+if __name__ == "__main__":
+    print(f"{table()}\n\n{lora_table()}")
+    if "--write" in sys.argv:
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,14 +1,16 @@
-"""The benchmark's arithmetic and its table; and the peers written there must be what they stand for."""
+"""The benchmarks: their arithmetic, their tables, and that each contender computes what it stands for."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import write_jsonl
+from conftest import tiny_gpt2, write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import bench, contenders, guide
+from benchmarks import bench, contenders, gpu, guide, quality
 from corpus.flags import TextConfig
 from corpus.sources import read_documents
 from corpus.tokenize import tokenize
@@ -23,21 +25,21 @@ class Enough(Exception):
 
 
 class FewTurns(contenders.Turns):
-    """Lets a contender work a number of units, without a driver."""
+    """Lets a contender do a number of units of work, without a driver."""
 
     def __init__(self, units: int):
-        self.left, self.facts, self.between = units, {}, lambda: None
+        self.left, self.facts, self.syncs = units, {}, []
 
     def boundary(self) -> None:
         self.left -= 1
+        self.syncs.append(self.facts.get("syncs"))
         if self.left < 0:
-            self.between()
             raise Enough
 
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """What a contender switches on for its process."""
+    """Undo what a contender switches on for its process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -52,7 +54,7 @@ def options(jsonl_file, model_dir, tokenizer, tmp_path):
 
 
 class Replies:
-    """Stands where the pipe of a contender is: seconds of turn after turn."""
+    """Stands in for a contender: the seconds of its turns are known."""
 
     def __init__(self, *seconds: float):
         self.seconds, self.units = list(seconds), []
@@ -66,18 +68,26 @@ def test_turns_become_ratios_and_a_row():
     ours, peer = Replies(1.0, 2.0, 1.0), Replies(2.0, 6.0, 2.5)
     pairs = bench.take_turns(ours, peer, rounds=3, units=2)
     assert pairs == [(1.0, 2.0), (2.0, 6.0), (1.0, 2.5)] and ours.units == peer.units == [2, 2, 2]
-    assert bench.speeds(pairs) == [2.0, 3.0, 2.5] and bench.shares(pairs) == [0.5, 1 / 3, 0.4]
-    assert bench.medians(pairs) == (1.0, 2.5)
-    row = bench.Row("a step", "1 s", "2.5 s", bench.speeds(pairs), (">=", 2.8))
-    assert str(row) == "| a step | 1 s | 2.5 s | 2.50x (2.00-3.00) | >= 2.8x | **missed** |"
-    assert bench.Row("memory", "", "", [0.4], ("<=", 0.5)).verdict == "met"
-    assert str(bench.Row("a GPU", "none", "")) == "| a GPU | none |  |  |  |  |"
-    assert len({line.count("|") for line in bench.table([row]).splitlines()}) == 1
+    row = bench.speed_row("a step", pairs, 1000, (">=", 2.8))
+    assert str(row) == "| a step | 1,000 tokens/s | 400 tokens/s | 2.50x (2.00-3.00) | >= 2.8x | **missed** |"
+    row = bench.time_row("a start", pairs, ("<=", 0.5))
+    assert str(row) == "| a start | 1 s | 2.5 s | 0.40x (0.33-0.50) | <= 0.5x | met |"
+    assert str(bench.Row("a part", "failed", "")) == "| a part | failed |  |  |  |  |"
+    assert {line.count("|") for line in f"{bench.HEADER}\n{row}".splitlines()} == {7}
 
 
-def test_the_heading_names_what_made_it_and_no_directory():
-    assert bench.shown(["--full", "--text", "/home/me/a.jsonl"]) == "python -m benchmarks.bench --full --text a.jsonl"
-    assert all(name in bench.heading("c", "d") for name in ("command: `c`", "commit: ", "device: d", "torch 2", "UTC"))
+def test_the_heading_names_what_made_it_and_no_directory(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--full", "--text", "/home/me/a.jsonl"])
+    heading = bench.heading("bench", "a device")
+    assert "command: `python -m benchmarks.bench --full --text a.jsonl`" in heading
+    assert all(part in heading for part in ("commit: ", "device: a device", "torch 2", "UTC"))
+
+
+def test_results_have_a_file_for_each_device():
+    names = {"AMD EPYC AVX512-BF16, 2 cores": "amd-epyc-avx512-bf16-2-cores.md", "NVIDIA H200": "nvidia-h200.md"}
+    assert {device: bench.results_file(device).name for device in names} == names
+    assert bench.results_file("NVIDIA H200", "-quality").name == "nvidia-h200-quality.md"
+    assert bench.processor().endswith("cores")
 
 
 def test_nanogpt_computes_what_gpt2_computes():
@@ -100,10 +110,20 @@ def test_nanogpt_computes_what_gpt2_computes():
     assert not any(name.endswith("bias") for name, _ in defaults.named_parameters())
 
 
-@pytest.mark.parametrize("contender", [contenders.ours, contenders.bare, contenders.no_trainer, contenders.nanogpt])
+@pytest.mark.parametrize("contender", [contenders.ours, contenders.bare, contenders.nanogpt])
 def test_contenders_step(contender, options):
     with pytest.raises(Enough):
         contender(FewTurns(11), {**options, "bf16": True})
+
+
+def test_ours_waits_for_its_device_at_a_log_step_alone(options):
+    """The first step and the 10th are logged. Without a text the tokens are random."""
+    turns = FewTurns(11)
+    synthetic = {"block_size": 16, "work": options["work"], "count_syncs": True}
+    with pytest.raises(Enough):
+        contenders.ours(turns, {**synthetic, "shape": {**TINY, "vocab_size": 400}})
+    waits = [after - before for before, after in zip(turns.syncs, turns.syncs[1:], strict=False)]
+    assert waits[2:9] == [0] * 7 and waits[9] > 0
 
 
 def test_the_trainer_stops_at_steps_and_evaluates_as_ours(options):
@@ -116,16 +136,6 @@ def test_the_trainer_stops_at_steps_and_evaluates_as_ours(options):
     with pytest.raises(Enough):
         contenders.trainer_evaluation(theirs, {**options, "blocks": 16})
     assert ours.facts["loss"] == pytest.approx(theirs.facts["loss"], abs=1e-2)
-
-
-def test_a_checkpoint_is_as_many_bytes_as_the_plain_file(options):
-    tensors = contenders.trained_state(options)
-    plain = FewTurns(1)
-    with pytest.raises(Enough):
-        contenders.plain_checkpoint(plain, options)
-    assert plain.facts["bytes"] == sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-    with pytest.raises(Enough):
-        contenders.our_checkpoint(FewTurns(1), options)
 
 
 def test_products_are_those_of_a_step():
@@ -142,12 +152,64 @@ def test_products_are_those_of_a_step():
 def test_the_guides_maps(tokenizer, tmp_path):
     """One map batch: the same tokens as ours without the ends of documents, and the remainder dropped."""
     path = write_jsonl(tmp_path / "rows.jsonl", 20)
-    made = guide.text_to_blocks(str(path), "answers.text", tokenizer, 16, num_proc=None)
-    chained = guide.text_to_blocks(str(path), "answers.text", tokenizer, 16, num_proc=None, chained=True)
-    assert made["input_ids"] == chained["input_ids"] and made["labels"] == made["input_ids"]
+    options = {"text": str(path), "text_column": "answers.text", "block_size": 16}
+    made = guide.text_to_blocks(options, tokenizer, num_proc=None)
+    assert made["labels"] == made["input_ids"]
     texts = [" ".join(json.loads(line)["answers"]["text"]) for line in path.read_text().splitlines()]
     ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
     assert [token for block in made["input_ids"] for token in block] == ids[: len(ids) // 16 * 16]
     documents = read_documents(TextConfig(text_column="answers.text"), "--text", [str(path)])
     stream = group_texts(tokenize(documents, tokenizer), 16).stream
     assert len(stream) - stream.num_documents == len(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def run_gpu(monkeypatch, capsys, *arguments: str) -> tuple[int, list[list[str]], str]:
+    """Return the exit code, the cells of each row, and stderr."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    code, output = gpu.main(), capsys.readouterr()
+    rows = [line for line in output.out.splitlines() if line.startswith("| ")]
+    assert {row.count("|") for row in [gpu.HEADER, *rows]} == {gpu.HEADER.count("|")}
+    return code, [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows], output.err
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    code, rows, error = run_gpu(monkeypatch, capsys)
+    assert (code, rows, len(error.splitlines())) == (2, [], 1) and "needs a GPU" in error
+
+
+def test_heads_and_packed_gradients_in_tiny(monkeypatch, capsys):
+    """On a CPU FlexAttention has no backward pass. Its row says so, and nothing else fails."""
+    code, rows, _ = run_gpu(monkeypatch, capsys, "--tiny", "--only", "gradients", "head")
+    assert code == 0 and len(rows) == 4 + 2 * 2
+    found = {row[1]: row for row in rows}
+    assert found["flex_attention"][2].startswith("failed: NotImplementedError")
+    assert float(found["eager"][-1].split()[-1]) < 0.05
+    assert all(float(row[3].replace(",", "")) > 0 for row in rows if row[0] == "head")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["gpt2", "flags", "llama"])
+def test_steps_in_tiny(monkeypatch, capsys, part):
+    code, rows, _ = run_gpu(monkeypatch, capsys, "--tiny", "--only", part)
+    assert code == 0 and [row[1] for row in rows] == [label for name, label, *_ in gpu.STEPS if name == part]
+    assert all(float(row[3].replace(",", "")) > 0 for row in rows), rows
+    syncs = [row[-1] for row in rows if row[1] == "host syncs"]
+    assert syncs == ["0 host syncs in 6 steps without a log"] * (part == "flags")  # those of packed steps are shown
+
+
+@pytest.mark.slow
+def test_quality_compares_on_each_text(tokenizer, jsonl_file, tmp_path, monkeypatch, capsys):
+    for part in (tokenizer, tiny_gpt2(len(tokenizer), n_positions=128)):
+        part.save_pretrained(tmp_path)
+    texts = ["--text", str(jsonl_file), str(jsonl_file)]
+    rest = ["--model", str(tmp_path), "--max_steps", "2", "--max_documents", "20", "--learning_rates", "1e-4", "2e-4"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *texts, *rest, "--recipe", "--block_size 32 --eval_every 1"])
+    monkeypatch.setattr(quality, "results_file", None)  # with --max_steps nothing is written
+    quality.main()
+    report = capsys.readouterr().out
+    assert report.count(f"## {Path(jsonl_file).name}") == 2 and report.count("| Trainer, learning rate 0.0002 |") == 2
+    assert report.count("| ours, --block_size 32 --eval_every 1 |") == 2

@@ -13,7 +13,8 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
     """Return the FLOPs per token of a forward and backward pass, or None if the formula does not apply.
 
     They are 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B): N parameters, L layers, H heads of width Q,
-    blocks of T tokens. It does not hold for mixtures of experts, windows of attention or frozen weights.
+    blocks of T tokens. N leaves out an input embedding that is not tied to the head: it is looked up, not multiplied.
+    The formula does not hold for mixtures of experts, windows of attention or frozen weights.
     """
     config = model.config.get_text_config(decoder=True)
     values = config.to_dict()
@@ -25,7 +26,9 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
     if mixed or not isinstance(layers, int) or not all(parameter.requires_grad for parameter in model.parameters()):
         return None
     attention = 12 * layers * heads * (head_width or width / heads) * block_size if isinstance(heads, int) else 0
-    return 6 * model.num_parameters() + attention
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    is_tied = head is not None and getattr(head, "weight", None) is embedding
+    return 6 * (model.num_parameters() - (0 if is_tied else embedding.numel())) + attention
 
 
 def peak_flops(device_name: str) -> float | None:

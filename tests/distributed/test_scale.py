@@ -3,14 +3,13 @@
 import pytest
 import torch
 from conftest import ROOT, start_ranks
+from rank_steps import SHAPE, Ranks
 
-from benchmarks import formulas, scale
+from benchmarks import formulas
 from modeling.architectures import recompute_activations
 from modeling.loss import next_token_nll
 from modeling.precision import autocast, set_dtypes
 from modeling.trained import LoraConfig, add_lora
-
-TINY = {"layers": 3, "width": 64, "vocabulary": 1000, "length": 64, "batch": 2}
 
 
 def test_the_document_holds_what_the_formulas_say():
@@ -91,13 +90,12 @@ def test_lora_holds_and_keeps_what_the_formulas_say(checkpointing):
     "ranks, strategy, precision, micro_batches", [(2, "fsdp", "bf16", 2), (2, "ddp", "bf16", 2), (3, "fsdp", "fp32", 1)]
 )
 def test_ranks_hold_and_send_what_the_formulas_say(ranks, strategy, precision, micro_batches, tmp_path):
-    options = TINY | {"precision": precision, "micro_batches": micro_batches, "counts": True}
-    job = scale.Ranks(ranks, strategy, tmp_path / "log", **options)
+    job = Ranks(ranks, strategy, tmp_path / "log", precision=precision, micro_batches=micro_batches)
     try:
         job.turn(3)  # DistributedDataParallel makes its buckets anew after the first
     finally:
         job.stop()
-    s = formulas.shape_of(formulas.gpt2(3, 64, 1, 1000, 64))
+    s = formulas.shape_of(formulas.gpt2(SHAPE["layers"], SHAPE["width"], 1, SHAPE["vocabulary"], SHAPE["length"]))
     expected = formulas.state_bytes(s, ranks, strategy)
     near = 0.02 if s.width % ranks == 0 else 0.1  # shards are whole rows, and sent with as many rows from each rank
     assert len(job.facts["held"]) == ranks
