@@ -37,7 +37,7 @@ from corpus.tokenize import tokenize
 from data import Blocks, group_texts, load_data, load_documents, make_loader, rank_batches
 from distributed.world import DistributedConfig, World
 from modeling.loss import next_token_nll
-from modeling.precision import autocast, keep_freed_memory, make_deterministic, resolve_precision, select_device
+from modeling.precision import autocast, keep_freed_memory, resolve_precision, select_device, set_arithmetic
 from perplexity import evaluate
 from training.monitor import peak_memory_gib
 
@@ -108,12 +108,6 @@ def full_blocks(o: Options, number: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def set_determinism(choice: str) -> None:
-    """Do what train.py does for ``--deterministic auto|on|off``: auto is on for a CPU and off for a GPU."""
-    if choice == "on" or (choice == "auto" and select_device().type == "cpu"):
-        make_deterministic()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training steps
 
@@ -137,7 +131,7 @@ def ours(turns: Turns, o: Options) -> None:
     # `train` handles signals before each step, and before that once in its evaluation.
     calls = itertools.count()
     signals = SimpleNamespace(defer=lambda: None, handle=lambda _: next(calls) and turns.boundary())
-    set_determinism(o.get("deterministic", "auto"))
+    set_arithmetic(o.get("deterministic", "auto"), select_device(), "auto")
     with HostSyncs(turns.facts) if o.get("count_syncs") else nullcontext():
         train.train(config, World(DistributedConfig(o["strategy"]) if "strategy" in o else None), signals)
 
@@ -162,7 +156,7 @@ def bare(turns: Turns, o: Options) -> None:
     keep_freed_memory(device.type)
     precision = resolve_precision("auto", device)
     model = fresh_model(o)
-    set_determinism("auto")
+    set_arithmetic("auto", device, precision)
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
     batches = list(make_loader(text_blocks(o), BATCH, rank_batches(range(32 * BATCH), BATCH)))

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,14 @@ def head(part: str, tiny: bool) -> Iterator[list[str]]:
         weight = torch.randn(vocabulary, width, device=device).mul_(0.02).requires_grad_()
         targets = torch.randint(vocabulary, (len(hidden),), device=device)
 
-        def ours(operands: tuple = (hidden, weight, None, targets)) -> None:
-            linear_cross_entropy(*operands, needs_grad=(True, True, False))
+        def ours(compiled: bool = False, operands: tuple = (hidden, weight, None, targets)) -> None:
+            linear_cross_entropy(*operands, compiled=compiled, needs_grad=(True, True, False))
 
         def whole(inputs: tuple = (hidden, weight), targets: torch.Tensor = targets) -> None:
             torch.autograd.grad(F.cross_entropy(F.linear(*inputs), targets, reduction="sum"), inputs)
 
         reference = None
-        for label, work in (("ours", ours), ("F.cross_entropy", whole)):
+        for label, work in (("ours, compiled", partial(ours, True)), ("ours", ours), ("F.cross_entropy", whole)):
             try:
                 seconds, gib = time_calls(work, device)
             except Exception as error:
@@ -155,7 +156,7 @@ def gradients(part: str, tiny: bool) -> Iterator[list[str]]:
     for attention in ("sdpa", "eager", "flash_attention_2", "flex_attention"):
         try:
             model = fresh_model(o, attn_implementation=attention)
-            check_isolated(model, ids.shape[1], "bf16")
+            check_isolated(model, ids.shape[1], "bf16", keep_attention=True)
             with autocast(device, "bf16"):
                 next_token_nll(model, ids, ids.masked_fill(positions == 0, -100), positions).backward()
             found = [parameter.grad.double() for parameter in model.parameters()]
