@@ -272,9 +272,9 @@ def train(config: Config, world: World, signals: Signals) -> None:
             if is_last:
                 break
 
-            # Between two steps: the periodic checkpoint, and SIGTERM, SIGINT and SIGUSR1.
+            # Between two steps: the periodic checkpoint, in the background on a GPU, and SIGTERM, SIGINT and SIGUSR1.
             if checkpointer.is_due(config.save_every):
-                checkpointer.save()
+                checkpointer.start_save()
             handle_signals()
 
         # One step. Blocks, learning rate and dropout depend on seed, step and rank alone, so resuming repeats them.
