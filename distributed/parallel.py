@@ -52,11 +52,16 @@ def shard(model: PreTrainedModel, device: torch.device, precision: str, sends: b
     full = {name: parameter.detach() for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(DTYPES[precision] if precision != "fp32" else None, torch.float32)
-    # Materialize and shard one layer after the other: no device ever holds the whole model.
-    for module in [*chain(*layer_stacks(model)), model]:
+    # Materialize and shard one layer after the other: no device ever holds the whole model. An embedding that no other
+    # module shares is freed after its use. The head is not: the loss reads its weights after its forward pass.
+    embedding, weights = model.get_input_embeddings(), [p for _, p in model.named_parameters(remove_duplicate=False)]
+    is_apart = isinstance(embedding, torch.nn.Embedding) and sum(p is embedding.weight for p in weights) == 1
+    for module in [*chain(*layer_stacks(model)), *[embedding] * is_apart, model]:
         materialize(module, device)
         if not isinstance(module, (FSDPModule, torch.nn.ModuleList, torch.nn.ModuleDict)):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+    if is_apart:
+        embedding.set_unshard_in_backward(False)  # its backward pass needs no weights
     for name, parameter in model.named_parameters() if sends else ():
         _load(parameter, full.pop(name))
     for buffer in model.buffers():
