@@ -1,5 +1,6 @@
 """DistributedDataParallel (DDP) and fully_shard (FSDP2) for any causal language model."""
 
+import math
 import warnings
 from itertools import chain
 
@@ -77,10 +78,20 @@ def _load(target: DTensor, full: torch.Tensor) -> None:
         target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
 
 
-def trained_parts(model: PreTrainedModel) -> list[FSDPModule]:
-    """Return the sharded modules that got gradients. One that never runs, as an image encoder, has none to delay."""
+def delayed_parts(model: PreTrainedModel, memory: float | None = None) -> tuple[list[FSDPModule], str]:
+    """Return the sharded modules whose gradients wait for the last micro-batch, and the note of the plan.
+
+    Only those that got gradients count: an image encoder that never runs has none. The gradients that wait take 4 bytes
+    per trained parameter on each device. If that is more than a quarter of its ``memory`` in bytes, none wait.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if memory is None:
+        device = trained[0].device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if isinstance(model, FSDPModule) and 4 * sum(parameter.numel() for parameter in trained) > memory / 4:
+        return [], ", gradients reduced per micro-batch"
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    return [part for part in parts if any(parameter.grad is not None for parameter in part.parameters())]
+    return [part for part in parts if any(parameter.grad is not None for parameter in part.parameters())], ""
 
 
 def reshard(model: PreTrainedModel) -> None:

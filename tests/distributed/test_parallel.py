@@ -16,7 +16,7 @@ from modeling.loss import next_token_nll
 def gradients(model, ids):
     next_token_nll(model, ids, ids).backward()
     full = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in full.items()}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in full.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -39,5 +39,25 @@ def test_an_embedding_that_nothing_shares_is_freed_after_its_use(tied, tmp_path)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+    assert in_child(work) == 0
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_take_a_quarter_of_the_memory_at_most(tmp_path):
+    def work():
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        torch.manual_seed(0)
+        model, ids = formulas.llama(300, 32, 64, 2, 2, 1).train(), torch.randint(300, (2, 16))
+        num_bytes = 4 * model.num_parameters()
+        parallel.shard(model, torch.device("cpu"), "fp32")
+        made = gradients(model, ids)
+        parts, note = parallel.delayed_parts(model, 4 * num_bytes)
+        assert len(parts) == 4 and note == "" and parallel.delayed_parts(model) == (parts, note)
+        assert parallel.delayed_parts(model, 4 * num_bytes - 1) == ([], ", gradients reduced per micro-batch")
+        assert all(isinstance(parameter.grad, DTensor) for parameter in model.parameters())
+        twice = gradients(model, ids)  # a second micro-batch is added to the shards
+        for name, gradient in made.items():
+            torch.testing.assert_close(twice[name], 2 * gradient)
 
     assert in_child(work) == 0
