@@ -221,8 +221,8 @@ def build_model(
         add_lora(model, config, tokenizer.convert_tokens_to_ids(config.add_tokens))
     if is_partly_frozen:
         set_dtypes(model, linear, only_frozen=True)
-    if config.gradient_checkpointing:
-        recompute_activations(model)
+    if config.gradient_checkpointing != "off":
+        recompute_activations(model, config.gradient_checkpointing)
 
     # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, also with more steps.
     model = world.parallelize(model, device, precision, config.block_size, fill)

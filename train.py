@@ -26,7 +26,7 @@ from distributed.parallel import total_norm
 from distributed.world import DistributedConfig, World, silence_other_ranks
 from generate import SamplingConfig, generate
 from model import ModelConfig, build_model, load_config, load_tokenizer
-from modeling.architectures import position_limit
+from modeling.architectures import Checkpointing, position_limit
 from modeling.compile import needs_same_shape, uncompiled
 from modeling.linear_cross_entropy import IGNORED_LABEL
 from modeling.precision import Precision, autocast, resolve_precision, select_device, set_arithmetic, sum_dtype
@@ -52,7 +52,7 @@ class TrainingConfig:
     warmup_steps: Annotated[float, Range(least=0)] = flag(0.0, "steps of warmup; below 1: a fraction of all steps")
     weight_decay: Annotated[float, Range(least=0, below=10)] = flag(0.01, "of matrices and embeddings alone")
     max_grad_norm: Annotated[float, Range(least=0, below=1e9)] = flag(1.0, "clip gradients to this norm; 0: never")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: Checkpointing = flag("off", "recompute activations; selective: keep products", bare="full")
     precision: Precision = flag("auto", "of the arithmetic, not of the weights; auto: the fastest of the device")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: if the run is long enough to pay for it")
     deterministic: Literal["auto", "on", "off"] = flag("auto", "the same bits in each run; auto: on a CPU alone")
@@ -272,9 +272,9 @@ def train(config: Config, world: World, signals: Signals) -> None:
             if is_last:
                 break
 
-            # Between two steps: the periodic checkpoint, and SIGTERM, SIGINT and SIGUSR1.
+            # Between two steps: the periodic checkpoint, in the background on a GPU, and SIGTERM, SIGINT and SIGUSR1.
             if checkpointer.is_due(config.save_every):
-                checkpointer.save()
+                checkpointer.start_save()
             handle_signals()
 
         # One step. Blocks, learning rate and dropout depend on seed, step and rank alone, so resuming repeats them.

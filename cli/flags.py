@@ -56,10 +56,13 @@ Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # the seeds that NumPy ta
 AnyPath = Annotated[str, "path"]  # or a Hub id; ~ is the home directory, also in YAML and in --model=~/x
 
 
-def flag(default: Any, help: str) -> Any:
-    """Return a dataclass field that is also a flag. ``default`` is written here and nowhere else."""
+def flag(default: Any, help: str, bare: str | None = None) -> Any:
+    """Return a dataclass field that is also a flag. ``default`` is written here and nowhere else.
+
+    ``bare`` is the value of a flag that is given without one. In YAML that is `true`, and `false` is the default.
+    """
     # argparse formats help texts with %, so a literal per cent sign must be doubled.
-    metadata = {"help": help.replace("%", "%%")}
+    metadata = {"help": help.replace("%", "%%")} | ({"nargs": "?", "const": bare} if bare else {})
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -186,7 +189,9 @@ def _yaml_flags(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
         elif isinstance(value, list):
             flags += [f"--{key}", *raw[key]] if value else []
         elif value is not None:
-            flags.append(f"--{key}={raw[key]}")
+            metadata, default = fields[key].metadata, fields[key].default
+            meanings = {True: metadata["const"], False: default} if "const" in metadata else {}
+            flags.append(f"--{key}={meanings.get(value, raw[key])}")
     return flags
 
 

@@ -1,5 +1,6 @@
 """DistributedDataParallel (DDP) and fully_shard (FSDP2) for any causal language model."""
 
+import math
 import warnings
 from itertools import chain
 
@@ -52,11 +53,16 @@ def shard(model: PreTrainedModel, device: torch.device, precision: str, sends: b
     full = {name: parameter.detach() for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(DTYPES[precision] if precision != "fp32" else None, torch.float32)
-    # Materialize and shard one layer after the other: no device ever holds the whole model.
-    for module in [*chain(*layer_stacks(model)), model]:
+    # Materialize and shard one layer after the other: no device ever holds the whole model. An embedding that no other
+    # module shares is freed after its use. The head is not: the loss reads its weights after its forward pass.
+    embedding, weights = model.get_input_embeddings(), [p for _, p in model.named_parameters(remove_duplicate=False)]
+    is_apart = isinstance(embedding, torch.nn.Embedding) and sum(p is embedding.weight for p in weights) == 1
+    for module in [*chain(*layer_stacks(model)), *[embedding] * is_apart, model]:
         materialize(module, device)
         if not isinstance(module, (FSDPModule, torch.nn.ModuleList, torch.nn.ModuleDict)):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+    if is_apart:
+        embedding.set_unshard_in_backward(False)  # its backward pass needs no weights
     for name, parameter in model.named_parameters() if sends else ():
         _load(parameter, full.pop(name))
     for buffer in model.buffers():
@@ -72,10 +78,20 @@ def _load(target: DTensor, full: torch.Tensor) -> None:
         target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
 
 
-def trained_parts(model: PreTrainedModel) -> list[FSDPModule]:
-    """Return the sharded modules that got gradients. One that never runs, as an image encoder, has none to delay."""
+def delayed_parts(model: PreTrainedModel, memory: float | None = None) -> tuple[list[FSDPModule], str]:
+    """Return the sharded modules whose gradients wait for the last micro-batch, and the note of the plan.
+
+    Only those that got gradients count: an image encoder that never runs has none. The gradients that wait take 4 bytes
+    per trained parameter on each device. If that is more than a quarter of its ``memory`` in bytes, none wait.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if memory is None:
+        device = trained[0].device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if isinstance(model, FSDPModule) and 4 * sum(parameter.numel() for parameter in trained) > memory / 4:
+        return [], ", gradients reduced per micro-batch"
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    return [part for part in parts if any(parameter.grad is not None for parameter in part.parameters())]
+    return [part for part in parts if any(parameter.grad is not None for parameter in part.parameters())], ""
 
 
 def reshard(model: PreTrainedModel) -> None:

@@ -63,7 +63,7 @@ class World:
 
     def __init__(self, config: DistributedConfig | None = None):
         """Connect the ranks that torchrun started. Raise RankError if one does not connect in time."""
-        self.strategy, self._ddp, self._parts = "", None, []
+        self.strategy, self._note, self._ddp, self._parts = "", "", None, []
         if config and is_under_torchrun():
             self._connect(config)
         elif config:
@@ -120,7 +120,7 @@ class World:
 
     def __str__(self) -> str:
         """Return the text before the device's name in the summary of a run."""
-        return f"{self.size} ranks ({self.strategy}), each on " if self.strategy else ""
+        return f"{self.size} ranks ({self.strategy}{self._note}), each on " if self.strategy else ""
 
     # Collectives
 
@@ -236,7 +236,7 @@ class World:
                         nll = self.next_token_nll(model, input_ids=ids, labels=ids)
                     nll.backward()
                 if is_last:
-                    self._parts = parallel.trained_parts(model)
+                    self._parts, self._note = parallel.delayed_parts(model)
                     model.zero_grad()
         except (RuntimeError, AttributeError, TypeError) as error:
             if out_of_memory(error) or is_connection_error(error):

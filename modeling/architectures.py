@@ -4,8 +4,11 @@ import math
 import re
 import warnings
 from collections.abc import Collection
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -15,6 +18,14 @@ ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # decoders o
 # The architectures that transformers 5 has dropped. 4.57.6 was the last release with them.
 DROPPED = ("mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet")
 WINDOW = re.compile(r"(window(_size|_len)?|att(entio)?n_chunk_(size|length)|local_attention)$")
+
+Checkpointing = Literal["off", "full", "selective"]
+# Most of a layer's arithmetic. Batched products are left out: in eager attention they make the scores.
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+PRODUCTS += [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+]
 
 
 @torch.no_grad()
@@ -75,14 +86,19 @@ def generate_as_trained(model: PreTrainedModel) -> None:
         model.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {"input_ids": input_ids}
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on: layers keep only their inputs. Raise UserError if it is not supported."""
-    kind = model.config.model_type
-    unsupported = f"--gradient_checkpointing: {kind} does not support it. Remove it."
+def recompute_activations(model: PreTrainedModel, choice: str = "full") -> None:
+    """Switch gradient checkpointing on: layers keep only their inputs, with "selective" also their PRODUCTS.
+
+    Raise UserError if the model does not support it.
+    """
+    unsupported = f"--gradient_checkpointing {choice}: {model.config.model_type} does not support it. Remove it."
     require(model.supports_gradient_checkpointing, unsupported)
+    options: dict[str, Any] = {"use_reentrant": False}
+    if choice == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, PRODUCTS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # older transformers do not have the new name
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(options)
     model.recomputes = True
 
 

@@ -14,14 +14,23 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultSavePlanner,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    SavePlan,
+    WriteItem,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from cli.errors import UserError, require, warn
 from distributed.world import World
@@ -60,26 +69,47 @@ def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[st
     All ranks must call this. Each writes and hashes its own shards; rank 0 alone writes ``state``. Raise
     SaveError, and leave no trace, if writing fails on a rank.
     """
+    for _ in start_save(path, tensors, state, world):
+        pass
+
+
+def start_save(
+    path: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    world: World,
+    in_background: bool = False,
+) -> Iterator[Future]:
+    """Save as `save` does, and with ``in_background`` yield once, with the future of this rank's files.
+
+    This rank's shards are then in host memory, and a thread writes them. So tensors and state may change. The thread
+    calls no collective. Hashes, manifest and the final name come after the yield, when the threads of all ranks are
+    done.
+    """
     path, temporary = atomic.real_paths(path)
-    tensors = {group: content for group, content in tensors.items() if content}
     num_bytes = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
+    text = json.dumps(state, indent=1, allow_nan=False)
+    saving = partial(atomic.saving, path, num_bytes)
 
-    def begin() -> None:
-        atomic.begin(path, num_bytes)
-        with atomic.saving(path, num_bytes):
-            for group in tensors:
-                (temporary / group).mkdir()
+    def plan() -> list[SavePlan]:
+        with saving():
+            return [part.plan_alone() for part in parts]
 
-    def write() -> dict[str, dict[str, Any]]:
-        with atomic.saving(path, num_bytes):
-            for group, content in tensors.items():
-                _write_shards(content, temporary / group, world)
+    def write() -> None:
+        if torch.cuda.is_available():  # a new thread would use the first device
+            torch.cuda.set_device(world.local_rank)
+        with saving():
+            for part in parts:
+                part.write()
+
+    def describe() -> dict[str, dict[str, Any]]:
+        with saving():
             own = f"*/shard-{world.rank + 1:05}-*"
             return {file.relative_to(temporary).as_posix(): _described(file) for file in sorted(temporary.glob(own))}
 
     def finish() -> None:
-        with atomic.saving(path, num_bytes):
-            (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+        with saving():
+            (temporary / "state.json").write_text(text, encoding="utf-8")
             own = {file.name: _described(file) for file in temporary.iterdir() if file.is_file()}
             files = {name: entry for part in (*written, own) for name, entry in part.items()}
             for name in files:  # rank 0 must see the files of all ranks
@@ -88,8 +118,17 @@ def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[st
             atomic.put(temporary, path)
 
     try:
-        world.on_main(begin)
-        written = world.on_all(write)
+        world.on_main(partial(atomic.begin, path, num_bytes))
+        parts = [_Shards(content, temporary / group) for group, content in tensors.items() if content]
+        for part, plans in zip(parts, zip(*world.on_all(plan), strict=True), strict=True):
+            part.plan_together(plans, world.rank)
+        if in_background:
+            world.on_all(lambda: [part.copy_to_host() for part in parts])
+            with ThreadPoolExecutor(1) as thread:
+                yield (future := thread.submit(write))
+            write = future.result
+        world.on_all(write)
+        written = world.on_all(describe)
         world.on_main(finish)
     finally:
         if world.is_main:
@@ -105,11 +144,49 @@ def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World
     """Fill ``tensors`` in place from the shards in ``directory``, whatever the number of ranks that wrote them."""
     if tensors:
         reader = HuggingFaceStorageReader(str(directory))
-        _checkpointing(dcp.load, tensors, storage_reader=reader, world=world)
+        try:
+            dcp.load(tensors, storage_reader=reader, process_group=world.hosts, no_dist=world.size == 1)
+        except CheckpointException as error:  # a BaseException, which all ranks raise
+            _, (cause, _) = min(error.failures.items())
+            raise cause from None
 
 
-def _write_shards(tensors: dict[str, torch.Tensor], directory: Path, world: World) -> None:
-    """Write this rank's part. DCP holds two copies of each file in memory, so files are small.
+class _Shards(DefaultSavePlanner):
+    """This rank's shards of a group of tensors. The calls are those of `torch.distributed.checkpoint.save`.
+
+    That function calls collectives while it writes, which a thread beside the training must not.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], directory: Path):
+        super().__init__()
+        files = _files(tensors)
+        self._writer = HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
+        self._copies: dict[MetadataIndex, torch.Tensor] = {}
+        self.set_up_planner({name: tensors[name] for name in files})
+
+    def plan_alone(self) -> SavePlan:
+        """Make the directory, and return what this rank could write: with DDP all tensors, with FSDP2 its shards."""
+        return self._writer.prepare_local_plan(self.create_local_plan())
+
+    def plan_together(self, plans: Sequence[SavePlan], rank: int) -> None:
+        """Choose what this rank writes, given the plans of all ranks. They divide what several could write."""
+        chosen, _ = self.create_global_plan(list(plans))
+        self._chosen = self.finish_plan(self._writer.prepare_global_plan(chosen)[rank])
+
+    def copy_to_host(self) -> None:
+        self._copies = {item.index: self.resolve_data(item).to("cpu", copy=True) for item in self._chosen.items}
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """Return a tensor, or its copy if there is one. The writer calls this."""
+        copy = self._copies.get(write_item.index)
+        return super().resolve_data(write_item) if copy is None else copy
+
+    def write(self) -> None:
+        self._writer.write_data(self._chosen, self).wait()
+
+
+def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return the number of each tensor's file, counted from 1. The writer holds two copies of each file in memory.
 
     The largest tensors are written first, so later files fit into the memory that they leave.
     """
@@ -120,19 +197,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path, world: Worl
             number, held = number + 1, 0
         held += size
         files[name] = number
-    writer = HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
-    _checkpointing(dcp.save, {name: tensors[name] for name in files}, storage_writer=writer, world=world)
-
-
-def _checkpointing(work: Callable, tensors: dict[str, torch.Tensor], world: World, **options: Any) -> None:
-    """Call `torch.distributed.checkpoint` on all ranks. Raise the error of the first rank that failed."""
-    try:
-        work(tensors, process_group=world.hosts, no_dist=world.size == 1, **options)
-    except CheckpointException as error:  # a BaseException, which all ranks raise
-        rank, (cause, _) = min(error.failures.items())
-        if rank and isinstance(cause, OSError):
-            cause.strerror = f"{cause.strerror} on rank {rank}"
-        raise cause from None
+    return files
 
 
 def newest(directory: Path, world: World) -> Path | None:

@@ -26,10 +26,13 @@ SAVE_MEMORY = memory_advice("out of memory in a save", "Run again with --resume 
 
 
 class Checkpointer:
-    """Save checkpoints/step-N: tensors, state, and the settings that `--resume` compares.
+    """Save checkpoints/step-N: tensors, state, and the settings that `--resume` compares. All ranks call its methods.
 
-    All ranks call `save`; rank 0 writes.
+    ``in_background`` is on with CUDA: `start_save` then returns when the tensors are copied to host memory, and a
+    thread writes them. A CPU has neither the memory nor the idle cores for that.
     """
+
+    _path: Path | None = None  # of the save that is under way
 
     def __init__(
         self,
@@ -45,6 +48,8 @@ class Checkpointer:
         self.state, self.log = state, log
         self._run, self._model, self._optimizer, self._scaler = run, model, optimizer, scaler
         self._data, self._monitor, self._first_step = data, monitor, state.step
+        self.in_background = model.device.type == "cuda"
+        monitor.before_error = self.wait
 
     def is_due(self, save_every: int) -> bool:
         """Return whether a periodic save is due: not at the step at which this process began."""
@@ -64,13 +69,18 @@ class Checkpointer:
                 self.save()
             raise
 
-    @SAVE_MEMORY
     def save(self) -> None:
         """Save the state after the last step. Raise NonFiniteError or SaveError instead of a bad checkpoint."""
+        self.start_save()
+        self.wait()
+
+    @SAVE_MEMORY
+    def start_save(self) -> None:
+        """Save, or begin to save in the background. A save that is still under way comes first."""
+        self.wait()
         self._monitor.check()
         self.log.sync()
-        world, directory = self._run.world, self._run.directory / "checkpoints"
-        path = directory / f"step-{self.state.step:06}"
+        world, path = self._run.world, self._run.directory / f"checkpoints/step-{self.state.step:06}"
         tensors = {"weights": trained_weights(self._model), "optimizer": moments(self._model, self._optimizer)}
         shards = dict(chain(*map(dict.items, world.on_all(partial(self._data.state, world.rank, world.size)))))
         state = {
@@ -82,8 +92,25 @@ class Checkpointer:
             "settings": self._run.settings,
             "compiled": self._model.is_compiled,
         }
-        checkpoint.save(path, tensors, state, world)
-        world.on_main(lambda: checkpoint.prune(directory, self._run.config.keep_checkpoints, path))
+        steps = checkpoint.start_save(path, tensors, state, world, self.in_background)
+        self._written = next(steps, None)
+        self._path, self._steps = path, steps
+        if not self._written:
+            self.wait()
+
+    def complete_if_written(self) -> None:
+        """Complete a save in the background if the threads of all ranks have ended. Called between two steps."""
+        if self._path and not self._run.world.union([] if self._written.done() else [0]):
+            self.wait()
+
+    @SAVE_MEMORY
+    def wait(self) -> None:
+        """Complete the save that is under way, if there is one. Raise SaveError if it failed."""
+        path, self._path = self._path, None
+        if path:
+            next(self._steps, None)
+            keep = self._run.config.keep_checkpoints
+            self._run.world.on_main(lambda: checkpoint.prune(path.parent, keep, path))
 
 
 class BestModel:

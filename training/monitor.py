@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ class StepMonitor:
         self._state, self._log, self._world = state, log, world
         self._max_skipped, self._learning_rate = max_skipped_steps, learning_rate
         self._pending: list[tuple[int, int, list[int], StepResult]] = []
+        self.before_error: Callable[[], None] = lambda: None  # completes a save that is under way
 
     def add(self, epoch: int, blocks: list[int], result: StepResult) -> None:
         """Keep the result of step ``state.step``, which was made of these ``blocks`` of the epoch."""
@@ -71,6 +72,7 @@ class StepMonitor:
         """Raise NonFiniteError if an evaluation loss is not finite."""
         if not math.isfinite(loss):
             fix = f"Lower --learning_rate {self._learning_rate:g}, or look at the text"
+            self.before_error()
             raise NonFiniteError(f"step {self._state.step}: the evaluation loss is {loss}. {fix}.")
 
     def _report(self, step: int, epoch: int, blocks: list[int], loss: float, grad_norm: float) -> None:
@@ -83,6 +85,7 @@ class StepMonitor:
             return warn(problem)
         if self._max_skipped:
             problem += f", and the {self._max_skipped} steps before it were not finite either"
+        self.before_error()
         more = max(10, 2 * self._max_skipped)
         fix = f"Lower --learning_rate {self._learning_rate:g}, or pass --resume --max_skipped_steps {more}"
         raise NonFiniteError(f"{problem}. {fix}.")

@@ -29,8 +29,10 @@ class Signals:
     def handle(self, checkpointer: "Checkpointer") -> None:
         """Save if any rank received a signal, and exit unless it was SIGUSR1. All ranks must call this.
 
-        Called between steps, and between batches and samples of an evaluation, which change no state.
+        Called between steps, and between batches and samples of an evaluation, which change no state. A save in the
+        background is completed here.
         """
+        checkpointer.complete_if_written()
         for number in map(signal.Signals, self.world.union(self._received)):
             checkpointer.save()
             step, log = checkpointer.state.step, checkpointer.log

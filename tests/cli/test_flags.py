@@ -23,6 +23,7 @@ class Settings:
     separator: str = flag(" ", "between")
     model: AnyPath | None = flag(None, "a directory")
     texts: list[AnyPath] = flag([], "paths")
+    recompute: Literal["off", "full", "selective"] = flag("off", "activations", bare="full")
 
     def rules(self):
         return [(self.batch_size != 13, "--batch_size 13: unlucky")]
@@ -72,6 +73,16 @@ def test_wrong_settings_say_what_is_wrong(argv, yaml, words, tmp_path):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_flag_with_a_bare_value(tmp_path):
+    """In YAML it may be true or false, as in the files of runs from before it had values."""
+    assert read("--recompute").recompute == read("--recompute", "--resume").recompute == "full"
+    assert read("--recompute", "selective").recompute == "selective"
+    for text, value in {"true": "full", "false": "off", "off": "off", "selective": "selective", "on": "full"}.items():
+        assert read(yaml=f"recompute: {text}", tmp_path=tmp_path).recompute == value
+    with pytest.raises(UserError, match="--recompute some: unknown"):
+        read("--recompute", "some")
 
 
 def test_all_bad_values_are_named_at_once():

@@ -179,7 +179,7 @@ def test_a_full_disk_of_one_rank_ends_all_with_a_line_that_names_it(cwd):
         for rank in ranks:
             rank.kill()
     (line,) = [line for rank in ranks for line in rank.stderr.splitlines()]
-    assert line.startswith(f"train.py: error: {cwd}/full/checkpoints/step-0000") and "on rank 1" in line, line
+    assert line.startswith(f"train.py: error: rank 1: {cwd}/full/checkpoints/step-0000"), line
     saved = sorted((cwd / "full/checkpoints").iterdir())
     assert saved and saved[0].name == "step-000005" and all(verify(path) is None for path in saved)
 

@@ -7,6 +7,7 @@ from rank_steps import SHAPE, Ranks
 
 from benchmarks import formulas
 from modeling.architectures import recompute_activations
+from modeling.compile import compile_layers
 from modeling.loss import next_token_nll
 from modeling.precision import autocast, set_dtypes
 from modeling.trained import LoraConfig, add_lora
@@ -65,6 +66,18 @@ def test_activations_are_what_autograd_keeps(kind, strategy, checkpointing):
     elif strategy == "ddp":
         expected += formulas.copied_bytes(s, strategy)
     assert saved_bytes(model, ids) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_more_than_their_inputs_with_selective_checkpointing():
+    kept = {}
+    for choice in ("off", "selective", "full"):
+        model, ids = formulas.llama(500, 128, 320, 4, 4, 2).train(), torch.randint(500, (2, 256))
+        if choice != "off":
+            recompute_activations(model, choice)
+        compile_layers(model, 256)
+        kept[choice] = saved_bytes(model, ids)
+    assert 1.2 * kept["full"] < kept["selective"] < 0.9 * kept["off"], kept
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -118,9 +118,10 @@ def test_architecture(name, trained, capsys):
 
     once, fused = gradients(model, ids), linear_head(model) is not None
     try:
-        recompute_activations(model)
-        for first, second in zip(once, gradients(model, ids), strict=True):
-            torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
+        for choice in ("selective", "full"):
+            recompute_activations(model, choice)
+            for first, second in zip(once, gradients(model, ids), strict=True):
+                torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
         recomputes = "yes"
     except UserError:
         recomputes = "no"

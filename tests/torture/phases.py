@@ -87,7 +87,7 @@ def main() -> None:
         (data.TrainingData, "batches", "training"),
         (perplexity, "evaluate", "evaluation"),
         (generate, "generate", "sampling"),
-        (checkpoint, "save", "saving"),
+        (checkpointer.Checkpointer, "start_save", "saving"),
         (checkpoint, "prune", "saving"),
         (checkpointer.BestModel, "_save", "saving"),
         (log.RunLog, "sync", "saving"),
