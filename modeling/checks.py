@@ -44,7 +44,7 @@ def check_model(
     require(largest < rows, f"tokenizer {tokenizer.name_or_path}: {too_large}. {fix}")
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     try:
-        with probing(model, precision):
+        with torch.no_grad(), evaluating(model), autocast(model.device, precision):
             next_token_nll(model, ids, ids)
         check_causal(model, block_size, precision)
         if isolate_documents:
@@ -169,8 +169,9 @@ def probing(model: PreTrainedModel, precision: str) -> Iterator[None]:
         for weight in model.parameters():
             if weight.ndim > 1 and id(weight) not in tables and type(weight) is torch.nn.Parameter:  # no shard
                 scale = (weight.norm() / math.sqrt(len(weight))).log2().round().clamp(-10, 0).exp2().nan_to_num(1)
-                stack.callback(weight.mul_, scale)
-                weight.div_(scale)
+                if scale != 1:  # not to write the weights of most pretrained models
+                    stack.callback(weight.mul_, scale)
+                    weight.div_(scale)
         yield
 
 

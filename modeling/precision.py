@@ -66,8 +66,11 @@ def set_arithmetic(deterministic: str, device: torch.device, precision: str) -> 
     """Make sums run in one order if ``deterministic`` is on, or if it is auto and the device is a CPU.
 
     Compiled code and CUDA kernels otherwise add up gradients in thread order. An operation that has no deterministic
-    version raises RuntimeError. In bf16 and fp16, float32 products outside of autocast use TF32 on a GPU.
+    version raises RuntimeError. In bf16 and fp16, float32 products outside of autocast use TF32 on a GPU. On a CPU,
+    attention with dropout computes its scores in bfloat16 under autocast, as a model's own eager attention does. That
+    halves the memory of its activations.
     """
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(device.type == "cpu")
     if device.type == "cuda" and precision != "fp32":
         torch.set_float32_matmul_precision("high")
     if deterministic == "on" or (deterministic == "auto" and device.type == "cpu"):

@@ -14,7 +14,8 @@ import train
 from cli.errors import NoMemoryError, UserError, as_user_error, out_of_memory
 from distributed.world import is_connection_error
 from modeling import precision
-from modeling.precision import resolve_precision, select_device, set_arithmetic, sum_dtype
+from modeling.loss import next_token_nll
+from modeling.precision import autocast, resolve_precision, select_device, set_arithmetic, sum_dtype
 from train import make_optimizer, train_step
 
 CPU = torch.device("cpu")
@@ -24,6 +25,7 @@ CPU = torch.device("cpu")
 def arithmetic_as_before():
     yield
     torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +142,33 @@ def test_the_host_does_not_wait_in_a_step(kind, name):
     with counted:
         assert math.isfinite(result.loss.item())
     assert len(counted.found) == 1
+
+
+def test_on_a_cpu_attention_with_dropout_keeps_scores_of_bfloat16():
+    """The gradients are as near to those of float32 as if the scores were float32."""
+    torch.manual_seed(0)
+    model, (batch,) = tiny_gpt2(100), batches()
+    batch["labels"] = batch["input_ids"]
+
+    def run(name):
+        dtypes = set()
+        length = batch["input_ids"].shape[1]
+
+        def pack(tensor):
+            if tensor.shape[-2:] == (length, length) and tensor.is_floating_point():
+                dtypes.add(tensor.dtype)
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(CPU, name):
+            next_token_nll(model, **batch).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), dtypes
+
+    exact, _ = run("fp32")
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    plain, dtypes = run("bf16")
+    assert dtypes == {torch.float32}
+    set_arithmetic("auto", CPU, "bf16")
+    reduced, dtypes = run("bf16")
+    assert dtypes == {torch.bfloat16}
+    assert (reduced - exact).norm() <= 1.2 * (plain - exact).norm() < 0.05 * exact.norm()
