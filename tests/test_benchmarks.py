@@ -184,7 +184,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 def test_heads_and_packed_gradients_in_tiny(monkeypatch, capsys):
     """On a CPU FlexAttention has no backward pass. Its row says so, and nothing else fails."""
     code, rows, _ = run_gpu(monkeypatch, capsys, "--tiny", "--only", "gradients", "head")
-    assert code == 0 and len(rows) == 4 + 2 * 2
+    assert code == 0 and len(rows) == 4 + 3 * 2
     found = {row[1]: row for row in rows}
     assert found["flex_attention"][2].startswith("failed: NotImplementedError")
     assert float(found["eager"][-1].split()[-1]) < 0.05

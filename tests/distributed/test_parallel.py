@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks import formulas
 from distributed import parallel
 from modeling.architectures import transformer_layers
+from modeling.compile import compile_layers
 from modeling.loss import next_token_nll
 
 
@@ -59,5 +60,23 @@ def test_gradients_that_wait_for_the_last_micro_batch_take_a_quarter_of_the_memo
         twice = gradients(model, ids)  # a second micro-batch is added to the shards
         for name, gradient in made.items():
             torch.testing.assert_close(twice[name], 2 * gradient)
+
+    assert in_child(work) == 0
+
+
+@pytest.mark.slow
+def test_ddp_leaves_compiled_layers_whole(tmp_path):
+    """A layer that is larger than a bucket of DDP would be split, and each part compiled and run by itself."""
+
+    def work():
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        torch.manual_seed(0)
+        model, ids = formulas.llama(300, 1024, 4096, 1, 4, 4), torch.randint(300, (1, 16))
+        compile_layers(model, 16)
+        model.is_compiled = True
+        ddp = parallel.wrap_in_ddp(model, has_unused_weights=False)
+        torch._dynamo.utils.counters.clear()
+        ddp(input_ids=ids, labels=ids).backward()
+        assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 2  # the layer and the loss
 
     assert in_child(work) == 0
