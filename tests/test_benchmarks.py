@@ -181,6 +181,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert (code, rows, len(error.splitlines())) == (2, [], 1) and "needs a GPU" in error
 
 
+@pytest.mark.slow
 def test_heads_and_packed_gradients_in_tiny(monkeypatch, capsys):
     """On a CPU FlexAttention has no backward pass. Its row says so, and nothing else fails."""
     code, rows, _ = run_gpu(monkeypatch, capsys, "--tiny", "--only", "gradients", "head")
