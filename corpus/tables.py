@@ -1,4 +1,4 @@
-"""Tables: datasets of the Hub, and directories made by save_to_disk."""
+"""Read datasets of the Hub, and directories that save_to_disk wrote."""
 
 import hashlib
 import logging

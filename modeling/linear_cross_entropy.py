@@ -68,7 +68,7 @@ def linear_cross_entropy(
     """
     device, vocabulary = hidden.device.type, len(weight)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    # float16 cannot hold a value that the factor makes smaller.
+    # In float16 a small gradient would be rounded to 0 before its factor is applied.
     has_tiles = device == "cpu" and dtype is not torch.half and not compiled
     tile = tile if has_tiles else vocabulary
     chunk = chunk or (4096 if device == "cuda" and compiled else 1024)
@@ -123,10 +123,11 @@ def _by_rows(
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Do as `_by_tiles` with one tile, the whole vocabulary."""
     (weight,) = tiles
-    # Rows of an odd length would make the next products slow: kernels of GPUs need aligned rows.
-    aligned = -(-len(weight) // ALIGNMENT) * ALIGNMENT
-    logits = states.new_empty(len(states), aligned)[:, : len(weight)]
-    logits = torch.mm(states, weight.T, out=logits) if states.device.type == "cuda" else states @ weight.T
+    if states.device.type == "cuda":  # its kernels are fast if each row begins at a multiple of ALIGNMENT
+        aligned = -(-len(weight) // ALIGNMENT) * ALIGNMENT
+        logits = torch.mm(states, weight.T, out=states.new_empty(len(states), aligned)[:, : len(weight)])
+    else:
+        logits = states @ weight.T
     log_probability = (_compiled() if compiled else _replace_by_gradient)(logits, bias, target, **options)
     return log_probability, [logits] * options["keeps_gradient"], torch.ones_like(log_probability)
 

@@ -104,7 +104,7 @@ def isolated_output(
 def packed_as(document: torch.Tensor | None) -> Iterator[None]:
     """Tell transformers the number of each token's document in its row, or None. Its own search waits for the device.
 
-    No argument does that. If a new version has another name for it, a step is slower and nothing else changes.
+    transformers has no argument for this. If a new version renames its function, a step becomes slower.
     """
     detect = getattr(masking_utils, "find_packed_sequence_indices", None)
     masking_utils.find_packed_sequence_indices = lambda *_, **__: document
@@ -116,7 +116,7 @@ def packed_as(document: torch.Tensor | None) -> Iterator[None]:
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use the attention that the model was loaded with. FlexAttention is compiled for each length of a generated text.
+    """Use the attention that the model was loaded with. FlexAttention would compile each new length of a text.
 
     The model has ``attentions``, the implementation that it was loaded with and the one that isolates documents, if
     `check_isolated` has chosen one.

@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @functools.cache  # so that it warns once
 def select_device() -> torch.device:
-    """Return the accelerator (CUDA, XPU, MPS, ...) if there is one, else the CPU.
+    """Return the accelerator, such as CUDA, XPU or MPS. If there is none, return the CPU.
 
     Warn if there is an NVIDIA GPU that PyTorch cannot use.
     """
@@ -39,7 +39,7 @@ def select_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the accelerator, or the number of threads of the CPU."""
+    """Return the name of the accelerator. For a CPU, return its number of threads."""
     if device.type == "cpu":
         return f"CPU ({torch.get_num_threads()} threads)"
     module = torch.get_device_module(device)

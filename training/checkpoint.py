@@ -152,7 +152,7 @@ def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World
 
 
 class _Shards(DefaultSavePlanner):
-    """This rank's shards of a group of tensors. The calls are those of `torch.distributed.checkpoint.save`.
+    """The shards of a group of tensors that this rank writes, with the calls of `torch.distributed.checkpoint.save`.
 
     That function calls collectives while it writes, which a thread beside the training must not.
     """
@@ -177,7 +177,7 @@ class _Shards(DefaultSavePlanner):
         self._copies = {item.index: self.resolve_data(item).to("cpu", copy=True) for item in self._chosen.items}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """Return a tensor, or its copy if there is one. The writer calls this."""
+        """Return the tensor to write, or its copy in host memory. The writer calls this."""
         copy = self._copies.get(write_item.index)
         return super().resolve_data(write_item) if copy is None else copy
 

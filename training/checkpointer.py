@@ -76,7 +76,7 @@ class Checkpointer:
 
     @SAVE_MEMORY
     def start_save(self) -> None:
-        """Save, or begin to save in the background. A save that is still under way comes first."""
+        """Save, or start a save in the background. Complete an earlier save first."""
         self.wait()
         self._monitor.check()
         self.log.sync()

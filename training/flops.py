@@ -14,7 +14,7 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float | None:
 
     They are 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B): N parameters, L layers, H heads of width Q,
     blocks of T tokens. N leaves out an input embedding that is not tied to the head: it is looked up, not multiplied.
-    The formula does not hold for mixtures of experts, windows of attention or frozen weights.
+    The formula does not apply to mixtures of experts, sliding windows or frozen weights.
     """
     config = model.config.get_text_config(decoder=True)
     values = config.to_dict()

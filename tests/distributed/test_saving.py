@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, start_ranks
+from conftest import run_ranks
 from safetensors.torch import load_file
 
 SAVING = """
@@ -77,13 +77,7 @@ run_script(main)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("saving")
-    (cwd / "saving.py").write_text(SAVING)
-    ranks = start_ranks(3, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
-    try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0, 0], [rank.stderr for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks([0, 0, 0], SAVING, cwd)
     return cwd
 
 

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 from conftest import tiny_gpt2
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import perplexity
 import train
+from benchmarks.contenders import HostSyncs
 from cli.errors import NoMemoryError, UserError, as_user_error, out_of_memory
 from distributed.world import is_connection_error
 from modeling import precision
@@ -113,19 +113,6 @@ def test_sums_may_be_float32(monkeypatch):
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
-class CountSyncs(TorchDispatchMode):
-    """Count the operations for which the host waits for its device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
-            self.found.append(str(operation))
-        return operation(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_the_host_does_not_wait_in_a_step(kind, name):
@@ -136,12 +123,12 @@ def test_the_host_does_not_wait_in_a_step(kind, name):
     optimizer, scaler = make_optimizer(model, 0.01), torch.amp.GradScaler("cpu", enabled=False)
     steps = [batches(3), batches(2)]
     train_step(model, optimizer, scaler, steps[0], 1e-3, precision=name)  # the first step makes the moments
-    with CountSyncs() as counted:
+    with HostSyncs(facts := {}) as counted:
         result = train_step(model, optimizer, scaler, steps[1], 1e-3, precision=name)
-    assert counted.found == []
+    assert facts["syncs"] == 0
     with counted:
         assert math.isfinite(result.loss.item())
-    assert len(counted.found) == 1
+    assert facts["syncs"] == 1
 
 
 def test_on_a_cpu_attention_with_dropout_keeps_scores_of_bfloat16():

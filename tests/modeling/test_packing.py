@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_model import from_scratch, gradients, plain_nll
 from torch.nn.attention.flex_attention import create_mask
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from benchmarks.contenders import HostSyncs
 from cli.errors import UserError
 from data import block_item, collate
 from distributed.world import World
@@ -154,28 +154,21 @@ def test_the_bounds_of_documents_matter(flash):
 
 
 def test_a_step_with_documents_reads_nothing_back_from_the_device(flash):
-    class Reads(TorchDispatchMode):
-        number = 0
-
-        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-            self.number += operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-            return operation(*arguments, **(options or {}))
-
     model, batch = model_of("gemma2"), batch_of(*BATCH)
     isolate_with(model, model.config._attn_implementation, ["position_ids"])
     with torch.no_grad():
         searched = isolated_output(model, batch["input_ids"], batch["position_ids"]).logits
-        with Reads() as reads:
+        with HostSyncs(facts := {}):
             isolated_output(model, batch["input_ids"], batch["position_ids"])
-        assert reads.number > 0  # the search, which is left out on other devices than a CPU
-        with Reads() as reads, packed_as((batch["position_ids"] == 0).cumsum(1)):
+        assert facts["syncs"] > 0  # the search, which is left out on other devices than a CPU
+        with HostSyncs(facts := {}), packed_as((batch["position_ids"] == 0).cumsum(1)):
             known = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        assert reads.number == 0 and torch.equal(known, searched)
+        assert facts["syncs"] == 0 and torch.equal(known, searched)
     isolate_with(model, "varlen_stand_in", VARLEN)
     next_token_nll(model, **batch)
-    with Reads() as reads:
+    with HostSyncs(facts := {}):
         next_token_nll(model, **batch).backward()
-    assert reads.number == 0
+    assert facts["syncs"] == 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "gpt2"])
