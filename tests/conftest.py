@@ -80,18 +80,6 @@ def start_ranks(
     return [processes.start(script, *args, cwd=cwd, env=group | rank) for rank in own]
 
 
-def run_ranks(codes: list[int], text: str, cwd: Path) -> list[processes.Process]:
-    """Runs a script of this ``text`` on as many ranks as there are exit ``codes``, to its end."""
-    (cwd / "saving.py").write_text(text)
-    ranks = start_ranks(len(codes), cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
-    try:
-        assert [rank.wait(120) for rank in ranks] == codes, [rank.stderr for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return ranks
-
-
 def in_child(work: Callable[[], int | None]) -> int:
     """Calls ``work`` in a forked process and returns its exit code, what ``work`` returns or 9 for an error."""
     child = os.fork()

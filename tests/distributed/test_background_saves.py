@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import checkpoint_bytes, run_ranks
+from conftest import ROOT, checkpoint_bytes, start_ranks
 
 from training.checkpoint import verify
 
@@ -65,7 +65,14 @@ run_script(main)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("background")
-    return cwd, run_ranks([5, 5], SAVING, cwd)
+    (cwd / "saving.py").write_text(SAVING)
+    ranks = start_ranks(2, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
+    try:
+        assert [rank.wait(120) for rank in ranks] == [5, 5], [rank.stderr for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return cwd, ranks
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

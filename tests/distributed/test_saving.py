@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from conftest import run_ranks
+from conftest import ROOT
 from safetensors.torch import load_file
+from test_distributed import run_ranks
 
 SAVING = """
 from contextlib import nullcontext
@@ -77,7 +78,9 @@ run_script(main)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("saving")
-    run_ranks([0, 0, 0], SAVING, cwd)
+    (cwd / "saving.py").write_text(SAVING)
+    options = {"script": cwd / "saving.py", "env": {"PYTHONPATH": str(ROOT)}}
+    run_ranks(cwd, size=3, codes=(0,) * 3, **options)
     return cwd
 
 
