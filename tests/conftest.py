@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import tempfile
 import threading
 import traceback
@@ -81,9 +82,13 @@ def start_ranks(
 
 
 def in_child(work: Callable[[], int | None]) -> int:
-    """Calls ``work`` in a forked process and returns its exit code, what ``work`` returns or 9 for an error."""
+    """Calls ``work`` in a forked process and returns its exit code, what ``work`` returns or 9 for an error.
+
+    ``work`` computes nothing with torch: OpenMP's threads do not survive a fork, and the process would wait for them.
+    """
     child = os.fork()
     if child == 0:
+        signal.alarm(60)
         try:
             code = work() or 0
         except SystemExit as stop:
