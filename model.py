@@ -36,7 +36,7 @@ from modeling.loading import (
     weights_on_meta,
 )
 from modeling.packing import isolate_with
-from modeling.precision import keep_freed_memory, set_dtypes
+from modeling.precision import set_dtypes
 from modeling.trained import add_lora, freeze
 
 
@@ -196,7 +196,6 @@ def build_model(
     ``compiled`` says whether a resumed run was compiled. The model gets two attributes: ``is_compiled``, and
     ``frozen_sha256`` of the weights that no checkpoint holds. Raise UserError if text or flags do not fit the model.
     """
-    keep_freed_memory(device.type)
     shape = {"block_size": config.block_size, "isolate_documents": config.pack == "documents"}
     shape["keep_attention"] = bool(config.attn_implementation)
     check = partial(check_model, tokenizer=tokenizer, precision=precision, **shape)

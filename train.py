@@ -29,7 +29,7 @@ from model import ModelConfig, build_model, load_config, load_tokenizer
 from modeling.architectures import Checkpointing, position_limit
 from modeling.compile import needs_same_shape, uncompiled
 from modeling.linear_cross_entropy import IGNORED_LABEL
-from modeling.precision import Precision, autocast, resolve_precision, select_device, set_arithmetic, sum_dtype
+from modeling.precision import Precision, autocast, prepare_device, resolve_precision, select_device, sum_dtype
 from modeling.trained import LoraConfig
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
@@ -312,7 +312,7 @@ def main() -> None:
     with World(config) as world:
         signals.world = world
         share_batch(config, world)
-        set_arithmetic(config.deterministic, select_device(), config.precision)
+        prepare_device(config.deterministic, select_device(), config.precision)
         train(config, world, signals)
 
 

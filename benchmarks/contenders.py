@@ -37,7 +37,7 @@ from corpus.tokenize import tokenize
 from data import Blocks, group_texts, load_data, load_documents, make_loader, rank_batches
 from distributed.world import DistributedConfig, World
 from modeling.loss import next_token_nll
-from modeling.precision import autocast, keep_freed_memory, resolve_precision, select_device, set_arithmetic
+from modeling.precision import autocast, keep_freed_memory, prepare_device, resolve_precision, select_device
 from perplexity import evaluate
 from training.monitor import peak_memory_gib
 
@@ -131,7 +131,7 @@ def ours(turns: Turns, o: Options) -> None:
     # `train` handles signals before each step, and before that once in its evaluation.
     calls = itertools.count()
     signals = SimpleNamespace(defer=lambda: None, handle=lambda _: next(calls) and turns.boundary())
-    set_arithmetic(o.get("deterministic", "auto"), select_device(), "auto")
+    prepare_device(o.get("deterministic", "auto"), select_device(), "auto")
     with HostSyncs(turns.facts) if o.get("count_syncs") else nullcontext():
         train.train(config, World(DistributedConfig(o["strategy"]) if "strategy" in o else None), signals)
 
@@ -153,10 +153,9 @@ class HostSyncs(TorchDispatchMode):
 def bare(turns: Turns, o: Options) -> None:
     """Forward pass, backward pass, clipping and optimizer alone, with the settings and the loss of ours."""
     device = select_device()
-    keep_freed_memory(device.type)
     precision = resolve_precision("auto", device)
+    prepare_device("auto", device, precision)
     model = fresh_model(o)
-    set_arithmetic("auto", device, precision)
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
     batches = list(make_loader(text_blocks(o), BATCH, rank_batches(range(32 * BATCH), BATCH)))

@@ -62,14 +62,16 @@ def keep_freed_memory(device_type: str = "cpu") -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
 
 
-def set_arithmetic(deterministic: str, device: torch.device, precision: str) -> None:
-    """Make sums run in one order if ``deterministic`` is on, or if it is auto and the device is a CPU.
+def prepare_device(deterministic: str, device: torch.device, precision: str) -> None:
+    """Set up memory and arithmetic, before text or a model is loaded.
 
-    Compiled code and CUDA kernels otherwise add up gradients in thread order. An operation that has no deterministic
-    version raises RuntimeError. In bf16 and fp16, float32 products outside of autocast use TF32 on a GPU. On a CPU,
-    attention with dropout computes its scores in bfloat16 under autocast, as a model's own eager attention does. That
-    halves the memory of its activations.
+    Sums run in one order if ``deterministic`` is on, or if it is auto and the device is a CPU. Compiled code and CUDA
+    kernels otherwise add up gradients in thread order. An operation that has no deterministic version raises
+    RuntimeError. In bf16 and fp16, float32 products outside of autocast use TF32 on a GPU. On a CPU, attention with
+    dropout computes its scores in bfloat16 under autocast, as a model's own eager attention does. That halves the
+    memory of its activations.
     """
+    keep_freed_memory(device.type)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(device.type == "cpu")
     if device.type == "cuda" and precision != "fp32":
         torch.set_float32_matmul_precision("high")

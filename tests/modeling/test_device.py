@@ -15,7 +15,7 @@ from cli.errors import NoMemoryError, UserError, as_user_error, out_of_memory
 from distributed.world import is_connection_error
 from modeling import precision
 from modeling.loss import next_token_nll
-from modeling.precision import autocast, resolve_precision, select_device, set_arithmetic, sum_dtype
+from modeling.precision import autocast, prepare_device, resolve_precision, select_device, sum_dtype
 from train import make_optimizer, train_step
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def arithmetic_as_before():
 )
 def test_determinism_is_a_choice(choice, device, is_on, monkeypatch):
     torch.use_deterministic_algorithms(False)
-    set_arithmetic(choice, torch.device(device), "fp32")
+    prepare_device(choice, torch.device(device), "fp32")
     assert torch.are_deterministic_algorithms_enabled() == is_on
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -42,12 +42,12 @@ def test_tf32_is_for_what_autocast_leaves_in_float32(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     for device, name in (("cuda", "fp32"), ("cpu", "bf16"), ("cuda", "bf16")):
-        set_arithmetic("off", torch.device(device), name)
+        prepare_device("off", torch.device(device), name)
     assert chosen == ["high"]
 
 
 def test_an_operation_without_a_deterministic_version_is_named():
-    set_arithmetic("on", CPU, "fp32")
+    prepare_device("on", CPU, "fp32")
     with pytest.raises(RuntimeError) as failed:
         torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))
     message = str(as_user_error(failed.value))
@@ -155,7 +155,7 @@ def test_on_a_cpu_attention_with_dropout_keeps_scores_of_bfloat16():
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
     plain, dtypes = run("bf16")
     assert dtypes == {torch.float32}
-    set_arithmetic("auto", CPU, "bf16")
+    prepare_device("auto", CPU, "bf16")
     reduced, dtypes = run("bf16")
     assert dtypes == {torch.bfloat16}
     assert (reduced - exact).norm() <= 1.2 * (plain - exact).norm() < 0.05 * exact.norm()
