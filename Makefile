@@ -7,6 +7,8 @@ CONFIG ?= configs/quickstart.yaml
 ARGS   ?=
 RUNS   ?= runs
 BIN    := .venv/bin
+UV     := $(shell command -v uv)
+PIP    := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 # Many tests wait for processes that they start. A file's tests stay together, since they share what they prepare.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # A recipe that names a file of the quickstart gets it made first.
@@ -66,16 +68,16 @@ clean:
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo 'Python 3.10 or newer is needed; name one with PYTHON=python3.11' >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(if $(UV),uv venv --quiet --seed --allow-existing --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
+	$(PIP) -r requirements.txt
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-lora.txt requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@
 
 .venv/installed-quickstart: .venv/installed quickstart/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r quickstart/requirements.txt
+	$(PIP) -r quickstart/requirements.txt
 	@touch $@
 
 # A directory's time changes with its content, so what is made once is ordered after its tools, not dated by them.

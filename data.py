@@ -143,16 +143,16 @@ def rank_batches(indices: Sequence[int], batch_size: int, rank: int = 0, ranks: 
 
 
 def make_loader(
-    blocks: Blocks, batch_size: int, batches: list[Sequence[int]] | None = None, same_shape: bool = False
+    blocks: Blocks, batch_size: int, rank: int = 0, ranks: int = 1, same_shape: bool = False, most: int | None = None
 ) -> DataLoader:
-    """Load ``batches`` of the blocks, or all blocks in order.
+    """Load one rank's share of the first ``most`` blocks, or of all blocks, in order.
 
     With ``same_shape`` every batch is filled up to (batch_size, block_size), so that one compiled graph fits all.
     """
     shape = {"rows": batch_size, "length": blocks.block_size} if same_shape else {}
     return DataLoader(
         blocks,
-        batch_sampler=rank_batches(range(len(blocks)), batch_size) if batches is None else batches,
+        batch_sampler=rank_batches(range(len(blocks))[:most], batch_size, rank, ranks),
         collate_fn=partial(collate, **shape, isolate_documents=blocks.isolate_documents),
         # Without a generator of its own a DataLoader draws from the global one, and dropout would change with it.
         generator=torch.Generator(),

@@ -11,7 +11,7 @@ The texts go to stdout, everything else to stderr. A single text is streamed; se
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -28,10 +28,11 @@ from corpus.chat import end_of_turn
 from corpus.tokenize import begin_of_text_ids, end_ids
 from modeling.architectures import num_rows, position_limit
 from modeling.checks import check_model
+from modeling.compile import uncompiled
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import evaluating
 from modeling.packing import plain_attention
-from modeling.precision import DTYPES, Precision, keep_freed_memory, resolve_precision, select_device
+from modeling.precision import DTYPES, Precision, autocast, keep_freed_memory, resolve_precision, select_device
 from training.log import finished_step
 
 
@@ -206,6 +207,22 @@ def respond(
     _, stops = end_of_turn(tokenizer)
     (text,) = generate(model, tokenizer, [ids], config, Printer(tokenizer, stops), stops)
     return [*messages, {"role": "assistant", "content": text}]
+
+
+def draw_sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SamplingConfig,
+    seed: int,
+    precision: str,
+    handle_signals: Callable[[], None],
+    prompt: str,
+) -> str:
+    """Return a continuation of ``prompt``, drawn with ``seed`` by a model in training. Handle signals first."""
+    handle_signals()
+    torch.manual_seed(seed)
+    with autocast(model.device, precision), uncompiled(model.is_compiled):
+        return generate(model, tokenizer, [prompt], config)[0]
 
 
 def main() -> None:

@@ -21,20 +21,20 @@ import transformers
 from cli.errors import run_script
 from cli.flags import Count, Range, Seed, flag, parse
 from corpus.flags import DataConfig
-from data import Batch, load_data, load_documents, make_loader, rank_batches
+from data import Batch, load_data, load_documents, make_loader
 from distributed.parallel import total_norm
 from distributed.world import DistributedConfig, World, silence_other_ranks
-from generate import SamplingConfig, generate
+from generate import SamplingConfig, draw_sample
 from model import ModelConfig, build_model, load_config, load_tokenizer
 from modeling.architectures import Checkpointing, position_limit
-from modeling.compile import needs_same_shape, uncompiled
+from modeling.compile import needs_same_shape
 from modeling.linear_cross_entropy import IGNORED_LABEL
 from modeling.precision import Precision, autocast, prepare_device, resolve_precision, select_device, sum_dtype
 from modeling.trained import LoraConfig
 from perplexity import evaluate, perplexity
 from training.checkpointer import BestModel, Checkpointer
 from training.monitor import StepMonitor, StepResult, memory_advice, micro_batch_memory, peak_memory_gib
-from training.plan import Plan, count_steps, identity, share_batch
+from training.plan import Plan, Schedule, count_steps, identity, share_batch
 from training.run import Run, RunConfig
 from training.signals import Signals
 from training.state import seed_step
@@ -49,7 +49,10 @@ class TrainingConfig:
     max_steps: Count | None = flag(None, "steps to train; wins over --num_epochs")
     num_epochs: Annotated[float, Range(above=0, below=1e6)] = flag(3.0, "passes over the training text")
     learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-4, "the peak, reached after the warmup")
+    schedule: Schedule = flag("linear", "how the learning rate falls after the warmup; wsd: in the last fifth of a run")
+    min_learning_rate: Annotated[float, Range(least=0, below=1)] = flag(0.0, "the learning rate at the last step")
     warmup_steps: Annotated[float, Range(least=0)] = flag(0.0, "steps of warmup; below 1: a fraction of all steps")
+    adam_beta2: Annotated[float, Range(least=0, below=1)] = flag(0.999, "decay of AdamW's mean of squared gradients")
     weight_decay: Annotated[float, Range(least=0, below=10)] = flag(0.01, "of matrices and embeddings alone")
     max_grad_norm: Annotated[float, Range(least=0, below=1e9)] = flag(1.0, "clip gradients to this norm; 0: never")
     gradient_checkpointing: Checkpointing = flag("off", "recompute activations; selective: keep products", bare="full")
@@ -58,6 +61,7 @@ class TrainingConfig:
     deterministic: Literal["auto", "on", "off"] = flag("auto", "the same bits in each run; auto: on a CPU alone")
     seed: Seed = flag(42, "of initialization, data order, dropout, and the held-out part")
     eval_every: Count = flag(500, "steps between evaluations; the first and the last step have one, too")
+    patience: Count | None = flag(None, "stop after so many evaluations without a better loss (default: never)")
     save_every: Count = flag(500, "steps between checkpoints; the last step has one, too")
     log_every: Count = flag(10, "steps between records of the training loss")
     sample_prompt: list[str] = flag([], "prompts to continue at each evaluation, to watch the model learn")
@@ -65,8 +69,13 @@ class TrainingConfig:
 
     def rules(self) -> list[tuple[bool, str]]:
         whole = self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps)
+        keeps_best = not self.patience or self.keep == "best"  # of RunConfig
+        peak = self.learning_rate if self.schedule != "constant" else 0.0
+        least = f"--min_learning_rate {self.min_learning_rate}: is above {peak:g} with --schedule {self.schedule}"
         return [
-            (whole, f"--warmup_steps {self.warmup_steps}: not a whole number. Use 10, or 0.1 for 10% of all steps.")
+            (whole, f"--warmup_steps {self.warmup_steps}: not a whole number. Use 10, or 0.1 for 10% of all steps."),
+            (keeps_best, f"--patience {self.patience}: --keep last keeps no best loss. Remove one of them."),
+            (self.min_learning_rate <= peak, f"{least}. Lower it."),
         ]
 
 
@@ -74,40 +83,37 @@ class TrainingConfig:
 class Config(DataConfig, ModelConfig, LoraConfig, TrainingConfig, RunConfig, DistributedConfig):
     """All flags of train.py."""
 
-    def rules(self) -> list[tuple[bool, str]]:
-        streams, tokenizer = self.streaming, self.tokenizer or ""
-        changed = [f"--{name}" for name in ("model_config", "model_overrides") if getattr(self, name)]
-        adapter = f"--lora_rank {self.lora_rank}: an adapter belongs to --model as it is. Remove {', '.join(changed)}."
-        trained = f"--tokenizer {tokenizer}: needs text that is not streamed. Use another tokenizer."
-        return [
-            (bool(self.max_steps) or not streams, "--streaming: the length of the text is unknown. Set --max_steps."),
-            (not (streams and tokenizer.startswith("train:")), trained),
-            (not (self.lora_rank and changed), adapter),
-        ]
+    needed_most = ("model", "train_files", "dataset", "text_column", "output_dir", "resume", "batch_size")
+    needed_most += ("micro_batch_size", "num_epochs", "learning_rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
-def learning_rate_at(step: int, peak: float, warmup_steps: int, num_steps: int) -> float:
+def learning_rate_at(step: int, config: TrainingConfig, warmup_steps: int, decay_step: int, num_steps: int) -> float:
     """Return the learning rate of the step that follows ``step`` steps.
 
-    Linear from 0 to ``peak`` over the warmup, then linear to 0 at ``num_steps``, as in
-    `transformers.get_linear_schedule_with_warmup`.
+    It rises from 0 to the peak over the warmup, and falls from ``decay_step`` on to the minimum at ``num_steps``: along
+    a line, as in `transformers.get_linear_schedule_with_warmup`, or half a cosine (Loshchilov and Hutter 2017).
     """
+    peak, least = config.learning_rate, config.min_learning_rate
     if step < warmup_steps:
         return peak * step / warmup_steps
-    return peak * (num_steps - step) / max(1, num_steps - warmup_steps)
+    if step < decay_step:
+        return peak
+    if config.schedule == "cosine":
+        return least + (peak - least) * (1 + math.cos(math.pi * (step - decay_step) / (num_steps - decay_step))) / 2
+    return least + (peak - least) * (num_steps - step) / max(1, num_steps - decay_step)
 
 
-def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, weight_decay: float, beta2: float = 0.999) -> torch.optim.Optimizer:
     """Return AdamW with weight decay for matrices and embeddings, and none for biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, beta2), fused=True)
 
 
 def train_step(
@@ -181,14 +187,6 @@ def update_if_finite(
 # The run
 
 
-def draw_sample(model, tokenizer, sampling, seed: int, precision: str, handle_signals, prompt: str) -> str:
-    """Handle signals, and then return a continuation of ``prompt``, drawn with the run's seed."""
-    handle_signals()
-    torch.manual_seed(seed)
-    with autocast(model.device, precision), uncompiled(model.is_compiled):
-        return generate(model, tokenizer, [prompt], sampling)[0]
-
-
 def dry_run(model, optimizer, scaler, train_data, config: Config, precision: str, world: World) -> None:
     """Make one step on full micro-batches with a learning rate of zero, and print its time and memory."""
     share = math.ceil(math.ceil(config.batch_size / world.size) / config.micro_batch_size)
@@ -216,10 +214,11 @@ def train(config: Config, world: World, signals: Signals) -> None:
         tokenizer = load_tokenizer(config, train_documents)
         train_data, eval_blocks = load_data(config, train_documents, eval_documents, tokenizer, config.seed)
         model_config = load_config(config, tokenizer, config.block_size, bool(config.lora_rank))
-    num_steps, warmup_steps = count_steps(config, train_data)
+    num_steps, warmup_steps, decay_step = count_steps(config, train_data)
 
     # Resume from the newest checkpoint, unless the run is finished.
-    saved = run.find_checkpoint(identity(config, model_config, tokenizer, train_data, eval_blocks))
+    same_run = identity(config, model_config, tokenizer, train_data, eval_blocks)
+    saved = run.find_checkpoint(same_run, num_steps, decay_step)
     state, num_steps = saved.state, max(num_steps, saved.state.step)  # a smaller --max_steps undoes no step
     if run.is_finished(saved, num_steps):
         return
@@ -227,7 +226,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     # Seeded before the model, as its new weights are random. Later, each step is seeded by itself.
     transformers.set_seed(config.seed)
     model = build_model(config, model_config, tokenizer, world, device, precision, num_steps, saved.compiled)
-    optimizer = make_optimizer(model, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay, config.adam_beta2)
     run.require_same_model(saved, model.frozen_sha256, type(optimizer).__name__)
     # Gradients are of a sum over the tokens of a step: with its usual scale, for a mean, fp16 would overflow at first.
     scale = 2.0 ** (16 - round(math.log2(config.batch_size * config.block_size)))
@@ -248,8 +247,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     throughput = plan.throughput(state)
     same_shape, micro_batch_size, ranks = needs_same_shape(model), config.micro_batch_size, (world.rank, world.size)
     batches = train_data.batches(micro_batch_size, config.batch_size, state.position, *ranks, same_shape)
-    eval_batches = rank_batches(range(len(eval_blocks)), micro_batch_size, *ranks)
-    eval_loader = make_loader(eval_blocks, micro_batch_size, eval_batches, same_shape)
+    eval_loader = make_loader(eval_blocks, micro_batch_size, *ranks, same_shape)
     handle_signals = partial(signals.handle, checkpointer)
     sample = partial(draw_sample, model, tokenizer, sampling, config.seed, precision, handle_signals)
     signals.defer()
@@ -269,7 +267,8 @@ def train(config: Config, world: World, signals: Signals) -> None:
                     log.sample(state.step, prompt, text)
                 best_model.save_if_better(state, loss)
                 state.last_eval_step = state.step
-            if is_last:
+            state.stopped_early = state.is_out_of_patience(config.patience)
+            if is_last or state.stopped_early:
                 break
 
             # Between two steps: the periodic checkpoint, in the background on a GPU, and SIGTERM, SIGINT and SIGUSR1.
@@ -280,7 +279,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
         # One step. Blocks, learning rate and dropout depend on seed, step and rank alone, so resuming repeats them.
         with checkpointer.saving_if_text_fails():
             micro_batches, position, blocks = next(batches)
-        learning_rate = learning_rate_at(state.step, config.learning_rate, warmup_steps, num_steps)
+        learning_rate = learning_rate_at(state.step, config, warmup_steps, decay_step, num_steps)
         seed_step(config.seed, state.step, world.rank)
         with micro_batch_memory(config):
             result = train_step(

@@ -34,7 +34,7 @@ import train
 from corpus.flags import DataConfig, TextConfig
 from corpus.sources import read_documents
 from corpus.tokenize import tokenize
-from data import Blocks, group_texts, load_data, load_documents, make_loader, rank_batches
+from data import Blocks, group_texts, load_data, load_documents, make_loader
 from distributed.world import DistributedConfig, World
 from modeling.loss import next_token_nll
 from modeling.precision import autocast, keep_freed_memory, prepare_device, resolve_precision, select_device
@@ -158,7 +158,7 @@ def bare(turns: Turns, o: Options) -> None:
     model = fresh_model(o)
     model.train()
     optimizer = train.make_optimizer(model, 0.01)
-    batches = list(make_loader(text_blocks(o), BATCH, rank_batches(range(32 * BATCH), BATCH)))
+    batches = list(make_loader(text_blocks(o), BATCH, most=32 * BATCH))
     for batch in itertools.cycle(batches):
         turns.boundary()
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
@@ -316,7 +316,7 @@ def _seconds(multiply: Callable, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 def our_evaluation(turns: Turns, o: Options) -> None:
     keep_freed_memory()
     model, device = fresh_model(o), select_device()
-    loader = make_loader(text_blocks(o), BATCH, rank_batches(range(o["blocks"]), BATCH))
+    loader = make_loader(text_blocks(o), BATCH, most=o["blocks"])
     precision = resolve_precision("auto", device)
     while True:
         turns.boundary()

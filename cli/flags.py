@@ -23,7 +23,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from cli.errors import UserError, require, root_cause
-from cli.removed import REMOVED
+from cli.replaced import REMOVED, TRAINER
 
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ class Range:
 Count = Annotated[int, Range(least=1)]
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # the seeds that NumPy takes
 AnyPath = Annotated[str, "path"]  # or a Hub id; ~ is the home directory, also in YAML and in --model=~/x
+METAVARS = {AnyPath: "PATH", int: "N", float: "X", str: "TEXT"}
 
 
 def flag(default: Any, help: str, bare: str | None = None) -> Any:
@@ -101,34 +102,51 @@ def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tup
 
 
 def groups(kind: type) -> list[type]:
-    """Return one dataclass per group of flags. Base classes with the same ``title`` form one group."""
+    """Return one dataclass per group of flags. Base classes with the same ``title`` form one group.
+
+    The flags that ``kind.needed_most`` names, if it has that, form a group before the others.
+    """
     hints, fields = get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
-    grouped: dict[str, list[tuple[str, Any, Any]]] = {}
+    first = getattr(kind, "needed_most", ())
+    grouped: dict[str, list[tuple[str, Any, Any]]] = {"needed most": []} if first else {}
     for part in kind.__mro__:
         for name in vars(part).get("__annotations__", {}):
             default, factory = fields[name].default, fields[name].default_factory
-            field = dataclasses.field(default=default, metadata=fields[name].metadata)
+            metadata = {**fields[name].metadata, "metavar": _metavar(hints[name])}
+            field = dataclasses.field(default=default, metadata=metadata)
             if factory is not dataclasses.MISSING:
-                field = dataclasses.field(default_factory=factory, metadata=fields[name].metadata)
-            grouped.setdefault(part.title, []).append((name, hints[name], field))
+                field = dataclasses.field(default_factory=factory, metadata=metadata)
+            grouped.setdefault("needed most" if name in first else part.title, []).append((name, hints[name], field))
+    if first:
+        grouped["needed most"].sort(key=lambda member: first.index(member[0]))
     return [
         dataclasses.make_dataclass("Group", members, namespace={"_argument_group_name": title})
         for title, members in grouped.items()
     ]
 
 
+def _metavar(hint: Any) -> str | None:
+    """Return the word for a flag's value in --help, or None for a switch and for a choice."""
+    parts = [hint]
+    for part in parts:
+        parts += get_args(part)
+    return next((word for kind, word in METAVARS.items() if kind in parts), None)
+
+
 class _Formatter(RawDescriptionHelpFormatter):
     """Keep the description's line breaks, and show each default once, if there is one."""
 
     def _get_help_string(self, action):
-        shown = action.default is not None and action.default != [] and action.dest not in ("help", "config")
-        return f"{action.help} (default: %(default)s)" if shown else action.help
+        hidden = action.default in (None, False) or action.default == [] or action.dest in ("help", "config")
+        default = repr(action.default) if action.default == " " else "%(default)s"
+        return action.help if hidden else f"{action.help} (default: {default})"
 
     def _format_action_invocation(self, action):
         # HfArgumentParser also accepts --like-this; listing each flag twice would only make the help longer.
         if action.option_strings and action.dest != "help":
-            value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
-            return action.option_strings[0] + value
+            is_switch = action.nargs == 0 or (action.nargs == "?" and not action.choices)
+            value = "" if is_switch else " " + self._format_args(action, action.dest.upper())
+            return action.option_strings[0] + value.replace(f"[{action.metavar} ...]", "...")
         return HelpFormatter._format_action_invocation(self, action)
 
 
@@ -200,5 +218,7 @@ def _unknown(given: str, names: list[str]) -> str:
     name, prefix = given.lstrip("-").replace("-", "_"), "--" if given.startswith("-") else ""
     if name in REMOVED:
         return f"{given}: no longer a flag. {REMOVED[name]}."
+    if name in TRAINER and "learning_rate" in names:
+        return f"{given}: a flag of the Trainer. {TRAINER[name]}."
     near = difflib.get_close_matches(name, names, n=1)
     return f"{given}: unknown. " + (f"Use {prefix}{near[0]}." if near else "Run with --help to see all flags.")

@@ -59,9 +59,10 @@ def check_login(repo_id: str) -> None:
 
 
 def push(model_dir: Path, repo_id: str) -> str:
-    """Upload model, tokenizer and card to a private repository. Return its address.
+    """Upload model, tokenizer and card. Return the address and, if the repository is private, how to publish it.
 
-    The token is that of the environment or of the saved login. The card names the repository on the Hub alone.
+    A new repository is private. The token is that of the environment or of the saved login. The card names the
+    repository on the Hub alone.
     """
     try:
         api = HfApi()
@@ -69,7 +70,8 @@ def push(model_dir: Path, repo_id: str) -> str:
         card = (model_dir / "README.md").read_text(encoding="utf-8").replace(MODEL_NAME, repo_id).encode()
         api.upload_folder(repo_id=repo_id, folder_path=model_dir, ignore_patterns="README.md")
         api.upload_file(repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md")
-        return f"{api.endpoint}/{repo_id}"
+        publish = f" (private; to publish it: hf repos settings {repo_id} --public)"
+        return f"{api.endpoint}/{repo_id}{publish if api.repo_info(repo_id).private else ''}"
     except Exception as error:
         raise UserError(
             f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "

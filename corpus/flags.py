@@ -105,13 +105,17 @@ class DataConfig(TextConfig):
         ]
 
     def _streaming_rules(self) -> list[tuple[bool, str]]:
+        """Return the rules of --streaming. ``max_steps`` and ``tokenizer`` are of the other groups of train.py."""
         slices = "--streaming reads whole splits"
         has_evaluation = bool(self.eval_files or self.dataset_eval_split)
         held_out = "--streaming: cannot hold out evaluation text. Pass --eval_files or --dataset_eval_split."
         mix = f"--mix {' '.join(self.mix)}: --streaming reads one source. Remove --mix or --streaming."
         part = f"--dataset_split {self.dataset_split}: {slices}. Use --max_documents."
+        own_tokenizer = f"--tokenizer {self.tokenizer}: needs text that is not streamed. Use another tokenizer."
         eval_part = f"--dataset_eval_split {self.dataset_eval_split}: {slices}. Use --eval_files."
         return [
+            (bool(self.max_steps), "--streaming: the length of the text is unknown. Set --max_steps."),
+            (not (self.tokenizer or "").startswith("train:"), own_tokenizer),
             (has_evaluation, held_out),
             (not self.mix, mix),
             (not self.deduplicate, "--deduplicate: needs the whole text. Remove --deduplicate or --streaming."),

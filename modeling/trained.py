@@ -36,10 +36,13 @@ class LoraConfig:
             "lora_targets": self.lora_targets,
         }
         given = ", ".join(f"--{name}" for name, value in lora_only.items() if value)
+        changed = [f"--{name}" for name in ("model_config", "model_overrides") if getattr(self, name)]  # of ModelConfig
+        adapter = f"--lora_rank {self.lora_rank}: an adapter belongs to --model as it is. Remove {', '.join(changed)}."
         both = f"--freeze {' '.join(self.freeze)}: --lora_rank already freezes all weights. Remove --freeze."
         return [
             (bool(self.lora_rank) or not given, f"{given}: no effect without --lora_rank. Pass --lora_rank 8."),
             (not (self.lora_rank and self.freeze), both),
+            (not (self.lora_rank and changed), adapter),
         ]
 
 

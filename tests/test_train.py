@@ -9,19 +9,20 @@ import torch
 from conftest import tiny_gpt2
 from datasets import Dataset
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from cli.errors import UserError
 from corpus.position import Position
 from corpus.tokenize import tokenize
-from data import TrainingData, collate, group_texts, make_loader, rank_batches
+from data import TrainingData, collate, group_texts, make_loader
 from distributed.world import World
 from generate import SamplingConfig, generate
 from modeling.compile import compile_layers, should_compile, uncompiled
 from perplexity import evaluate
-from train import learning_rate_at, make_optimizer, train_step
+from train import TrainingConfig, learning_rate_at, make_optimizer, train_step
 from training import checkpoint
 from training.monitor import memory_advice, micro_batch_memory
+from training.plan import count_steps
 from training.state import describe, make_moments, moments, seed_step, trained_weights
 
 STEPS, WARMUP, PEAK, DECAY, CLIP = 50, 10, 3e-3, 0.1, 0.5
@@ -38,14 +39,14 @@ def blocks(rows, tokenizer):
 
 def test_equals_the_trainer(blocks, tokenizer, tmp_path):
     """The same model, blocks, order, warmup, decay, clipping and accumulation give the same losses and weights."""
-    batches = list(make_loader(blocks, 4, rank_batches(range(4 * 2 * STEPS % len(blocks) + 8), 4)))  # full blocks alone
+    batches = list(make_loader(blocks, 4, most=4 * 2 * STEPS % len(blocks) + 8))  # full blocks alone
     batches = [batches[i % (len(batches) - 1)] for i in range(2 * STEPS)]
 
     ours = tiny_gpt2(len(tokenizer))
     optimizer, scaler = make_optimizer(ours, DECAY), no_scaler()
     our_losses = []
     for step in range(STEPS):
-        rate = learning_rate_at(step, PEAK, WARMUP, STEPS)
+        rate = learning_rate_at(step, TrainingConfig(learning_rate=PEAK), WARMUP, WARMUP, STEPS)
         loss, *_ = train_step(ours, optimizer, scaler, batches[2 * step : 2 * step + 2], rate, CLIP)
         our_losses.append(loss.item())
 
@@ -109,15 +110,25 @@ def test_equals_the_trainer(blocks, tokenizer, tmp_path):
         assert gap.max() < 1e-5, name
 
 
-def test_learning_rate_is_the_schedule_of_transformers():
-    for warmup in (0, 1, 10):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-        schedule = get_linear_schedule_with_warmup(optimizer, warmup, STEPS)
-        for step in range(STEPS):
-            assert learning_rate_at(step, PEAK, warmup, STEPS) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
-            optimizer.step()
-            schedule.step()
-    assert learning_rate_at(STEPS, PEAK, 10, STEPS) == 0
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_learning_rate_is_the_schedule_of_transformers(schedule, warmup):
+    config = TrainingConfig(max_steps=STEPS, schedule=schedule, learning_rate=PEAK, warmup_steps=warmup)
+    num_steps, warmup_steps, decay_step = count_steps(config, None)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    names = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
+    parts = {"num_decay_steps": num_steps - decay_step, "decay_type": "linear"} if schedule == "wsd" else {}
+    theirs = get_scheduler(names.get(schedule, schedule), optimizer, warmup, STEPS, parts)
+    for step in range(STEPS):
+        rate = learning_rate_at(step, config, warmup_steps, decay_step, num_steps)
+        assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert learning_rate_at(STEPS - 1, config, warmup_steps, decay_step, num_steps) < PEAK or schedule == "constant"
+    if schedule != "constant":
+        config.min_learning_rate = PEAK / 10
+        assert learning_rate_at(STEPS, config, warmup_steps, decay_step, num_steps) == PEAK / 10
+        assert learning_rate_at(decay_step, config, warmup_steps, decay_step, num_steps) == pytest.approx(PEAK)
 
 
 def updated(micro_batches, vocab_size, steps=3):

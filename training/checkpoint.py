@@ -11,6 +11,7 @@ only, so that loading one can run no code. Its manifest holds size and SHA-256 o
 
 import hashlib
 import json
+import math
 import os
 import uuid
 import warnings
@@ -200,12 +201,12 @@ def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     return files
 
 
-def newest(directory: Path, world: World) -> Path | None:
-    """Return the newest checkpoint that verifies, or None if there is none at all. The ranks divide the hashing.
+def newest(directory: Path, world: World, until: float = math.inf) -> Path | None:
+    """Return the newest checkpoint up to step ``until`` that verifies, or None if there is none at all.
 
-    Warn about each newer one that is damaged. Raise NoCheckpointError if all are.
+    The ranks divide the hashing. Warn about each newer one that is damaged. Raise NoCheckpointError if all are.
     """
-    paths = world.broadcast(_checkpoints(directory))
+    paths = [path for path in world.broadcast(_checkpoints(directory)) if step_of(path) <= until]
     for path in reversed(paths):
         damage = next(filter(None, world.on_all(partial(verify, path, world.rank, world.size))), None)
         if damage is None:
@@ -227,7 +228,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
         for name, entry in sorted(files.items(), key=lambda file: file[1]["bytes"])[rank::ranks]:
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {entry['bytes']}"
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 return f"{name} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
         return f"{os.path.relpath(error.filename or path, path)} cannot be read: {error.strerror}"
@@ -236,30 +237,36 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     return None
 
 
-def prune(directory: Path, keep: int, newest: Path) -> None:
-    """Delete all checkpoints except ``newest``, which was just saved, and the ``keep - 1`` before it.
+def prune(directory: Path, keep: int, newest: Path, kept_step: int | None = None) -> None:
+    """Delete all checkpoints except ``newest``, which was just saved, the ``keep - 1`` before it and ``kept_step``.
 
     Later ones are damaged, or the run would have resumed from them. So they must not count among those to keep.
     """
     paths = _checkpoints(directory)
     until = paths.index(newest) + 1
-    for path in paths[: max(0, until - keep)] + paths[until:]:
+    old = [path for path in paths[: max(0, until - keep)] if step_of(path) != kept_step]
+    for path in old + paths[until:]:
         atomic.remove_or_warn(path)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint from its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _checkpoints(directory: Path) -> list[Path]:
     """Return all checkpoints, oldest first, ordered by number: names of a million steps are longer."""
-    found = {int(path.name[5:]): path for path in directory.glob("step-*/") if path.name[5:].isdecimal()}
-    return [found[step] for step in sorted(found)]
+    return sorted((path for path in directory.glob("step-*/") if path.name[5:].isdecimal()), key=step_of)
 
 
 def _described(path: Path) -> dict[str, Any]:
     """Return the manifest's entry of a file that was just written, after syncing it."""
     atomic.sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

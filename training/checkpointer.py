@@ -49,11 +49,16 @@ class Checkpointer:
         self._run, self._model, self._optimizer, self._scaler = run, model, optimizer, scaler
         self._data, self._monitor, self._first_step = data, monitor, state.step
         self.in_background = model.device.type == "cuda"
+        self._decay_step = run.decay_step if run.config.schedule == "wsd" else None
         monitor.before_error = self.wait
 
     def is_due(self, save_every: int) -> bool:
-        """Return whether a periodic save is due: not at the step at which this process began."""
-        return self.state.step % save_every == 0 and self.state.step > self._first_step
+        """Return whether a save is due: not at the step at which this process began.
+
+        With --schedule wsd one is due before the learning rate falls. It is kept, so that the run can be made longer.
+        """
+        is_due = self.state.step % save_every == 0 or self.state.step == self._decay_step
+        return is_due and self.state.step > self._first_step
 
     @contextmanager
     def saving_if_text_fails(self) -> Iterator[None]:
@@ -91,6 +96,10 @@ class Checkpointer:
             "identity": self._run.identity,
             "settings": self._run.settings,
             "compiled": self._model.is_compiled,
+            "num_steps": self._run.num_steps,
+            "decay_step": self._run.decay_step,
+            "ranks": world.size,
+            "is_one_command": self._run.is_one_command,
         }
         steps = checkpoint.start_save(path, tensors, state, world, self.in_background)
         self._written = next(steps, None)
@@ -110,7 +119,7 @@ class Checkpointer:
         if path:
             next(self._steps, None)
             keep = self._run.config.keep_checkpoints
-            self._run.world.on_main(lambda: checkpoint.prune(path.parent, keep, path))
+            self._run.world.on_main(lambda: checkpoint.prune(path.parent, keep, path, self._decay_step))
 
 
 class BestModel:
@@ -124,17 +133,25 @@ class BestModel:
 
     def save_if_better(self, state: TrainState, loss: float) -> None:
         """Save the model, but never at step 0: it would be the one that training started from."""
+        if not state.step:
+            return
         is_better = self._run.config.keep == "last" or state.best_step is None or loss < state.best_loss
-        if state.step and is_better:
+        state.evaluations_since_best = 0 if is_better else state.evaluations_since_best + 1
+        if is_better:
             self._save({"step": state.step, "loss": loss})
             state.best_step, state.best_loss = state.step, loss
 
     def write_card(self) -> None:
-        """Write the model card with all evaluations."""
-        self._card().save(self._run.directory / "model" / "README.md")
+        """Write the model card with all evaluations and the SHA-256 of the weights."""
+        model = self._run.directory / "model"
+        weights = {path.name: checkpoint.sha256(path) for path in sorted(model.glob("*.safetensors"))}
+        self._card(weights).save(model / "README.md")
 
-    def _card(self) -> Any:
-        return model_card(self._run.settings, self._facts, evaluations(self._run.directory))
+    def _card(self, weights: dict[str, str] | None = None) -> Any:
+        run = self._run
+        return model_card(
+            run.settings, run.changed, self._facts, evaluations(run.directory), weights or {}, run.is_one_command
+        )
 
     @SAVE_MEMORY
     def _save(self, evaluation: dict[str, float]) -> None:

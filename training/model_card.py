@@ -3,10 +3,13 @@
 import functools
 import json
 import re
+import shlex
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -14,11 +17,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils.hub import cached_file
 
 from cli.hub import MODEL_NAME, split_revision
+from training.checkpoint import sha256
+from training.directory import local_paths
 
 PIPELINE = f"""from transformers import pipeline
 
 generator = pipeline("text-generation", model="{MODEL_NAME}")
 print(generator("Once upon a time")[0]["generated_text"])"""
+REPETITION = "## Repeat it"
+PATHS = ("model", "model_config", "tokenizer", "dataset", "train_files", "eval_files", "mix")  # settings
+MAX_FILES = 20  # with a SHA-256 in the card
 ADAPTER_WITH_TOKENS = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +46,7 @@ def versions() -> dict[str, str]:
 def stored_card(name: str) -> ModelCard | None:
     """Return the model card of a Hub id (with an optional @revision) or a directory, or None.
 
-    The card of an adapter is changed to that of the whole model.
+    The card of an adapter is changed to that of the whole model, and the section about its weights is left out.
     """
     repo_id, revision = split_revision(name)
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -46,6 +54,7 @@ def stored_card(name: str) -> ModelCard | None:
         file = cached_file(repo_id, "README.md", revision=revision, **missing)
         text = Path(file).read_text(encoding="utf-8") if file else ""
         text = re.sub(r"from peft import PeftModel.*?(?=\n```)", PIPELINE, text, flags=re.DOTALL)
+        text = text.partition(f"\n{REPETITION}\n")[0]
         card = ModelCard(text) if text else None
     except (OSError, ValueError, yaml.YAMLError):  # its metadata cannot be read
         return None
@@ -54,12 +63,22 @@ def stored_card(name: str) -> ModelCard | None:
     return card
 
 
-def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: list[dict[str, Any]]) -> ModelCard:
-    """Return the README.md of a trained model: data, hyperparameters, metrics, how to use it."""
+def model_card(
+    settings: dict[str, Any],
+    changed: dict[str, Any],
+    facts: dict[str, Any],
+    evaluations: list[dict[str, Any]],
+    weights: dict[str, str],
+    is_one_command: bool,
+) -> ModelCard:
+    """Return the README.md of a trained model: how to use it, data, metrics, and how to repeat the run.
+
+    ``changed`` are the settings that differ from the defaults, ``weights`` the SHA-256 of the files in model/. No local
+    path is in it, since the card may be published. Files are hashed only if ``weights`` are given, at the end of a run.
+    """
     base = settings["model"]
     base_card = stored_card(base) if base else None
     inherited = base_card.data.to_dict() if base_card else {}
-    source = settings["dataset"] or ", ".join(settings["train_files"] or settings["mix"])
     hub_base = split_revision(base)[0] if base and not Path(base).exists() else None
     data = settings["dataset"]
     hub_data = split_revision(data)[0] if data and not Path(data).exists() else None
@@ -75,16 +94,20 @@ def model_card(settings: dict[str, Any], facts: dict[str, Any], evaluations: lis
     if settings["lora_rank"] and settings["add_tokens"]:
         use = ADAPTER_WITH_TOKENS.format(base='", revision="'.join(filter(None, split_revision(base))))
     rows = "\n".join(f"| {e['step']} | {e['loss']:.4f} | {e['perplexity']:.2f} |" for e in evaluations)
-    given = {key: value for key, value in settings.items() if value not in (None, [])}
-    hyperparameters = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in given.items())
-    origin = f"fine-tuned from `{base}`" if base else f"a `{facts['model_type']}` trained from scratch"
+    shown = {key: _without_paths(key, value) for key, value in changed.items() if key != "output_dir"}
+    table = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in shown.items())
+    origin = f"fine-tuned from `{_without_paths('model', base)}`" if base else "trained from scratch"
+    text = facts["training_text"]
+    for path in settings["train_files"]:  # of a stream
+        text = text.replace(path, _without_paths("train_files", path))
+    source = " ".join(_without_paths("mix", [data] if data else settings["train_files"] or settings["mix"]))
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---
 
 # {Path(settings["output_dir"]).name}
 
-A causal language model, {origin}, on `{source}`.
+A causal language model (`{facts["model_type"]}`), {origin}, on `{source}`.
 
 ## Use
 
@@ -94,8 +117,8 @@ A causal language model, {origin}, on `{source}`.
 
 ## Data
 
-Trained on: {facts["training_text"]}. Evaluated on: {facts["eval_text"]}.
-
+Trained on: {text}. Evaluated on: {facts["eval_text"]}.
+{_table(_digests(settings)) if weights else ""}
 ## Metrics
 
 Mean negative log-likelihood in nats per predicted token on the held-out text, and its exponential.
@@ -106,11 +129,54 @@ Mean negative log-likelihood in nats per predicted token on the held-out text, a
 
 ## Hyperparameters
 
-{facts["max_steps"]} steps, precision {facts["precision"]}.
+{facts["max_steps"]} steps, precision {facts["precision"]}. The flags of train.py that differ from their defaults:
 
 | flag | value |
 | --- | --- |
-{hyperparameters}
+{table}
 
-Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.
-""")
+{_repetition(shown, facts, weights) if is_one_command else ""}""")
+
+
+def _repetition(shown: dict[str, Any], facts: dict[str, Any], weights: dict[str, str]) -> str:
+    """Return the section with the command that makes the same weights."""
+    command = ["python", "train.py"]
+    if facts["ranks"] > 1:
+        command = ["torchrun", f"--nproc_per_node={facts['ranks']}", "train.py"]
+    for key, value in (shown | {"deterministic": "on"}).items():
+        command += [f"--{key}", *map(str, value if isinstance(value, list) else [] if value is True else [value])]
+    made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
+    exactly = ", bit for bit" if facts["is_deterministic"] else " within rounding"
+    return f"""{REPETITION}
+
+On {facts["device"]}, with {made_with}, this command makes the same weights{exactly}.
+
+```bash
+{shlex.join(command)}
+```
+{_table(weights.items())}"""
+
+
+def _without_paths(key: str, value: Any) -> Any:
+    """Return a setting with the last part of each local path."""
+    if key not in PATHS or value is None:
+        return value
+    if isinstance(value, list):
+        return [_without_paths(key, item) for item in value]
+    is_local = local_paths(value) or Path(value).is_absolute()
+    return Path(value).name if is_local else value
+
+
+def _digests(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return name and SHA-256 of the first local files of text and of the model that training began with."""
+    values = [item for key in PATHS for item in np.atleast_1d(settings[key] or []).tolist()]
+    paths = [path for value in values for path in local_paths(value)]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    files = [file for file in files if file.is_file()]
+    more = [(f"and {len(files) - MAX_FILES:,} more", "")] if len(files) > MAX_FILES else []
+    return [(file.name, sha256(file)) for file in files[:MAX_FILES]] + more
+
+
+def _table(digests: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(f"| `{name}` | `{digest}` |\n" for name, digest in digests)
+    return f"\n| file | SHA-256 |\n| --- | --- |\n{rows}" if rows else ""

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +24,9 @@ from training.state import TrainState
 SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
 SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer", "max_eval_blocks")
 
+Schedule = Literal["linear", "cosine", "wsd", "constant"]  # wsd: warmup, stable, decay (Hu et al. 2024, MiniCPM)
+DECAY = 0.2  # the part of a run with wsd in which the learning rate falls
+
 
 def share_batch(config: Any, world: World) -> None:
     """Set the default of --micro_batch_size: a rank's share of the step, which is also its maximum.
@@ -38,14 +41,19 @@ def share_batch(config: Any, world: World) -> None:
     config.micro_batch_size = min(config.micro_batch_size or share, share)
 
 
-def count_steps(config: Any, train_data: Any) -> tuple[int, int]:
-    """Return the number of steps and of warmup steps. Raise UserError if the warmup is not shorter."""
+def count_steps(config: Any, train_data: Any) -> tuple[int, int, int]:
+    """Return the number of steps, of warmup steps, and of steps before the learning rate begins to fall.
+
+    Raise UserError if the warmup is not shorter than the run.
+    """
     num_steps = config.max_steps or math.ceil(train_data.steps_per_epoch(config.batch_size) * config.num_epochs)
     warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(num_steps * config.warmup_steps)
     given = f"--warmup_steps {config.warmup_steps:.15g}"
     long = f"the warmup has {warmup_steps:.0f} steps, and the run {num_steps}"
     require(warmup_steps < num_steps, f"{given}: {long}. Set a smaller value.")
-    return num_steps, int(warmup_steps)
+    warmup_steps = int(warmup_steps)
+    stable = {"wsd": max(warmup_steps, round((1 - DECAY) * num_steps)), "constant": num_steps}
+    return num_steps, warmup_steps, stable.get(config.schedule, warmup_steps)
 
 
 def identity(
@@ -90,6 +98,9 @@ class Plan:
             f"{len(eval_blocks):,} of {eval_blocks.total:,} blocks",
             "max_steps": num_steps,
             "precision": precision,
+            "device": f"{world}{device_name(device)}",
+            "ranks": world.size,
+            "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
     def check_prompts(self, max_new_tokens: int) -> None:
@@ -117,15 +128,16 @@ class Plan:
         per_epoch = self._train_data.steps_per_epoch(config.batch_size)
         epochs = f" ({num_steps / per_epoch:.2f} epochs)" if per_epoch else ""
         isolation = f", documents isolated by {describe_isolation(self._model)}" if config.pack == "documents" else ""
+        end = "" if config.schedule == "constant" else f" to {config.min_learning_rate:g}"
+        falls = f", then {config.schedule}{end}"
         lines = {
             "model": f"{base.name if base.exists() else base}: {facts['model_type']}, {total / 1e6:.1f} M parameters, "
             f"{'pretrained' if config.model else 'from scratch'}{part}",
             "training": facts["training_text"] + isolation,
             "held out": facts["eval_text"],
             "steps": f"{num_steps:,} of {config.batch_size} blocks{at_once}{epochs}, "
-            f"learning rate {config.learning_rate:g}, {self._warmup_steps} to warm up",
-            "device": f"{self._world}{device_name(self._device)}, {facts['precision']}"
-            f"{', compiled' if self._model.is_compiled else ''}",
+            f"learning rate {config.learning_rate:g}, {self._warmup_steps} to warm up{falls}",
+            "device": f"{facts['device']}, {facts['precision']}{', compiled' if self._model.is_compiled else ''}",
             "output": str(config.output_dir),
         }
         if config.dry_run:

@@ -1,9 +1,8 @@
 """The directory of a run: its owner, its checkpoint to resume from, its first write and its last words."""
 
-import glob
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +14,15 @@ from cli.flags import AnyPath, Count, flag
 from cli.hub import check_login, push
 from distributed.world import World
 from training import atomic, checkpoint
+from training.directory import RUN_CONTENT, check_directory, remove_run
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step, print_paths
 from training.model_card import versions
 from training.state import TrainState, make_moments, trained_weights
 
-RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.jsonl")
-
 # Settings that may change, and change the numbers from there on.
 SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
 SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_steps", "weight_decay")
+SHAPING += ("adam_beta2", "min_learning_rate", "schedule")
 
 ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # of a command, not settings of the run
 
@@ -64,14 +63,16 @@ class Run:
         self.config, self.world = config, world
         self.directory = Path(config.output_dir)
         may_restart = world.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        wrong = "torchrun --max-restarts: starts this command again when a rank is lost"
-        require(
-            not may_restart or (config.resume and not config.overwrite), f"{wrong}. Pass --resume, not --overwrite."
+        wrong = (
+            "torchrun --max-restarts: starts this command again when a rank is lost. Pass --resume, not --overwrite."
         )
+        require(not may_restart or (config.resume and not config.overwrite), wrong)
         self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
-        self.identity: dict[str, Any] = {}
+        defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
+        self.changed = {key: value for key, value in self.settings.items() if value != defaults[key]}
+        self.is_one_command = True  # or was it resumed with other settings?
         self._require_same_on_all_ranks(vars(config))
-        self._exists = world.on_main(self._check_directory)
+        self._exists = world.on_main(self._find)
         if not config.dry_run:
             checkpoint.require_shared_directory(self.directory, world)
         self._resumes = self._exists and config.resume and not config.overwrite and not config.dry_run
@@ -89,14 +90,15 @@ class Run:
             self._finish()
         return True
 
-    def find_checkpoint(self, identity: dict[str, Any]) -> Saved:
+    def find_checkpoint(self, identity: dict[str, Any], num_steps: int, decay_step: int) -> Saved:
         """Return the newest intact checkpoint with --resume, or an empty one.
 
-        Raise UserError if it belongs to another run: if its ``identity`` differs.
+        A run with --schedule wsd that is made longer goes on from before its learning rate fell. Raise UserError if the
+        checkpoint belongs to another run: if its ``identity`` differs.
         """
         self._require_same_on_all_ranks(identity)
-        self.identity = identity
-        saved = Saved()
+        self.identity, self.num_steps, self.decay_step = identity, num_steps, decay_step
+        saved, directory = Saved(), self.directory / "checkpoints"
 
         def lock() -> int | None:
             atomic.lock_directory(self.directory)
@@ -108,9 +110,12 @@ class Run:
 
         if self._resumes:
             kept_step = self.world.on_main(lock)
-            saved.path = checkpoint.newest(self.directory / "checkpoints", self.world)
+            saved.path = checkpoint.newest(directory, self.world)
         if saved.path:
             saved.content = checkpoint.load(saved.path)
+            if self.config.schedule == "wsd" and num_steps > saved.content.get("num_steps", num_steps):
+                saved.path = checkpoint.newest(directory, self.world, saved.content["decay_step"]) or saved.path
+                saved.content = checkpoint.load(saved.path)
             known = {"moments", "shards"} <= saved.content.keys()
             fix = "Use --overwrite, or another --output_dir"
             require(known, f"--resume: {saved.path} was made by an earlier version of this program. {fix}.")
@@ -130,18 +135,20 @@ class Run:
         """
         if not self._resumes:
             return False
-        done = self.world.on_main(lambda: finished_step(self.directory))
+        done, stopped = self.world.on_main(lambda: finished_step(self.directory)), False
         if saved.path:
             done = saved.state.step if saved.state.last_eval_step == saved.state.step else 0
-        if done >= num_steps:
+            stopped = saved.state.stopped_early and saved.state.is_out_of_patience(self.config.patience)
+        if done >= num_steps or stopped:
+            more = "--patience" if stopped else "--max_steps"
             print(f"{self.directory}: this run is finished ({done} of {num_steps} steps). "
-                  f"Pass a larger --max_steps to train longer, or --overwrite to start over.")  # fmt: skip
+                  f"Pass a larger {more} to train longer, or --overwrite to start over.")  # fmt: skip
             if self.world.is_main:
                 mark_finished(self.directory)
                 self._finish()
             return True
         if saved.path:
-            self._note_changes(saved.content["settings"])
+            self._note_changes(saved.content)
         elif done or self.world.on_main(lambda: last_step(self.directory) > self._recorded().get("save_every", 0)):
             fix = "Use its model as it is, or pass --overwrite"
             raise checkpoint.NoCheckpointError(f"--resume: {self.directory} has no checkpoint left. {fix}.")
@@ -190,7 +197,8 @@ class Run:
             log.close()
             mark_finished(self.directory)
             before, after = (torch.tensor(loss, dtype=torch.float64).exp() for loss in (first["loss"], state.best_loss))
-            print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {state.best_step})")
+            early = f"; stopped early at step {state.step}" if state.stopped_early else ""
+            print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {state.best_step}){early}")
             if state.best_loss >= first["loss"]:
                 warn("training did not improve on the model it started from. Use another --learning_rate.")
         if signaled:  # everything is saved, and an upload may take long
@@ -202,7 +210,7 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self._resumes:
             atomic.lock_directory(self.directory)
-            if self._check_directory() and not self._exists:
+            if self._find() and not self._exists:
                 fix = "Use another directory"
                 raise UserError(f"--output_dir {self.directory}: another run was made there meanwhile. {fix}.")
         if not saved.path:
@@ -215,39 +223,14 @@ class Run:
 
     def _finish(self) -> None:
         """Upload if asked to, and print the paths of model and curves."""
-        model = self.directory / "model"
         if self.config.push_to_hub:
-            print(f"uploaded  {push(model, self.config.push_to_hub)}")
+            print(f"uploaded  {push(self.directory / 'model', self.config.push_to_hub)}")
         print_paths(self.directory)
 
-    def _check_directory(self) -> bool:
+    def _find(self) -> bool:
         """Return whether the directory holds a run. Raise UserError if a new one must not go there."""
-        path, config = self.directory, self.config
-        if path.is_symlink():
-            raise UserError(f"--output_dir {path}: is a symbolic link. Pass its target: {os.readlink(path)}.")
-        there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-        require(there.is_dir(), f"--output_dir {path}: {there} is a file. Pass a directory.")
-        require(os.access(there, os.W_OK), f"--output_dir {path}: {there} is read-only. Pass another directory.")
-        present = [name for name in RUN_CONTENT if os.path.lexists(path / name)]
-        is_run = "metrics.jsonl" in present or any((path / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}"))
-        if present and not is_run:  # --overwrite must never delete the files of others
-            raise UserError(f"--output_dir {path}: holds {', '.join(present)}, but no run. Pass another directory.")
-        if present and not (config.resume or config.overwrite or config.dry_run):
-            fix = "Pass --resume to go on, --overwrite to delete it, or another directory"
-            raise UserError(f"--output_dir {path}: holds another run. {fix}.")
-        if present and config.overwrite:
-            self._require_sources_elsewhere()
-        return bool(present)
-
-    def _require_sources_elsewhere(self) -> None:
-        """Raise UserError if --overwrite would delete a path among the settings, such as the model to start from."""
-        content = {(self.directory / name).resolve() for name in RUN_CONTENT}
-        for name, given in self.settings.items():
-            for value in map(str, given if isinstance(given, list) else [given]):
-                paths = glob.glob(value, recursive=True) or glob.glob(value.rpartition(":")[0], recursive=True)
-                for path in map(Path.resolve, map(Path, paths)):  # the second glob: a source of --mix with its weight
-                    inside = f"--{name} {value}: lies in --output_dir {self.directory}, which --overwrite deletes"
-                    require(content.isdisjoint([path, *path.parents]), f"{inside}. Use another --output_dir.")
+        config, given = self.config, self.settings if self.config.overwrite else {}
+        return check_directory(self.directory, config.resume or config.overwrite or config.dry_run, given)
 
     def _given(self) -> dict[str, Any]:
         """Return the settings that have a value."""
@@ -275,16 +258,14 @@ class Run:
                 fix = f"Pass the value of {self.directory}/config.yaml, another --output_dir, or --overwrite"
                 raise UserError(f"--resume: {name} was {was} and is now {now}, so this is another run. {fix}.")
 
-    def _note_changes(self, before: dict[str, Any]) -> None:
+    def _note_changes(self, saved: dict[str, Any]) -> None:
+        self.is_one_command = saved.get("is_one_command", True) and saved.get("ranks") == self.world.size
         for name in SHAPING:
-            now = self.settings[name]
-            if before.get(name, now) != now:
-                print(f"note: --{name} was {before[name]} and is {now} from here on")
-
-
-def remove_run(run_dir: Path) -> None:
-    """Delete a run. If the process dies half-way, the next start finds no checkpoint and begins from scratch."""
-    atomic.remove(run_dir / "checkpoints")
-    atomic.write_file(run_dir / "metrics.jsonl", "")
-    for name in RUN_CONTENT:
-        atomic.remove(run_dir / name)
+            was, now = saved["settings"].get(name, self.settings[name]), self.settings[name]
+            if was != now:
+                print(f"note: --{name} was {was} and is {now} from here on")
+                self.is_one_command = False
+        was, now = saved.get("num_steps", self.num_steps), self.num_steps
+        if was != now and saved["train_state"]["step"] > saved["decay_step"]:
+            fix = "Use --schedule wsd from the start if a run may be made longer"
+            warn(f"--max_steps {now}: it was {was}, so the learning rate jumps at this step. {fix}.")

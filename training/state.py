@@ -1,5 +1,6 @@
 """The state of a run between two steps, and the tensors of its checkpoint."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ class TrainState:
     best_step: int | None = None  # whose weights are in model/
     best_loss: float = 0.0  # and their evaluation loss
     skipped_in_a_row: int = 0  # steps that were not finite
+    evaluations_since_best: int = 0  # without a better loss
+    stopped_early: bool = False  # by --patience
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -30,6 +33,10 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
         return cls(**values | {"position": Position(**values["position"])})
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Return whether ``patience`` evaluations in a row brought no better loss. None is endless."""
+        return self.evaluations_since_best >= (patience or math.inf)
 
     def advance(self, position: Position) -> None:
         """Count one step, after which the text is read up to ``position``."""
