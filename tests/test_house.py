@@ -90,7 +90,8 @@ def replace(old: str, new: str):
     return change
 
 
-COSINE = "return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))"
+LINE = "return least + (peak - least) * (num_steps - step) / max(1, num_steps - decay_step)"
+ROOT_DECAY = "return peak * (1 - math.sqrt((step - decay_step) / (num_steps - decay_step)))"
 CSV = '''
 
 class Csv:
@@ -116,10 +117,10 @@ TRACKERS = {"csv": Csv, "tensorboard": TensorBoard}
 '''
 # The one file that each change touches.
 CHANGES = {
-    "cosine": ("train.py", replace(
-        "return peak * (num_steps - step) / max(1, num_steps - warmup_steps)", COSINE)),
+    "schedule": ("train.py", replace(LINE, ROOT_DECAY)),
     "optimizer": ("train.py", replace(
-        'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)', "torch.optim.NAdam(groups)")),
+        'torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, beta2), fused=True)',
+        "torch.optim.NAdam(groups)")),
     "format": ("corpus/readers.py", replace('    ".txt": None,\n', '    ".txt": None,\n    ".rst": None,\n')),
     "tracker": ("training/log.py", replace('\n\nTRACKERS = {"tensorboard": TensorBoard}\n', CSV)),
 }  # fmt: skip
@@ -151,9 +152,9 @@ def test_a_change_touches_one_file(changed, name):
     assert process.wait(120) == 0, process.stderr
     records = [record for record in read_jsonl(run / "metrics.jsonl") if record["split"] == "train"]
     rates = [r["learning_rate"] for r in records]
-    cosine = [0, 1e-4, *(1e-4 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    root = [0, 1e-4, *(2e-4 * (1 - math.sqrt(i / 4)) for i in range(4))]
     linear = [0, 1e-4, *(2e-4 * (1 - i / 4) for i in range(4))]
-    assert rates == pytest.approx(cosine if name == "cosine" else linear)
+    assert rates == pytest.approx(root if name == "schedule" else linear)
     moments = load_shards(run / "checkpoints/step-000006/optimizer")
     assert any("mu_product" in key for key in moments) == (name == "optimizer")
     assert (run / "scalars.csv").exists() == (name == "tracker") and (run / "tensorboard").is_dir()

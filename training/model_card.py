@@ -76,20 +76,7 @@ def model_card(
     ``changed`` are the settings that differ from the defaults, ``weights`` the SHA-256 of the files in model/. No local
     path is in it, since the card may be published. Files are hashed only if ``weights`` are given, at the end of a run.
     """
-    base = settings["model"]
-    base_card = stored_card(base) if base else None
-    inherited = base_card.data.to_dict() if base_card else {}
-    hub_base = split_revision(base)[0] if base and not Path(base).exists() else None
-    data = settings["dataset"]
-    hub_data = split_revision(data)[0] if data and not Path(data).exists() else None
-    metadata = ModelCardData(
-        library_name="peft" if settings["lora_rank"] else "transformers",
-        pipeline_tag="text-generation",
-        base_model=hub_base or inherited.get("base_model"),
-        datasets=[hub_data] if hub_data else None,
-        tags=["causal-lm", facts["model_type"]],
-        **{key: inherited[key] for key in ("license", "license_name", "license_link") if key in inherited},
-    )
+    base, data = settings["model"], settings["dataset"]
     use = PIPELINE
     if settings["lora_rank"] and settings["add_tokens"]:
         use = ADAPTER_WITH_TOKENS.format(base='", revision="'.join(filter(None, split_revision(base))))
@@ -102,7 +89,7 @@ def model_card(
         text = text.replace(path, _without_paths("train_files", path))
     source = " ".join(_without_paths("mix", [data] if data else settings["train_files"] or settings["mix"]))
     return ModelCard(f"""---
-{metadata.to_yaml()}
+{_metadata(settings, facts["model_type"]).to_yaml()}
 ---
 
 # {Path(settings["output_dir"]).name}
@@ -136,6 +123,24 @@ Mean negative log-likelihood in nats per predicted token on the held-out text, a
 {table}
 
 {_repetition(shown, facts, weights) if is_one_command else ""}""")
+
+
+def _metadata(settings: dict[str, Any], model_type: str) -> ModelCardData:
+    """Return the metadata that the Hub reads, with base model and license."""
+    base = settings["model"]
+    base_card = stored_card(base) if base else None
+    inherited = base_card.data.to_dict() if base_card else {}
+    hub_base = split_revision(base)[0] if base and not Path(base).exists() else None
+    data = settings["dataset"]
+    hub_data = split_revision(data)[0] if data and not Path(data).exists() else None
+    return ModelCardData(
+        library_name="peft" if settings["lora_rank"] else "transformers",
+        pipeline_tag="text-generation",
+        base_model=hub_base or inherited.get("base_model"),
+        datasets=[hub_data] if hub_data else None,
+        tags=["causal-lm", model_type],
+        **{key: inherited[key] for key in ("license", "license_name", "license_link") if key in inherited},
+    )
 
 
 def _repetition(shown: dict[str, Any], facts: dict[str, Any], weights: dict[str, str]) -> str:

@@ -113,7 +113,7 @@ def test_help_names_each_flag_and_default_once(capsys):
     with pytest.raises(SystemExit):
         read("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "--batch_size BATCH_SIZE blocks (default: 8)" in text
+    assert "--batch_size N blocks (default: 8)" in text and "--texts PATH ... paths" in text
     assert "--batch-size" not in text and "100% of the updates" in text
 
 

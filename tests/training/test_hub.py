@@ -37,7 +37,8 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
         "train.py", *FLAGS, "--dataset_eval_split", "test", "--push_to_hub", "user/tuned", cwd=tmp_path, env=env
     )
     assert done.returncode == 0, done.stderr
-    assert f"uploaded  {hub.endpoint}/user/tuned" in done.stdout
+    publish = "(private; to publish it: hf repos settings user/tuned --public)"
+    assert f"uploaded  {hub.endpoint}/user/tuned {publish}\n" in done.stdout
     assert "training  20 documents" in done.stdout and "held out  5 documents" in done.stdout
     pushed = hub.files("user/tuned")
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()

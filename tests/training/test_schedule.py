@@ -72,10 +72,12 @@ def test_patience_ends_a_run_until_it_is_raised(run, tmp_path):
     made = run_script("generate.py", "--prompt", "the", "--max_new_tokens", 2, "--model", "run/model", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     more = run("run", "--resume", patience=3, **worse)
-    assert more.returncode == 0 and f"stopped early at step {step + 2}" in more.stdout, more.stderr
-    dropped = run("run", "--resume", **worse | {"max_steps": step + 5})
+    assert more.returncode == 0 and f"resuming from run/checkpoints/step-{step:06} at step" in more.stdout, more.stderr
+    end = read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    assert step < end < 60 and f"; stopped early at step {end}" in more.stdout
+    dropped = run("run", "--resume", **worse | {"max_steps": end + 5})
     assert dropped.returncode == 0 and "stopped early" not in dropped.stdout, dropped.stderr
-    assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"] == step + 5
+    assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"] == end + 5
 
 
 def test_rules_and_betas():
