@@ -75,7 +75,7 @@ class TrainingConfig:
         return [
             (whole, f"--warmup_steps {self.warmup_steps}: not a whole number. Use 10, or 0.1 for 10% of all steps."),
             (keeps_best, f"--patience {self.patience}: --keep last keeps no best loss. Remove one of them."),
-            (self.min_learning_rate <= peak, f"{least}. Lower it."),
+            (not self.min_learning_rate or self.min_learning_rate <= peak, f"{least}. Lower it."),
         ]
 
 

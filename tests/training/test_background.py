@@ -98,8 +98,8 @@ def training(tmp_path):
     model.is_compiled = False
     optimizer, scaler = make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
     monitor = StepMonitor(state, NoLog(), world, 0, 1e-3)
-    config = SimpleNamespace(keep_checkpoints=1)
-    run = SimpleNamespace(world=world, directory=tmp_path, identity={}, settings={}, config=config)
+    run = SimpleNamespace(world=world, directory=tmp_path, identity={}, settings={}, is_one_command=True)
+    run.config, run.num_steps, run.decay_step = SimpleNamespace(keep_checkpoints=1, schedule="linear"), 9, 0
     data = SimpleNamespace(state=lambda *_: {})
     checkpointer = Checkpointer(run, state, model, optimizer, scaler, data, NoLog(), monitor)
     assert not checkpointer.in_background  # on a CPU
