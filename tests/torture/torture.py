@@ -447,7 +447,7 @@ class Runs:
         self.leave_pairs_alone()
         deeds = []
         for strategy in self.pairs:
-            # Deed, target, and the phases of rank 0 in which it may happen. Under torchrun, imports are the phase "start".
+            # Deed, target, and the phases of rank 0 in which it may happen. Under torchrun, imports are phase "start".
             pair = f"2 ranks ({strategy}),"
             for who in ("rank 0", "rank 1", "both"):
                 row, moments = f"{pair} SIGKILL of {who}, torchrun --max-restarts=1", ("start", *EARLY, *LOOP)
@@ -484,7 +484,7 @@ class Runs:
         return started, Phases(notes + "0")
 
     def rank_flags(self, strategy: str, run_dir: Path, *flags: object) -> list[object]:
-        """Return flags that give each of two ranks half of the micro-batches. Their steps equal those of one process."""
+        """Return flags that give each of two ranks half of the micro-batches. Their steps are those of one process."""
         own = ["--config", "small.yaml", "--output_dir", run_dir, "--strategy", strategy]
         return [*own, "--rank_timeout", TIMEOUT, *flags]
 
