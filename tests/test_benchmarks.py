@@ -199,7 +199,7 @@ def test_steps_in_tiny(monkeypatch, capsys, part):
     assert code == 0 and [row[1] for row in rows] == [label for name, label, *_ in gpu.STEPS if name == part]
     assert all(float(row[3].replace(",", "")) > 0 for row in rows), rows
     syncs = [row[-1] for row in rows if row[1] == "host syncs"]
-    assert syncs == ["0 host syncs in 6 steps without a log"] * (part == "flags")  # packed steps show their own syncs
+    assert syncs == ["0 host syncs in 6 steps without a log"] * (part == "flags")  # packed steps have another row
 
 
 @pytest.mark.slow

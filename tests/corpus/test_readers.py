@@ -115,7 +115,7 @@ def documents(path, **settings):
 
 
 def test_json_lines_may_have_optional_nested_keys(tmp_path):
-    """`datasets` failed if only one record had a key, far into the text or in a later file."""
+    """With `datasets`, a key of only one record was an error, even far into the text or in a later file."""
     early = [{"text": "a", "meta": {"x": 1}}, {"text": "b", "meta": {"x": None, "name": "n"}}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_bytes(as_lines(early + [{"text": "x" * 100_000}] * 130))
     (tmp_path / "b.jsonl").write_bytes(as_lines([{"text": "d", "late": [{"tool_calls": []}], "meta": "text"}]))
