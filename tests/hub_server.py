@@ -300,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", rf"{WEB}\.git/info/lfs/objects/batch", token=True)
     def lfs_batch(self, repo: Repo) -> Answer:
-        """Push, step 2, LFS files only: tell where to upload files that are not stored yet. Ask for no verify call."""
+        """Push, step 2, LFS files only: return upload addresses of files not stored yet. Ask for no verify call."""
         objects = json.loads(self.body)["objects"]
         for item in objects:
             if not (self.hub.blobs / item["oid"]).is_file():

@@ -173,7 +173,7 @@ CODE = f"open({FIRED!r}, 'w')\n"  # the same as a Python file
 
 
 def custom_code(directory: Path) -> None:
-    """Turn a model into one whose architecture is a Python file beside its weights."""
+    """Replace the architecture of a model by a Python file beside its weights."""
     (directory / "modeling_own.py").write_text(CODE)
     (directory / "configuration_own.py").write_text(CODE)
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}

@@ -29,7 +29,7 @@ TOKEN = "hf_canaryTHATNOBODYMAYREPEAT"
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run a script's main as the script does, without the seconds that a new process spends on imports."""
+    """Return a function that runs a script's main as the script does, without the seconds of new imports."""
 
     def run(script, argv, cwd):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
@@ -45,7 +45,7 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def online(monkeypatch):
-    """Apply HF_ENDPOINT and HF_HUB_OFFLINE=0 as if they were set before the libraries were imported."""
+    """Return a function that applies HF_ENDPOINT and HF_HUB_OFFLINE=0 as if they were set before the imports."""
 
     def online(endpoint):
         for settings, name, value in (

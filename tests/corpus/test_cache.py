@@ -1,4 +1,4 @@
-"""The cache of tokens: written once, completely or not at all, by several processes at once, on a full disk."""
+"""The cache of tokens: written once, complete or absent, safe with several processes and on a full disk."""
 
 import os
 import resource

@@ -50,7 +50,7 @@ def chats(conversations=CHATS[:2], **settings):
 
 @pytest.fixture
 def chat_tokenizer(tokenizer):
-    """Return a copy of the tokenizer whose template may change."""
+    """Return a copy of the tokenizer, so that its template may change."""
     return copy.deepcopy(tokenizer)
 
 

@@ -101,7 +101,7 @@ def make_document(draw):
 
 
 def same_tokens(name, text, size, bounds=()):
-    """Assert that the parts have the tokens of the whole text, which is given in strings. Return the parts."""
+    """Assert that the parts have the tokens of the whole text. The text is given in strings. Return the parts."""
     tokenizer, cutter = tokenizer_of(name)
     parts = list(cutter.cut((text[i:j] for i, j in pairwise([0, *bounds, len(text)])), size))
     assert "".join(parts) == text

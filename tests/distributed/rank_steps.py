@@ -25,7 +25,7 @@ SHAPE = {"layers": 3, "width": 64, "vocabulary": 1000, "length": 64, "batch": 2}
 
 
 class Ranks(Contender):
-    """A torchrun whose ranks wait for their turns."""
+    """A torchrun with ranks that wait for their turns."""
 
     def __init__(self, number: int, strategy: str, log: Path, **options: Any):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", __file__]

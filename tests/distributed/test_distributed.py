@@ -1,4 +1,4 @@
-"""Two ranks against one process: the same numbers, output on rank 0 only, and the loss of a rank."""
+"""Two ranks against one process: the same numbers, output on rank 0 only, and lost ranks."""
 
 import json
 import resource
@@ -91,7 +91,7 @@ def assert_same(run_dir, reference, tolerance):
 
 @pytest.fixture(scope="module")
 def one(cwd):
-    """Train one process whose batches are those of two ranks together."""
+    """Train one process with the batches of two ranks together."""
     done = run_script("train.py", *flags("one", micro_batch_size=4, sample_prompt="the"), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
@@ -309,7 +309,7 @@ ADAMW = 'torch.optim.AdamW([group for group in groups if group["params"]], fused
 
 @pytest.mark.slow
 def test_an_optimizer_that_does_not_know_shards_is_one_line(cwd, tmp_path):
-    """Adafactor changes tensors in place, with a result of another placement. This fails in DTensor, not in ours."""
+    """Adafactor changes tensors in place, with a result of another placement. The failure is DTensor's, not ours."""
     script = copy_tree(tmp_path, train=(ADAMW, "torch.optim.Adafactor(groups)"))
     settings, env = flags(tmp_path / "run", strategy="fsdp"), {"TORCHELASTIC_RUN_ID": "x"}
     (rank,) = start_ranks(1, *settings, cwd=cwd, env=env, script=script)

@@ -361,7 +361,7 @@ def test_prophetnet_whose_first_position_sees_the_second_token_is_refused(layers
 
 
 class LeakyGPT2(GPT2LMHeadModel):
-    """A GPT-2 whose logits at one position see one later token."""
+    """A GPT-2 with a leak: the logits at one position see one later token."""
 
     position, token = 0, 1
 

@@ -27,7 +27,7 @@ FILE_SYSTEMS = ("exchanges", "NFS", "overlayfs")
 
 @contextmanager
 def file_system(kind: str) -> Iterator[None]:
-    """Make exchanges of names work, be refused as by NFS, or let no directory be renamed, as on overlayfs."""
+    """Let exchanges of names work, refuse them as NFS does, or refuse to rename directories as overlayfs does."""
     answer, rename = {"NFS": errno.EINVAL, "overlayfs": errno.EXDEV}.get(kind), Path.rename
     refuse = SimpleNamespace(renameat2=lambda *_: (ctypes.set_errno(answer), -1)[1])
 

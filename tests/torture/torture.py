@@ -160,7 +160,7 @@ class Runs:
         return process
 
     def leave_alone(self) -> None:
-        """Train the run that all are compared with, without notes, and one run whose phases are timed."""
+        """Train the run that all are compared with, without notes. Train a second run and time its phases."""
         self.train(self.directory / "alone")
         self.alone = outcome(self.directory / "alone")
         process, self.usual = self.start(self.directory / "noted")
@@ -484,7 +484,7 @@ class Runs:
         return started, Phases(notes + "0")
 
     def rank_flags(self, strategy: str, run_dir: Path, *flags: object) -> list[object]:
-        """Return flags that give each of two ranks half of the micro-batches. Their steps are those of one process."""
+        """Return the flags of two ranks. Each gets half of the micro-batches, so steps equal those of one process."""
         own = ["--config", "small.yaml", "--output_dir", run_dir, "--strategy", strategy]
         return [*own, "--rank_timeout", TIMEOUT, *flags]
 
@@ -746,7 +746,7 @@ PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage,
 
 
 class Disk:
-    """A file system with little room for a while: a tmpfs for root, or else a limit on the size of a file."""
+    """A file system with little room for a while: a tmpfs for root, otherwise a limit on the size of a file."""
 
     def __init__(self, path: Path):
         path.mkdir()
@@ -768,7 +768,7 @@ class Disk:
         while True:
             disk = os.statvfs(self.path)
             used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-            if self._remount(used + room // disk.f_frsize * disk.f_frsize):  # fails if more was written meanwhile
+            if self._remount(used + room // disk.f_frsize * disk.f_frsize):  # fails if the process has written more
                 return
 
     def enlarge(self, process: processes.Process) -> None:

@@ -123,7 +123,7 @@ def test_prune_keeps_the_newest(tmp_path):
 
 
 def test_prune_never_takes_the_last_one_that_verifies(tmp_path):
-    """The run resumed from step 4, because 6 and 8 were damaged, and saved at 5. They must not displace step 5."""
+    """Steps 6 and 8 were damaged, so the run resumed from 4 and saved at 5. The damaged ones must not displace 5."""
     for step in (4, 6, 8, 5):
         save(tmp_path / f"step-{step:06}", TENSORS, {})
     for step in (6, 8):
@@ -166,7 +166,7 @@ def test_two_writers_in_one_directory_leave_each_other_alone(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    """A renamed directory may be all that survives a power cut. So its content is synced first, then its parent."""
+    """A power cut may leave nothing but a renamed directory. So its content is synced first, then its parent."""
     order, fsync, rename = [], os.fsync, Path.rename
 
     def synced(descriptor):

@@ -274,7 +274,7 @@ def handled_signals(pid):
 
 
 def test_when_memory_runs_out(directory, tmp_path):
-    """The address space is limited before the first step. A step of all blocks at once does not fit, a smaller does."""
+    """The address space is limited before the first step. A micro-batch of all blocks does not fit, others do."""
     flags = ["--batch_size", 256, "--block_size", 64, "--max_steps", 2, "--eval_every", 99]
     flags += ["--train_files", "eval.jsonl", "--eval_files", "train.jsonl", "--log_every", 1]
     size = 256
@@ -304,7 +304,7 @@ def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_
 
 
 def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
-    """Other files in the run directory stay, such as those that `export.py --out` is writing there."""
+    """Files that another process is writing into the run directory stay, such as those of `export.py --out`."""
     name = tmp_path / "a run"
     assert run(directory, name).returncode == 0
     shutil.rmtree(name / "model")
@@ -383,7 +383,7 @@ def test_a_run_whose_output_nobody_reads_goes_on_and_its_errors_are_still_said(p
     reader, writer = os.pipe()
     process = processes.start("train.py", *arguments, cwd=poisoned, stdout=writer)
     with open(reader) as lines:
-        assert any(line.startswith("output") for line in lines)  # the last line before the log
+        assert any(line.startswith("output") for line in lines)  # reads the lines before the log
     assert process.wait(60) == 4 and "the loss is nan" in process.stderr
 
 
