@@ -1,13 +1,13 @@
-"""Measure this project and its peers in turns, on the CPU; the table goes to benchmarks/results/.
+"""Measure this project and its peers in turns, on the CPU. The table goes to benchmarks/results/.
 
     make bench                                          about 3 minutes on two cores
-    make bench ARGS=--full                              about 30
+    make bench ARGS=--full                              about 30 minutes
     python -m benchmarks.bench --only step start        these measurements; prints them and writes nothing
     python -m benchmarks.bench --full --text corpus.jsonl --text_column text --tokenizer gpt2-directory
 
-Each contender is a process of its own (`benchmarks.contenders`). Two of them take turns, so that a machine that is slow
-for a minute is slow for both. A ratio is that of two turns, one after the other. The table shows the median of the
-ratios with the smallest and the largest. `make bench-gpu` is for GPUs.
+Each contender is a process of its own (`benchmarks.contenders`). Two contenders take turns. If the machine is slow for
+a minute, it is slow for both. A ratio compares two adjacent turns. The table shows the median of the ratios with the
+smallest and the largest. `make bench-gpu` is for GPUs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Pairs = list[tuple[float, float]]  # seconds of ours and of the peer, round by r
 
 @dataclass
 class Row:
-    """A line of the table. ``ratios`` are those of adjacent turns; ``target`` is such as (">=", 2.0)."""
+    """A line of the table. ``ratios`` are those of adjacent turns. ``target`` is for example (">=", 2.0)."""
 
     what: str
     ours: str
@@ -76,9 +76,9 @@ class ContenderError(RuntimeError):
 
 
 class Contender:
-    """A process that does units of work when it is told to. ``command`` are the arguments of its Python.
+    """A process that does units of work when it is told to. ``command`` is the arguments of its Python.
 
-    If it takes longer than ``limit`` seconds it is killed, and the next turn raises ContenderError.
+    If it takes longer than ``limit`` seconds, it is killed, and the next turn raises ContenderError.
     """
 
     def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str], limit: float = 3600):
@@ -93,7 +93,7 @@ class Contender:
         self.facts = self._answer()
 
     def turn(self, units: int = 1) -> float:
-        """Let it do ``units`` units of work, and return the seconds of one. Other results are in ``facts``."""
+        """Let it do ``units`` units of work. Return the seconds of one unit. Other results are in ``facts``."""
         with suppress(BrokenPipeError):  # `_answer` reports why
             print(units, file=self._process.stdin, flush=True)
         self.facts = self._answer()
@@ -126,7 +126,7 @@ def content(path: Path) -> str:
 
 @dataclass
 class Bench:
-    """What the measurements share."""
+    """The data that the measurements share."""
 
     settings: argparse.Namespace
     work: Path
@@ -154,7 +154,7 @@ class Bench:
 def running(
     name: str, options: dict, log: Path, environment: dict[str, str], limit: float = 3600, torchrun: bool = False
 ) -> Iterator[Contender]:
-    """Run a contender of benchmarks.contenders in this context; with ``torchrun`` as its only rank."""
+    """Run a contender of benchmarks.contenders in this context. With ``torchrun`` it is the only rank."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] if torchrun else []
     command = [*launcher, "-m", "benchmarks.contenders", name, json.dumps(options)]
     started = Contender(name, command, log, environment, limit)
@@ -165,7 +165,7 @@ def running(
 
 
 def take_turns(ours: Contender, peer: Contender, rounds: int, units: int = 1) -> Pairs:
-    """Return the seconds of a unit of both, round by round. They take turns in who begins, against drift."""
+    """Return the seconds of a unit of both, round by round. The first of a round alternates, against drift."""
     pairs = []
     for i in range(rounds):
         order = (ours, peer) if i % 2 == 0 else (peer, ours)
@@ -179,13 +179,13 @@ def medians(pairs: Pairs) -> tuple[float, float]:
 
 
 def speed_row(what: str, pairs: Pairs, tokens: int, target: tuple[str, float] | None = None) -> Row:
-    """Return the row of how many times as fast ours is."""
+    """Return a row with the ratio of speeds: ours over the peer's."""
     rates = (f"{tokens / seconds:,.0f} tokens/s" for seconds in medians(pairs))
     return Row(what, *rates, [peer / ours for ours, peer in pairs], target)
 
 
 def time_row(what: str, pairs: Pairs, target: tuple[str, float]) -> Row:
-    """Return the row of the part of the peer's time that ours takes."""
+    """Return a row with the ratio of times: ours over the peer's."""
     times = (f"{seconds:.3g} s" for seconds in medians(pairs))
     return Row(what, *times, [ours / peer for ours, peer in pairs], target)
 
@@ -197,7 +197,7 @@ BF16, BF16_OUR_ALLOCATOR = {"bf16": True}, {"bf16": True, "keeps_memory": True}
 
 
 def step(bench: Bench) -> Iterator[Row]:
-    """Training steps in eager mode. One process of ours stays for all peers."""
+    """Measure training steps in eager mode. One process of ours stays for all peers."""
     peers = [
         ("Trainer, float32 (its default)", "trainer", {}, (">=", 2.8)),
         ("Trainer, bf16", "trainer", BF16, (">=", 2.0)),
@@ -214,7 +214,7 @@ def step(bench: Bench) -> Iterator[Row]:
 
 
 def matrix_limit(bench: Bench, ours: Contender, label: str) -> Row:
-    """Compare a step with its matrix products alone."""
+    """Compare a step with its matrix products."""
     with bench.contender("products", warm_up=1) as products:
         pairs = take_turns(ours, products, bench.rounds(4, 8))
     mine, limit = (f"{seconds:.2f} s" for seconds in medians(pairs))
@@ -224,14 +224,14 @@ def matrix_limit(bench: Bench, ours: Contender, label: str) -> Row:
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
-    """The difference is smaller than the noise of single steps, hence the many rounds."""
+    """Compare the loop with the bare step. The difference is below the noise of a step, so there are many rounds."""
     with bench.contender("ours", warm_up=2) as ours, bench.contender("bare", warm_up=2) as bare:
         pairs = take_turns(ours, bare, bench.rounds(6, 20))
     yield time_row("step: the loop against the bare step", pairs, ("<=", 1.02))
 
 
 def compiled(bench: Bench) -> Iterator[Row]:
-    """Compilation happens in the warm-up and is not measured here."""
+    """Measure compiled steps. Compilation happens in the warm-up and is not measured."""
     trainer = ("Trainer, bf16 + torch_compile", "trainer", BF16 | {"compile": True}, (">=", 1.5))
     nanogpt = ("nanoGPT's step, bf16, compiled", "nanogpt", {"compile": True}, None)
     pairings = [
@@ -249,7 +249,7 @@ def compiled(bench: Bench) -> Iterator[Row]:
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """The most memory of a process after two steps, one process after the other."""
+    """Measure the peak memory of a process after two steps, one process after the other."""
 
     def peak(name: str, **options: Any) -> float:
         with bench.contender(name, block_size=1024, warm_up=2, **options) as contender:
@@ -265,7 +265,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 def start(bench: Bench) -> Iterator[Row]:
-    """From the start of the process to the end of the first step, with warm caches and without compilation."""
+    """Measure from the start of the process to the end of the first step, with warm caches and no compilation."""
     bf16 = bench.facts["precision"] == "bf16"
     model, settings = str(bench.work / "model"), bench.settings
     guide = ["-m", "benchmarks.guide", json.dumps(vars(settings) | {"model": model, "bf16": bf16})]
@@ -281,14 +281,14 @@ def start(bench: Bench) -> Iterator[Row]:
     def peer() -> float:
         return until(guide, lambda: "first step" in content(log), log, bench.environment)
 
-    ours(), peer()  # the caches are warm
+    ours(), peer()  # warms the caches
     pairs = [(ours(), peer()) for _ in range(bench.rounds(2, 6))]
     label = f"start to the end of step 1: Trainer{', bf16' * bf16} (ours evaluates a block before)"
     yield time_row(label, pairs, ("<=", 0.75))
 
 
 def until(command: list, reached: Callable[[], bool], log: Path, environment: dict[str, str]) -> float:
-    """Return the seconds from the start of ``python command`` until it has reached something, and end the process.
+    """Return the seconds from the start of ``python command`` until ``reached()`` is true. Then end the process.
 
     Raise ContenderError if it fails before.
     """
@@ -334,7 +334,7 @@ ALL = (step, overhead, compiled, memory, start, evaluation)
 
 
 def heading(module: str, device: str) -> str:
-    """Return the top of a file of results. The command in it names no directory of this machine."""
+    """Return the top of a file of results. Its command names no directory of this machine."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -380,7 +380,7 @@ def main() -> int:
     chosen = [names[name] for name in settings.only or ()] or (ALL if settings.full else QUICK)
     left_out = ", ".join(name for name in names if names[name] not in chosen)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contenders and files do not outlive this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contenders and files do not outlive this process
     began, rows, failed = time.perf_counter(), [], False
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         bench = Bench(settings, Path(work))

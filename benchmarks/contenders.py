@@ -2,11 +2,11 @@
 
     echo 3 | python -m benchmarks.contenders ours '{"text": "quickstart/text.jsonl", ...}'     # three steps
 
-A contender stops before each unit of work (a step, an evaluation, ...) until a line with a number tells it to do that
-many. It answers with the seconds that they took. Two contenders share neither memory, allocator, compiled code nor
-random numbers, and never work at the same time.
+A unit of work is a step, an evaluation, or similar. Before each unit, a contender waits for a line with a number of
+units. It answers with the seconds that the units took. Two contenders share neither memory, allocator, compiled code
+nor random numbers, and never work at the same time.
 
-Our side is imported from the product. A peer is the library itself, or is written here in its manner.
+Our side is imported from the product. A peer is the library itself, or is written here in the same way.
 """
 
 import itertools
@@ -51,7 +51,7 @@ class Turns:
     """The contender's end of the connection to the driver."""
 
     def __init__(self):
-        # Libraries print what they like. Answers go to the first stdout, and everything else to stderr.
+        # Libraries may print anything. Answers go to the original stdout, and everything else to stderr.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._left, self._started = 0, 0.0
@@ -97,7 +97,7 @@ def text_blocks(o: Options) -> Blocks:
 
 
 def full_blocks(o: Options, number: int) -> list[dict[str, torch.Tensor]]:
-    """Return the same blocks for the peers, in whole batches: for a smaller batch they would compile again.
+    """Return our blocks for the peers, in whole batches only, because peers would compile again for a smaller batch.
 
     Without a text the tokens are random.
     """
@@ -128,7 +128,7 @@ def ours(turns: Turns, o: Options) -> None:
     steps = {"max_steps": ENDLESS, "eval_every": ENDLESS, "save_every": ENDLESS, "log_every": LOG_EVERY}
     compiled, output_dir = "on" if o.get("compile") else "off", str(directory / "run")
     config = train.Config(**source, **model, **sizes, **steps, compile=compiled, output_dir=output_dir)
-    # `train` handles signals before each step, and before that once in its evaluation.
+    # `train` handles signals before each step, and once before that in its evaluation.
     calls = itertools.count()
     signals = SimpleNamespace(defer=lambda: None, handle=lambda _: next(calls) and turns.boundary())
     prepare_device(o.get("deterministic", "auto"), select_device(), "auto")
@@ -151,7 +151,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 def bare(turns: Turns, o: Options) -> None:
-    """Forward pass, backward pass, clipping and optimizer alone, with the settings and the loss of ours."""
+    """Run only forward pass, backward pass, clipping and optimizer, with our settings and our loss."""
     device = select_device()
     precision = resolve_precision("auto", device)
     prepare_device("auto", device, precision)
@@ -187,7 +187,7 @@ def trainer_arguments(o: Options, **more: Any) -> transformers.TrainingArguments
 
 
 def trainer(turns: Turns, o: Options) -> None:
-    """The Trainer; with ``keeps_memory`` it gets our setting of the allocator."""
+    """Run the Trainer. With ``keeps_memory`` it gets our setting of the allocator."""
     if o.get("keeps_memory"):
         keep_freed_memory()
     settings, stops = trainer_arguments(o, max_steps=ENDLESS, logging_steps=LOG_EVERY), [StopsAtSteps(turns)]
@@ -196,7 +196,7 @@ def trainer(turns: Turns, o: Options) -> None:
 
 
 class NanoBlock(nn.Module):
-    """One block of nanoGPT: fused query, key and value; PyTorch's attention; exact GELU."""
+    """One layer of nanoGPT: fused query, key and value; PyTorch's attention; exact GELU."""
 
     def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
@@ -238,7 +238,7 @@ class NanoGPT(nn.Module):
 
 
 def nanogpt(turns: Turns, o: Options) -> None:
-    """nanoGPT's step, with its betas and its weight decay."""
+    """Run nanoGPT's step, with its betas and its weight decay."""
     device = select_device()
     transformers.set_seed(42)
     model = NanoGPT(shape(o)).to(device)
@@ -261,7 +261,7 @@ def nanogpt(turns: Turns, o: Options) -> None:
 
 
 def products(turns: Turns, o: Options) -> None:
-    """Compute all matrix products of a step in bf16, each in its fastest layout, into memory that is allocated."""
+    """Compute all matrix products of a step in bf16, each in its fastest layout, into allocated memory."""
     device, work = select_device(), []
     keep_freed_memory(device.type)
     layouts = list(itertools.product((False, True), repeat=2))
@@ -277,7 +277,7 @@ def products(turns: Turns, o: Options) -> None:
 
 
 def step_products(config: PreTrainedConfig, batch: int, length: int) -> list[tuple[int, int, int, int, int]]:
-    """Return (count, batch, m, k, n) of each product, (m, k) times (k, n), of a step of GPT-2."""
+    """Return (count, batch, m, k, n) of each product in a step of GPT-2. A product is (m, k) times (k, n)."""
     tokens, width, heads, layers = batch * length, config.n_embd, config.n_head, config.n_layer
     linear = [(layers, width, outside) for outside in (3 * width, width, 4 * width)]
     linear += [(layers, 4 * width, width), (1, width, config.vocab_size)]
@@ -285,7 +285,7 @@ def step_products(config: PreTrainedConfig, batch: int, length: int) -> list[tup
     for count, inside, outside in linear:  # the output; the gradients of input and weight
         found += [(count, 1, tokens, inside, outside), (count, 1, tokens, outside, inside)]
         found += [(count, 1, inside, tokens, outside)]
-    # Scores and the gradient of probabilities; output and the gradients of query, key and value.
+    # Scores and the gradient of probabilities, then output and the gradients of query, key and value.
     head = width // heads
     found += [(2 * layers, batch * heads, length, head, length), (4 * layers, batch * heads, length, length, head)]
     return found
@@ -331,12 +331,12 @@ def trainer_evaluation(turns: Turns, o: Options) -> None:
     peer = transformers.Trainer(model=fresh_model(o), args=trainer_arguments(o), eval_dataset=blocks)
     while True:
         turns.boundary()
-        # It divides by all labels, also by each block's first one, which nothing predicts.
+        # The Trainer divides by all labels, also by the first label of each block, which is never predicted.
         turns.facts["loss"] = peer.evaluate()["eval_loss"] * o["block_size"] / (o["block_size"] - 1)
 
 
 def fine_tuned(turns: Turns, o: Options) -> None:
-    """Fine-tune with the Trainer for one epoch, on our blocks of our split, and then measure the held-out loss."""
+    """Fine-tune with the Trainer for one epoch, on our blocks of our split. Then measure the held-out loss."""
     turns.boundary()
     config = DataConfig(train_files=[o["text"]], text_column=o["text_column"], max_documents=o["max_documents"])
     tokenizer = AutoTokenizer.from_pretrained(o["model"])
@@ -357,7 +357,7 @@ def fine_tuned(turns: Turns, o: Options) -> None:
 
 
 def prepare(turns: Turns, o: Options) -> None:
-    """Make what several processes need: the model's directory, and a warm cache of tokens."""
+    """Make the files that several processes need: the model's directory, and a warm cache of tokens."""
     work, model = Path(o["work"]), fresh_model(o)
     model.save_pretrained(work / "model")
     tokenizer = AutoTokenizer.from_pretrained(o["tokenizer"])

@@ -3,7 +3,7 @@
     python -m benchmarks.formulas              print the tables
     python -m benchmarks.formulas --write      write them into docs/scale.md
 
-tests/distributed/test_scale.py compares the formulas with counted bytes. Sizes are in bytes, a GB is 10^9 bytes, P is
+tests/distributed/test_scale.py compares the formulas with counted bytes. Sizes are in bytes. A GB is 10^9 bytes. P is
 the number of parameters.
 """
 
@@ -26,17 +26,17 @@ BEGIN, END = "<!-- python -m benchmarks.formulas --write -->", "<!-- end of the 
 LORA_BEGIN, LORA_END = "<!-- LoRA: python -m benchmarks.formulas --write -->", "<!-- end of LoRA -->"
 
 # Assumptions about the devices. None was measured here.
-PEAK, MFU = peak_flops("NVIDIA H100"), 0.4  # dense bfloat16 FLOP/s, and the part of it that a step reaches
+PEAK, MFU = peak_flops("NVIDIA H100"), 0.4  # dense bfloat16 FLOP/s, and the fraction that a step reaches
 NVLINK = 0.8 * 450e9  # bytes/s from each GPU to the others of its node: 80% of NVLink 4's 450 GB/s
-NETWORK = 0.8 * 8 * 50e9  # bytes/s between nodes: 80% of eight 400 Gb/s adapters, which a ring can all use
+NETWORK = 0.8 * 8 * 50e9  # bytes/s between nodes: 80% of eight 400 Gb/s adapters, all of which a ring can use
 MEMORY, RESERVED = 80e9, 5e9  # of a GPU, and its part for CUDA, NCCL's buffers and fragmentation
 NODE = 8  # GPUs per node
-CHUNK = 1024  # tokens whose logits exist at once: linear_cross_entropy
+CHUNK = 1024  # tokens with logits at the same time: linear_cross_entropy
 
 
 @dataclass
 class Shape:
-    """The numbers of a model. ``block`` is the parameters of a layer, ``root`` those outside of all layers."""
+    """The numbers of a model. ``block`` is the number of parameters of a layer, ``root`` that outside of all layers."""
 
     parameters: int
     block: int
@@ -75,26 +75,26 @@ def state_bytes(s: Shape, devices: int, strategy: str) -> tuple[float, float, fl
     """Return weights, gradients and AdamW's two moments on a device, all float32: 4 P, 4 P and 8 P.
 
     They are the 16 bytes of Rajbhandari et al. 2020 (ZeRO, section 3.1) without the fp16 copies. ddp holds them on each
-    device; the gradients are views of its buckets. fsdp divides them among the devices, as ZeRO stage 3 does.
+    device, and the gradients are views of its buckets. fsdp divides them among the devices, as ZeRO stage 3 does.
     """
     share = s.parameters / (devices if strategy == "fsdp" else 1)
     return 4 * share, 4 * share, 8 * share
 
 
 def copied_bytes(s: Shape, strategy: str) -> float:
-    """Return the bfloat16 weights beside the float32 ones.
+    """Return the bytes of the bfloat16 weights beside the float32 ones.
 
     ddp: autocast's copies of the layers' weights, kept for the backward pass. fsdp: the root, which stays gathered, and
-    three layers: the current one, the next one, and the flat buffer that the next one arrives in (_fsdp_param_group.py
-    in torch.distributed.fsdp).
+    three layers. These are the current one, the next one, and a flat buffer into which the next one is gathered
+    (_fsdp_param_group.py in torch.distributed.fsdp).
     """
     return 2 * (s.root + 3 * s.block) if strategy == "fsdp" else 2 * s.layers * s.block
 
 
 def unsharded_gradient_bytes(s: Shape, strategy: str, micro_batches: int = 1) -> float:
-    """Return fsdp's gradients before they are sharded: bfloat16, and float32 while they are reduced; 0 with ddp.
+    """Return fsdp's gradients before they are sharded: bfloat16, and float32 while they are reduced. ddp has 0.
 
-    They are those of a layer beside the root's bfloat16 ones, or at the end those of the root. If a step has several
+    The peak is a layer's gradients beside the root's bfloat16 ones, or the root's at the end. If a step has several
     micro-batches, all 4 P stay on each device until the last one (`to_accumulated_grad_if_needed` in _fsdp_param.py).
     """
     if strategy != "fsdp":
@@ -103,12 +103,12 @@ def unsharded_gradient_bytes(s: Shape, strategy: str, micro_batches: int = 1) ->
 
 
 def layer_bytes(s: Shape, strategy: str, device: str = "cuda") -> float:
-    """Return what a layer keeps of a token for its backward pass: bf16, flash attention, no dropout, not compiled.
+    """Return the bytes per token that a layer keeps for backward: bf16, flash attention, no dropout, not compiled.
 
     Korthikanti et al. 2022 (section 4.1) count 34 width + 5 heads x length for 16-bit activations. Flash attention
-    keeps one float32 per head instead of the second term. The layers of transformers keep more than the first term:
-    float32 inputs of norms, five results of tanh-GELU (on CUDA autocast makes three of them float32), and with Llama
-    under autocast a bfloat16 copy for each matrix that reads the same input.
+    keeps one float32 per head instead of the second term. The layers of transformers keep more than the first term.
+    They keep float32 inputs of norms and five results of tanh-GELU; on CUDA autocast makes three of these float32.
+    Llama under autocast also keeps a bfloat16 copy for each matrix that reads the same input.
     """
     residual = 2 if strategy == "fsdp" else 4  # bytes of a value between layers; fsdp's embeddings are bfloat16
     attention = 2 * (s.width + 2 * s.kv_width) + 2 * s.width + 4 * s.heads  # query, key, value; output; log-sum-exp
@@ -122,9 +122,9 @@ def layer_bytes(s: Shape, strategy: str, device: str = "cuda") -> float:
 
 
 def kept_bytes(s: Shape, tokens: int, strategy: str, checkpointing: bool, device: str = "cuda") -> float:
-    """Return all that is kept for the backward pass beside `copied_bytes`: layers, last norm, gradients of the head.
+    """Return all bytes kept for backward beside `copied_bytes`: layers, last norm, gradients of the head.
 
-    With gradient checkpointing each layer keeps its input, and one layer at a time the rest. The head computes the
+    With gradient checkpointing each layer keeps its input. One layer at a time keeps the rest. The head computes the
     gradients of hidden states and weights in the forward pass (linear_cross_entropy).
     """
     residual = 2 if strategy == "fsdp" else 4
@@ -136,9 +136,10 @@ def kept_bytes(s: Shape, tokens: int, strategy: str, checkpointing: bool, device
 
 
 def head_bytes(s: Shape, tokens: int, strategy: str) -> float:
-    """Return what exists only while the head works: logits and softmaxes of a chunk, and matrices like its weights.
+    """Return the bytes that exist only during the head: logits and softmaxes of a chunk, and two matrices.
 
-    These are a product and, with ddp, the bfloat16 copy of the weights; with fsdp, the float32 sum of the gradient.
+    The matrices have the shape of the head's weights. One is a product. The other is the bfloat16 copy of the weights
+    with ddp, and the float32 sum of the gradient with fsdp.
     """
     matrices = 3 if strategy == "fsdp" else 2
     return 8 * s.vocabulary * min(CHUNK, tokens) + matrices * 2 * s.vocabulary * s.width
@@ -150,30 +151,30 @@ def adapter_parameters(s: Shape, rank: int) -> int:
 
 
 def frozen_bytes(s: Shape) -> int:
-    """Return the frozen weights under bf16: linear layers in bfloat16; embeddings, a tied head and norms in float32."""
+    """Return the frozen bytes under bf16. Linear layers are bfloat16; embeddings, a tied head and norms are float32."""
     norms, table = (2 * s.layers + 1) * s.width, s.vocabulary * s.width
     return 2 * (s.parameters - norms - table) + 4 * (norms + table)
 
 
 def lora_layer_bytes(s: Shape, tokens: int, rank: int) -> float:
-    """Return what a Llama layer keeps for its backward pass with LoRA, on one device.
+    """Return the bytes that a Llama layer keeps for its backward pass with LoRA, on one device.
 
-    Frozen norms keep no normalized values. Each of seven adapters keeps rank bfloat16 numbers per token, and a bfloat16
-    copy of itself.
+    Frozen norms keep no normalized values. Each of the seven adapters keeps ``rank`` bfloat16 numbers per token, and a
+    bfloat16 copy of itself.
     """
     copies = 2 * adapter_parameters(s, rank) / s.layers
     return tokens * (layer_bytes(s, "ddp") - 2 * 4 * s.width + 7 * 2 * rank) + copies
 
 
 def lora_kept_bytes(s: Shape, tokens: int, rank: int, checkpointing: bool) -> float:
-    """Return all that LoRA keeps: layers, the last norm, and the gradient of the head's input."""
+    """Return all bytes that LoRA keeps: layers, the last norm, and the gradient of the head's input."""
     layer = lora_layer_bytes(s, tokens, rank)
     layers = s.layers * 4 * s.width * tokens + layer if checkpointing else s.layers * layer
     return layers + tokens * 2 * 4 * s.width
 
 
 def lora_memory(s: Shape, tokens: int, rank: int, devices: int = 1) -> list[float]:
-    """Return frozen weights, adapters with gradients and moments, and checkpointed activations; fsdp if many devices.
+    """Return frozen weights, adapters with gradients and moments, and checkpointed activations. Many devices use fsdp.
 
     The head's part of the activations is the logits of a chunk and a bfloat16 copy of a tied matrix.
     """
@@ -186,11 +187,11 @@ def lora_memory(s: Shape, tokens: int, rank: int, devices: int = 1) -> list[floa
 
 
 def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, width: int = 2) -> float:
-    """Return the bytes that a device sends in a step. In a ring an all-reduce sends 2 (n - 1) / n of the data, and a
-    gather or a reduce half of that.
+    """Return the bytes that a device sends in a step.
 
-    ddp: float32 gradients once. fsdp: float32 gradients once, and for each micro-batch weights of ``width`` bytes: the
-    root once, the layers for the forward and for the backward pass (Rajbhandari et al. 2020, section 7.2).
+    In a ring an all-reduce sends 2 (n - 1) / n of the data, and a gather or a reduce half of that.
+    ddp: float32 gradients once. fsdp: float32 gradients once, and weights of ``width`` bytes for each micro-batch. The
+    root is sent once, the layers for the forward and for the backward pass (Rajbhandari et al. 2020, section 7.2).
     """
     part = (devices - 1) / devices
     if strategy == "ddp":
@@ -201,8 +202,8 @@ def sent_bytes(s: Shape, devices: int, strategy: str, micro_batches: int = 1, wi
 def checkpoint_bytes(group: int, largest: int, device: str = "cuda") -> int:
     """Return the host memory that saving a checkpoint adds to a rank: copies of its largest file.
 
-    ``group`` is the larger part of the rank's shard: with AdamW its moments, two thirds. ``largest`` is its largest
-    tensor. safetensors builds a file as two copies. On a GPU the tensors are first copied to the host.
+    ``group`` is the larger part of the rank's shard. With AdamW this is its moments, two thirds. ``largest`` is its
+    largest tensor. safetensors builds a file as two copies. On a GPU the tensors are first copied to the host.
     """
     return (2 if device == "cpu" else 3) * max(group // FILES, largest, FILE_BYTES)
 
@@ -215,7 +216,7 @@ def model_bytes(s: Shape, file_size: float = 1e9 * int(FILE_SIZE.removesuffix("G
 def seconds(s: Shape, flops: float, devices: int, strategy: str, checkpointing: bool) -> tuple[float, float, float]:
     """Return the seconds of computing, of exchanging, and of the exchange that computing can hide.
 
-    ``flops`` are those of `flops_per_token` for all tokens; checkpointing adds a forward pass, a third. ddp can
+    ``flops`` are those of `flops_per_token` for all tokens. Checkpointing adds a forward pass, a third. ddp can
     exchange during the backward pass, two thirds of the computing, and fsdp during both passes.
     """
     computing = flops / (PEAK * MFU) * (4 / 3 if checkpointing else 1)
@@ -283,7 +284,7 @@ def table() -> str:
                 speed = [f"{sent_bytes(s, devices, strategy) / 1e9:.1f} GB", f"{computing * 1e3:.0f} ms"]
                 speed += [f"{exchanging * 1e3:.0f} ms", " to ".join(f"{100 * share:.0f}%" for share in shares)]
                 row += speed if fits and devices > 1 else ["", speed[1] if fits else "", "", ""]
-                if fits or strategy == "fsdp" or devices == 1:  # with ddp no number of devices helps
+                if fits or strategy == "fsdp" or devices == 1:  # with ddp more devices do not help
                     lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Measure on one GPU, within 10 minutes; the table goes to benchmarks/results/<device>.md.
+"""Measure on one GPU, within 10 minutes. The table goes to benchmarks/results/<device>.md.
 
     make bench-gpu
     python -m benchmarks.gpu --only gpt2 head         these parts; prints them and writes nothing
     python -m benchmarks.gpu --tiny                   tiny shapes on any device, to test this file
 
 Contenders are processes of `benchmarks.contenders`, one after the other, on random tokens in batches of 8. MFU is
-`flops_per_token` over the peak of the device. If something fails, its row says why, and the next one follows.
+`flops_per_token` over the peak of the device. If something fails, its row shows the error, and the next one follows.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TINY_LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 TRAINER, COMPILE = {"bf16": True}, {"compile": True}
 PADDED = {"shape": GPT2 | {"vocab_size": 50304}}  # nanoGPT's default
-# The part, the row, the contender, its options, and the MFU to reach. Rows are compared with the last one of ours.
+# Part, row, contender, its options, and the MFU to reach. Rows are compared with our last row before them.
 STEPS: list[tuple[str, str, str, dict[str, Any], float | None]] = [
     ("gpt2", "ours", "ours", {}, None),
     ("gpt2", "Trainer, bf16", "trainer", TRAINER, None),
@@ -65,7 +65,7 @@ STEPS: list[tuple[str, str, str, dict[str, Any], float | None]] = [
 
 
 def steps(part: str, tiny: bool) -> Iterator[list[str]]:
-    """Training steps of GPT-2 124M without dropout, or of a Llama of 1.2 B parameters."""
+    """Measure training steps of GPT-2 124M without dropout, or of a Llama of 1.2 B parameters."""
     family, sizes = ("llama", (LLAMA, TINY_LLAMA)) if part == "llama" else ("gpt2", (GPT2, TINY_GPT2))
     o = {"family": family, "shape": sizes[tiny], "block_size": 32 if tiny else 1024}
     with torch.device("meta"):
@@ -91,7 +91,7 @@ def run_laps(name: str, o: dict[str, Any]) -> tuple[list[float], float, int]:
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as work:
         options, log = {**o, "work": work}, Path(work) / "log"
         with running(name, options, log, dict(os.environ), limit=LIMIT, torchrun="strategy" in o) as contender:
-            contender.turn(3)  # compiles; the first step is logged, and the 10th
+            contender.turn(3)  # compiles; the first and the 10th step are logged
             before = contender.facts.get("syncs", 0)
             contender.turn(6)
             syncs = contender.facts.get("syncs", 0) - before
@@ -106,7 +106,7 @@ def compared(laps: list[float], reference: list[float], tokens: int, mfu: str, g
 
 
 def head(part: str, tiny: bool) -> Iterator[list[str]]:
-    """The cross-entropy of a linear head, forward and gradients, against F.cross_entropy on whole logits."""
+    """Compare the cross-entropy of a linear head, forward and gradients, with F.cross_entropy on whole logits."""
     device = select_device()
     for vocabulary, width in ((101, 16), (128, 16)) if tiny else ((50257, 768), (50304, 768), (128256, 2048)):
         hidden = torch.randn(64 if tiny else 8192, width, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -149,7 +149,7 @@ def time_calls(work: Callable[[], None], device: torch.device) -> tuple[list[flo
 
 
 def gradients(part: str, tiny: bool) -> Iterator[list[str]]:
-    """Gradients of packed documents with each attention, against sdpa with the dense mask. eager shows the rounding."""
+    """Compare gradients of packed documents with each attention to sdpa's with the dense mask. eager shows rounding."""
     o, device, expected = {"family": "llama", "shape": TINY_LLAMA}, select_device(), []
     ids = torch.randint(400, (2, 64 if tiny else 512), generator=torch.Generator().manual_seed(0)).to(device)
     positions = (torch.arange(ids.shape[1], device=device) % 48).expand_as(ids)  # documents of 48 tokens
@@ -188,7 +188,7 @@ def main() -> int:
         for cells in PARTS[part](part, settings.tiny):
             rows.append(f"| {' | '.join([part, *cells, *[''] * (7 - len(cells))])} |")
             print(rows[-1], flush=True)
-        if not (settings.only or settings.tiny):  # after each part, in case that the next one does not end
+        if not (settings.only or settings.tiny):  # after each part, because the next one may not end
             device, minutes = device_name(select_device()), (time.perf_counter() - began) / 60
             text = heading("gpu", f"{device}, beside {processor()}") + f"\nIt took {minutes:.1f} minutes.\n"
             table = "\n".join(["# On one GPU\n", text, HEADER, "|" + " --- |" * 8, *rows, ""])

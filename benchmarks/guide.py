@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 
 
 def text_to_blocks(o: dict, tokenizer: transformers.PreTrainedTokenizerBase, num_proc: int | None = 4) -> Dataset:
-    """Apply the guide's `preprocess_function` and `group_texts`. They drop the rest of each thousand records."""
+    """Apply the guide's `preprocess_function` and `group_texts`. They drop the remainder of each 1,000 records."""
     table = load_dataset("json", data_files=o["text"], split="train").flatten()
 
     def preprocess(examples):

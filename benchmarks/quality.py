@@ -1,14 +1,15 @@
-"""Measure the time until our run is as good as the Trainer's best; the table goes to benchmarks/results/.
+"""Measure the time until our run is as good as the Trainer's best. The table goes to benchmarks/results/.
 
     python -m benchmarks.quality --text tuning.jsonl --recipe '--num_epochs 1 --learning_rate 4e-4' '...'     # hours
     python -m benchmarks.quality --text first.jsonl second.jsonl --recipe '...'
     python -m benchmarks.quality --text tuning.jsonl --learning_rates 2e-4 --max_steps 2      # a test; writes nothing
 
-Choose a recipe, flags of train.py, on one text and report it on two others. On each text the Trainer fine-tunes the
-model for one epoch with bf16 (batch 8, blocks of 128, linear decay), once for each learning rate, on our blocks of our
-split. Our `evaluate` measures its held-out loss. Then `python train.py` runs with each recipe until metrics.jsonl shows
-the Trainer's best loss. All times begin with the start of the process, and the tokens are in the cache. The Trainer's
-time ends with its training, before any evaluation; ours includes all its evaluations. Each run is made once.
+A recipe is flags of train.py. Choose it on one text and report it on two others. On each text the Trainer fine-tunes
+the model for one epoch with bf16 (batch 8, blocks of 128, linear decay), once for each learning rate. It uses our
+blocks of our split. Our `evaluate` measures its held-out loss. Then `python train.py` runs with each recipe until
+metrics.jsonl shows the Trainer's best loss. All times begin with the start of the process, and the tokens are in the
+cache. The Trainer's time ends with its training, before any evaluation. Ours includes all its evaluations. Each run is
+made once.
 """
 
 import argparse

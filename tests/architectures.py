@@ -1,4 +1,4 @@
-"""Tiny configs of the architectures that are trained from scratch here: the guide's, and what people use today."""
+"""Tiny configs of the architectures that the tests train from scratch: those of the guide and popular ones of today."""
 
 SIZES = {
     "hidden_size": 32,
@@ -10,7 +10,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 ENCODER = {**SIZES, "type_vocab_size": 1}
-DECODER = {  # of what was made to translate, with an encoder that no causal model has
+DECODER = {  # of translation models, with an encoder that no causal model has
     "d_model": 32,
     "decoder_layers": 2,
     "decoder_attention_heads": 4,

@@ -1,4 +1,4 @@
-"""Chat templates in the forms of well-known families, each with a tokenizer and what an answer looks like in it."""
+"""Chat templates in the forms of well-known families, each with a tokenizer and the form of an answer."""
 
 import json
 
@@ -54,7 +54,7 @@ QWEN = (
     "{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-GENERATION = (  # answers alone are stripped
+GENERATION = (  # only answers are stripped
     "{% for m in messages %}\n{{ '<|im_start|>' + m.role + '\n' }}\n  {%- if m.role == 'assistant' %}\n"
     "  {%- generation -%} {{ m.content | trim }}{%- endgeneration -%}\n"
     "  {%- else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"

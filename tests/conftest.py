@@ -1,4 +1,4 @@
-"""Everything here runs offline, on the CPU, on text and models that the tests make themselves."""
+"""Fixtures and helpers. All tests run offline, on the CPU, on text and models that they make themselves."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-# Before any Hugging Face library is imported: a cache of our own, and no network.
+# These must be set before any Hugging Face library is imported: a cache of our own, and no network.
 CACHE = tempfile.TemporaryDirectory(prefix="test-cache-")
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
-# Threads that wait asleep: on a busy machine, those that spin took most of the time of such small models.
+# Threads sleep while they wait. On a busy machine, spinning took most of the time of these small models.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.pop("HF_TOKEN", None)
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the server of scripts in each process that runs tests, which is not the one that `-n` starts them from."""
+    """Start the server of scripts in each process that runs tests. With `-n` these are the workers."""
     if not config.getoption("numprocesses", None):
         processes.prepare()
 
@@ -46,13 +46,13 @@ WORDS += ["é", "東京", "x = 1", "def", "return", "(self):", ",", ".", "\n", "
 
 
 def make_text(num_words: int, seed: int = 0) -> str:
-    """Text of a few words, with newlines, code and letters beyond ASCII."""
+    """Return text of a few words, with newlines, code and letters beyond ASCII."""
     draw = random.Random(seed)
     return " ".join(draw.choice(WORDS) for _ in range(num_words))
 
 
 def write_jsonl(path: Path, num_documents: int, seed: int = 0, words: int = 60) -> Path:
-    """Nested records in ELI5's shape."""
+    """Write nested records in ELI5's shape."""
     rows = (
         {
             "title": f"q{i}",
@@ -65,9 +65,9 @@ def write_jsonl(path: Path, num_documents: int, seed: int = 0, words: int = 60) 
 
 
 def run_script(script: str, *args: object, cwd: Path, **options):
-    """Runs ``python SCRIPT ARGS`` as people do and returns the finished process with its stdout and stderr as text.
+    """Run ``python SCRIPT ARGS`` as people do. Return the finished process with its stdout and stderr as text.
 
-    ``options`` are `processes.run`'s: env, stdin, timeout, and fresh, which is slow and leaves nothing out.
+    ``options`` are those of `processes.run`: env, stdin, timeout and fresh. fresh is slow and skips no work.
     """
     return processes.run(script, *args, cwd=cwd, **options)
 
@@ -75,14 +75,14 @@ def run_script(script: str, *args: object, cwd: Path, **options):
 def start_ranks(
     size: int, *args: object, cwd: Path, env: dict[str, str] | None = None, script: str | Path = "train.py"
 ) -> list[processes.Process]:
-    """Starts ``train.py ARGS`` on so many ranks, as torchrun would, but with no agent that ends what is left."""
+    """Start ``train.py ARGS`` on ``size`` ranks, as torchrun does. No agent ends the remaining ranks."""
     group = processes.meeting_place() | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)} | (env or {})
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [processes.start(script, *args, cwd=cwd, env=group | rank) for rank in own]
 
 
 def in_child(work: Callable[[], int | None]) -> int:
-    """Calls ``work`` in a forked process and returns its exit code, what ``work`` returns or 9 for an error.
+    """Call ``work`` in a forked process. Return its exit code: the result of ``work``, or 9 for an error.
 
     ``work`` computes nothing with torch: OpenMP's threads do not survive a fork, and the process would wait for them.
     """
@@ -141,7 +141,7 @@ def tiny_gpt2(vocab_size: int, dropout: float = 0.0, n_positions: int = 64) -> G
 
 @torch.no_grad()
 def chain_gpt2(vocab_size: int, successors: dict[int, int], otherwise: int) -> GPT2LMHeadModel:
-    """Return a GPT-2 that says the successor of the last token, and ``otherwise`` after all others."""
+    """Return a GPT-2 that answers each token with its successor, and with ``otherwise`` if it has none."""
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": vocab_size, "n_inner": 8, "n_positions": 512}
     sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, tie_word_embeddings=False, **sizes)).eval()
@@ -172,7 +172,7 @@ def tokenizer(text_file):
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer) -> Path:
-    """A tiny GPT-2 with its tokenizer, as `from_pretrained` reads it; dropout 0.1 in training."""
+    """Save a tiny GPT-2 with its tokenizer for `from_pretrained`. Dropout is 0.1 in training."""
     path = tmp_path_factory.mktemp("model") / "tiny-gpt2"
     tiny_gpt2(len(tokenizer), dropout=0.1).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -190,7 +190,7 @@ def talk(question, answer):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Three files of records, some of them long, and a file of evaluation text."""
+    """Write three files of records, one long record in each, and a file of evaluation text."""
     for file in range(3):
         rows = [{"n": i % 5, "name": f"{i}é", "text": make_text(4 + 7 * i, 20 * file + i)} for i in range(9)]
         rows[4]["text"] = make_text(700, file)
@@ -204,7 +204,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def site(tmp_path):
-    """The address of the test's directory by HTTP."""
+    """Serve the test's directory by HTTP. Return its address."""
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

@@ -1,11 +1,11 @@
 """A small Hugging Face Hub on 127.0.0.1, for tests that push and load by repository id.
 
-It is a real HTTP server: nothing of huggingface_hub is imported or patched, the unmodified clients talk to it from
-other processes. Their environment needs, before huggingface_hub is imported:
+It is a real HTTP server. Nothing of huggingface_hub is imported or patched. The unmodified clients talk to it from
+other processes. Their environment needs these variables before huggingface_hub is imported:
 
     HF_ENDPOINT=<HubServer.endpoint>
     HF_TOKEN=<the token given to HubServer>  to write, to call whoami and to read private repositories
-    HF_HUB_DISABLE_XET=1                     to write: where hf_xet is installed, uploads skip LFS and demand Xet
+    HF_HUB_DISABLE_XET=1                     to write: if hf_xet is installed, uploads skip LFS and demand Xet
     HF_HOME=<an empty folder>                for a fresh cache
 
 Repositories have one branch, main, and every commit stays readable by its sha. Not offered: Xet, multipart uploads,
@@ -30,7 +30,7 @@ USER = "user"
 
 
 class HubError(Exception):
-    """A refusal: the clients pick the exception they raise by its status and X-Error-Code."""
+    """A refusal. The clients choose their exception by its status and X-Error-Code."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str):
         super().__init__(message)
@@ -40,7 +40,7 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Blob:
-    """One version of a file; `etag` is what the clients know it by: its sha256 under LFS, its git id otherwise."""
+    """One version of a file. `etag` is its id for the clients: the sha256 under LFS, the git id otherwise."""
 
     sha256: str
     etag: str
@@ -50,7 +50,7 @@ class Blob:
 
 @dataclass
 class Repo:
-    """A repository: the tree of each commit by its sha, in order, the newest being main."""
+    """A repository: the tree of each commit by its sha, oldest first. The last commit is main."""
 
     repo_type: str
     repo_id: str
@@ -73,8 +73,8 @@ class Repo:
         return sha
 
     def entries(self, revision: str) -> dict[str, dict[str, Any]]:
-        """Files and folders by path, as the tree and paths-info calls describe them."""
-        # The git ids of folders and of LFS pointers are made up: the clients do no more than report them.
+        """Return files and folders by path, in the form of the tree and paths-info calls."""
+        # The git ids of folders and of LFS pointers are made up. The clients only report them.
         entries: dict[str, dict[str, Any]] = {}
         for path, blob in sorted(self.commits[self.resolve(revision)].items()):
             for folder in map(str, PurePosixPath(path).parents[:-1]):
@@ -85,12 +85,12 @@ class Repo:
 
 
 def uses_lfs(path: str, size: int) -> bool:
-    """Whether a file is to travel by LFS; an empty one never does, the clients insist."""
+    """Return whether a file is uploaded by LFS. The clients never upload an empty file by LFS."""
     return size > 10 * 2**20 or (size > 0 and Path(path).suffix in LFS_SUFFIXES)
 
 
 class HubServer:
-    """The Hub: serves while its context is open, keeps file contents by sha256 under `root` and the rest in memory."""
+    """The Hub. It serves while its context is open. File contents are in `root`, by sha256; the rest is in memory."""
 
     def __init__(self, root: Path, token: str = "hf_test"):
         self.token = token
@@ -112,7 +112,7 @@ class HubServer:
         self._server.server_close()
 
     def add_repo(self, repo_id: str, folder: Path, repo_type: str = "model") -> str:
-        """Publish a folder: main becomes exactly its files. Returns the commit's sha."""
+        """Publish a folder: main becomes exactly its files. Return the commit's sha."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
         contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
         with self.lock:
@@ -120,7 +120,7 @@ class HubServer:
             return repo.commit({path: self.store(data, uses_lfs(path, len(data))) for path, data in contents.items()})
 
     def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
-        """What main holds now."""
+        """Return the files of main."""
         repo = self.repos[repo_type, repo_id]
         return {path: (self.blobs / blob.sha256).read_bytes() for path, blob in repo.commits[repo.resolve()].items()}
 
@@ -140,7 +140,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-Answer = Reply | dict[str, Any] | list[Any]  # the latter two go out as JSON
+Answer = Reply | dict[str, Any] | list[Any]  # the last two are sent as JSON
 ROUTES: list[tuple[str, re.Pattern[str], bool, Callable[..., Answer]]] = []
 # An id is owner/name, but the clients also ask for a bare name. Ids, revisions and paths arrive percent-encoded.
 REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)?)"
@@ -150,7 +150,7 @@ REVISION = r"/(?P<revision>[^/]+)"
 
 
 def route(method: str, pattern: str, token: bool = False) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """Have a handler answer `method` on paths that match `pattern`; if `token`, only to those who show it."""
+    """Let a handler answer `method` on paths that match `pattern`. If `token`, the request must have the token."""
 
     def register(handler: Callable[..., Answer]) -> Callable[..., Answer]:
         ROUTES.append((method, re.compile(pattern), token, handler))
@@ -160,10 +160,10 @@ def route(method: str, pattern: str, token: bool = False) -> Callable[[Callable[
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. Handlers get their pattern's groups, with `repo` in place of the repository's type and id."""
+    """One connection. Handlers get the groups of their pattern, with `repo` instead of the repository's type and id."""
 
     protocol_version = "HTTP/1.1"  # the clients keep connections open
-    disable_nagle_algorithm = True  # headers and body are written apart: a body must not wait for the headers' ack
+    disable_nagle_algorithm = True  # headers and body are written separately: a body must not wait for the headers' ack
 
     def __init__(self, hub: HubServer, *args: Any):
         self.hub = hub
@@ -186,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: HubServer.requests is the log."""
+        """Say nothing, because HubServer.requests is the log."""
 
     def answer(self) -> Answer:
         path, _, query = self.path.partition("?")
@@ -211,20 +211,20 @@ class Handler(BaseHTTPRequestHandler):
         raise HubError(404, "No such page")
 
     def url(self, repo: Repo) -> str:
-        """Where a browser would look at the repository; the clients read its id off this."""
+        """Return the address of the repository in a browser. The clients read its id off the address."""
         return f"{self.hub.endpoint}/{'' if repo.repo_type == 'model' else repo.repo_type + 's/'}{repo.repo_id}"
 
     @route("GET", "/api/whoami-v2", token=True)
     def whoami(self) -> Answer:
-        """Who holds the token."""
+        """Return the user who holds the token."""
         access = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
         return {"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": access}
 
     @route("POST", "/api/repos/create", token=True)
     def create(self) -> Answer:
-        """Create a repository; for one that exists, a 409 that the clients forgive under exist_ok.
+        """Create a repository. If it exists, answer with a 409, which the clients accept under exist_ok.
 
-        Nobody may create one under the name of another.
+        Nobody may create a repository under another user's name.
         """
         wanted = json.loads(self.body)
         if wanted.get("organization") not in (None, USER):
@@ -237,25 +237,25 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> Answer:
-        """Check a README's metadata before it is committed: all is welcome here."""
+        """Check a README's metadata before it is committed. Everything is accepted here."""
         return {"errors": [], "warnings": []}
 
     @route("GET", rf"{API}(?:/revision{REVISION})?")
     def info(self, repo: Repo, revision: str = "main") -> Answer:
-        """model_info and dataset_info: the sha that a revision stands for, and its files."""
+        """Answer model_info and dataset_info: the sha of a revision, and its files."""
         sha = repo.resolve(revision)
         siblings = [{"rfilename": path, "size": blob.size} for path, blob in sorted(repo.commits[sha].items())]
         return {"id": repo.repo_id, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings}
 
     @route("GET", f"{API}/refs")
     def refs(self, repo: Repo) -> Answer:
-        """Branches and tags."""
+        """Return branches and tags."""
         main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.resolve()}
         return {"branches": [main], "converts": [], "tags": [], "pullRequests": []}
 
     @route("GET", rf"{API}/tree{REVISION}(?:/(?P<path>.+))?")
     def tree(self, repo: Repo, revision: str, path: str = "") -> Answer:
-        """List a folder, one level deep or all the way down; on one page, however long."""
+        """List a folder, one level deep or all levels, always on one page."""
         entries = repo.entries(revision)
         if path and entries.get(path, {}).get("type") != "directory":
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
@@ -265,16 +265,16 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"{API}/paths-info{REVISION}")
     def paths_info(self, repo: Repo, revision: str) -> Answer:
-        """Describe chosen paths (a form, not JSON), leaving out those that do not exist."""
+        """Describe chosen paths (a form, not JSON). Leave out paths that do not exist."""
         entries = repo.entries(revision)
         return [entries[path] for path in parse_qs(self.body.decode()).get("paths", []) if path in entries]
 
     @route("GET", rf"{WEB}/resolve{REVISION}/(?P<path>.+)")
     def resolve(self, repo: Repo, revision: str, path: str) -> Answer:
-        """Download a file, whole or a range of it; by HEAD, learn its commit, size and etag."""
+        """Download a file or a range of it. HEAD returns its commit, size and etag only."""
         headers = {"X-Repo-Commit": repo.resolve(revision)}
         blob = repo.commits[headers["X-Repo-Commit"]].get(path)
-        if blob is None:  # with the commit, so that the clients can remember the absence
+        if blob is None:  # the commit lets the clients remember that the file is missing
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)
         headers |= {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", "ETag": f'"{blob.etag}"'}
         if blob.lfs:
@@ -290,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"{API}/preupload{REVISION}", token=True)
     def preupload(self, repo: Repo, revision: str) -> Answer:
-        """Push, step 1: say how each file is to travel, and what the revision holds in its place."""
+        """Push, step 1: tell how to upload each file, and the id of the file that it replaces."""
         tree, files = repo.commits[repo.resolve(revision)], json.loads(self.body)["files"]
         for file in files:
             mode = "lfs" if uses_lfs(file["path"], file["size"]) else "regular"
@@ -300,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", rf"{WEB}\.git/info/lfs/objects/batch", token=True)
     def lfs_batch(self, repo: Repo) -> Answer:
-        """Push, step 2, LFS files only: say where to upload those not stored yet (and ask for no verify call)."""
+        """Push, step 2, LFS files only: return upload addresses of files not stored yet. Ask for no verify call."""
         objects = json.loads(self.body)["objects"]
         for item in objects:
             if not (self.hub.blobs / item["oid"]).is_file():
@@ -310,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("PUT", "/lfs/(?P<oid>[0-9a-f]{64})")
     def lfs_upload(self, oid: str) -> Answer:
-        """Push, step 3: take an LFS file. No token comes along: that a batch call named the file stands for it."""
+        """Push, step 3: take an LFS file. The request has no token. It must be named in an earlier batch call."""
         if oid not in self.hub.granted:
             raise HubError(403, "This upload was not asked for")
         if hashlib.sha256(self.body).hexdigest() != oid:
@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"{API}/commit{REVISION}", token=True)
     def commit(self, repo: Repo, revision: str) -> Answer:
-        """Push, step 4: a header and then the changes, one JSON object a line, become one commit."""
+        """Push, step 4: make one commit of a header and changes, one JSON object per line."""
         if revision != "main" or "create_pr" in self.query:
             raise HubError(400, "Only commits to main are taken")
         with self.hub.lock:

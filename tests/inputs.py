@@ -1,10 +1,10 @@
-"""Wrong input, as a table: what a user gives, and what the one line that answers must name.
+"""Wrong input, as a table: the flags that a user gives, and the words that the one-line answer must hold.
 
     for case in CASES:
         problem = check(case, run)     # run(script, argv, cwd) -> (exit code, stdout, stderr); None: as it should be
 
-Each case is plain data and needs no test framework, so that other programs can run it, in any way, for example in a
-process of its own. Every case runs in a directory of its own, where `good.txt` is a text that is fine.
+Each case is plain data and needs no test framework. So other programs can run it too, for example in a process of its
+own. Every case runs in a new directory. The file `good.txt` in it is a correct text.
 """
 
 import functools
@@ -32,22 +32,22 @@ from corpus.sources import read_documents
 from model import ModelConfig, load_tokenizer
 
 NOBODY = 65534
-FIRED = "canary-fired"  # the file that a canary makes in the working directory, where something runs it
+FIRED = "canary-fired"  # the file that a canary makes in the working directory if something runs it
 Build = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """``flags`` beside those that every call has (see `arguments`), and ``words`` that the answer must hold."""
+    """``flags`` are added to those of every call (see `arguments`). The answer must hold ``words``."""
 
     name: str
     flags: str
     words: tuple[str, ...]
-    build: tuple[Build, ...] = ()  # each makes files in the directory it is given
+    build: tuple[Build, ...] = ()  # each makes files in the directory that it gets
     script: str = "train.py"
-    env: dict[str, str] = field(default_factory=dict)  # where not empty, only a process of its own will do
+    env: dict[str, str] = field(default_factory=dict)  # if not empty, the case needs a process of its own
     as_nobody: bool = False  # root may read and write everything, so `check` is nobody while this runs
-    absent: str = ""  # what the answer must not hold
+    absent: str = ""  # text that the answer must not hold
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,12 +64,12 @@ def file(name: str, content: bytes | str) -> Build:
 
 
 def rows(name: str, *texts: object, column: str = "text") -> Build:
-    """A .jsonl file with a record for each of ``texts``."""
+    """Make a .jsonl file with a record for each of ``texts``."""
     return file(name, "".join(json.dumps({column: text}) + "\n" for text in texts))
 
 
 def parquet(name: str, keep: float = 1.0) -> Build:
-    """A .parquet file, cut off after a part of its bytes."""
+    """Make a .parquet file, cut off after a part of its bytes."""
 
     def build(directory: Path) -> None:
         pyarrow.parquet.write_table(pa.table({"text": [make_text(50, i) for i in range(20)]}), directory / name)
@@ -93,7 +93,7 @@ def mode(name: str, bits: int) -> Build:
 
 @functools.cache
 def good_model() -> Path:
-    """A tiny GPT-2 of 64 positions with its tokenizer, made once a process."""
+    """Return a tiny GPT-2 of 64 positions with its tokenizer, made once per process."""
     keep.append(holder := tempfile.TemporaryDirectory(prefix="inputs-"))
     root = Path(holder.name)
     root.chmod(0o755)
@@ -109,7 +109,7 @@ keep: list[tempfile.TemporaryDirectory] = []
 
 
 def model(*changes: Callable[[Path], object], name: str = "model") -> Build:
-    """A copy of the good model, with ``changes`` made to it."""
+    """Copy the good model and apply ``changes`` to the copy."""
 
     def build(directory: Path) -> None:
         shutil.copytree(good_model(), directory / name)
@@ -128,7 +128,7 @@ def cut(name: str, size: int) -> Build:
 
 
 def edit(name: str, **changes: object) -> Build:
-    """Changes keys of a JSON file; None takes one out."""
+    """Change keys of a JSON file. None removes a key."""
 
     def build(directory: Path) -> None:
         content = json.loads((directory / name).read_text()) | changes
@@ -143,7 +143,7 @@ def small_embedding(directory: Path) -> None:
 
 
 def roberta(directory: Path) -> None:
-    """64 rows of positions, of which the family's padding takes two."""
+    """Save a RoBERTa with 64 rows of positions. The family's padding takes two of them."""
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     positions = {"max_position_embeddings": 64, "pad_token_id": 1, "is_decoder": True}
@@ -151,14 +151,14 @@ def roberta(directory: Path) -> None:
 
 
 class Canary:
-    """Unpickling it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __reduce__(self):
         return open, (FIRED, "w")
 
 
 def canary(name: str) -> Build:
-    """A pickle that runs code, in the ways that are in use: by itself, and as PyTorch writes it."""
+    """Make a pickle that runs code, either a plain one or one in PyTorch's format."""
 
     def build(directory: Path) -> None:
         if name.endswith((".bin", ".pt", ".pth")):
@@ -173,7 +173,7 @@ CODE = f"open({FIRED!r}, 'w')\n"  # the same as a Python file
 
 
 def custom_code(directory: Path) -> None:
-    """A model whose architecture is a Python file beside its weights."""
+    """Replace the architecture of a model by a Python file beside its weights."""
     (directory / "modeling_own.py").write_text(CODE)
     (directory / "configuration_own.py").write_text(CODE)
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
@@ -188,7 +188,7 @@ def custom_tokenizer(directory: Path) -> None:
 
 
 def finished_run(name: str) -> Build:
-    """What a run leaves, as far as it is looked at before anything else."""
+    """Make the one file of a finished run that is read before anything else."""
     return file(f"{name}/metrics.jsonl", '{"step": 1, "split": "eval", "loss": 1.0, "final": true}\n')
 
 
@@ -201,7 +201,7 @@ NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 HEADER = b"\0" * 64
 
 CASES = [
-    # Files that are not there, or are none.
+    # Files that do not exist or are not files.
     Case("missing file", DATA + "nowhere.txt", ("--train_files nowhere.txt", "no such file")),
     Case("missing among others", DATA + "good.txt x.txt.gz", ("--train_files x.txt.gz", "no such file")),
     Case("missing evaluation file", "--eval_files nowhere.txt", ("--eval_files nowhere.txt", "no such file")),
@@ -293,7 +293,7 @@ CASES = [
     Case("lists of numbers", DATA + "x.jsonl", ("record 1", "[1, 2]"), (rows("x.jsonl", [1, 2]),)),
     Case("records in the column", DATA + "x.jsonl --text_column answers", ("record 1", "not text"),
          (rows("x.jsonl", {"text": "a"}, column="answers"),)),
-    # Which text of a record, and which records.
+    # Templates and filters of records.
     Case("a template that is broken", DATA + "x.jsonl --text_column '{text'",
          ("--text_column {text: not a valid template", "braces"), (rows("x.jsonl", A),)),
     Case("a template with a form", DATA + "x.jsonl --text_column '{text:>9}'",
@@ -332,7 +332,7 @@ CASES = [
     Case("long documents alone", "--long_documents drop", ("--long_documents drop", "--block_size 16")),
     Case("evaluation text that is trained on", "--deduplicate --eval_files good.txt",
          ("none of its tokens has a loss",)),
-    # Too little.
+    # Too little text.
     Case("fewer tokens than a block", DATA + "x.txt --block_size 64", ("--block_size 64", "only 18 tokens"),
          (file("x.txt", "a b c d e f g h i j"),)),
     Case("an evaluation set without a token", "--eval_files x.txt", ("--eval_files x.txt", "empty"),
@@ -393,7 +393,7 @@ CASES = [
     Case("fp16 on a CPU", "--precision fp16", ("--precision fp16", "bf16, fp32")),
     Case("block beyond the positions", "--block_size 65", ("--block_size 65", "64 positions")),
     Case("a prompt beyond the positions", f"--sample_prompt '{'the model ' * 40}'", ("--sample_prompt the model",)),
-    # Flags and files of flags.
+    # Flags, and files of flags.
     Case("unknown flag", "--frobnicate 3", ("--frobnicate: unknown", "--help")),
     Case("misspelt flag", "--bach_size 3", ("--bach_size: unknown", "Use --batch_size")),
     Case("abbreviated flag", "--batch 3", ("--batch: unknown", "Use --")),
@@ -609,7 +609,7 @@ INSTEAD = {
 
 
 def arguments(case: Case) -> list[str]:
-    """The case's flags after those of a call that is fine, so far as the case does not give them itself."""
+    """Return the flags of a correct call that the case does not give itself, then the case's flags."""
     given = shlex.split(case.flags)
     taken = {flag for word in given for flag in (word.partition("=")[0], INSTEAD.get(word.partition("=")[0]))}
     base = {flag: value or str(good_model()) for flag, value in BASE[case.script].items() if flag not in taken}
@@ -618,14 +618,14 @@ def arguments(case: Case) -> list[str]:
 
 
 def listing(directory: Path) -> dict[str, tuple]:
-    """Names, kinds, sizes and times of all that is there."""
+    """Return the kinds, sizes and times of all files and directories, by name."""
     paths = [directory, *directory.rglob("*")]
     stats = {str(path): path.lstat() for path in paths}
     return {path: (stat.st_mode, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 def check(case: Case, run: Callable[[str, list[str], Path], tuple[int, str, str]]) -> str | None:
-    """Runs the case in a new directory and returns what is wrong with the answer, or None."""
+    """Run the case in a new directory. Return the problems with the answer, or None."""
     with tempfile.TemporaryDirectory(prefix="case-") as name:
         directory = Path(name)
         directory.chmod(0o777 if case.as_nobody else 0o755)
@@ -643,7 +643,7 @@ def check(case: Case, run: Callable[[str, list[str], Path], tuple[int, str, str]
                 os.setresuid(0, 0, 0)
         after = listing(directory)
     lines = err.splitlines()
-    several = case.name == "two numbers at once"  # all that is wrong with the flags is said at once, a line each
+    several = case.name == "two numbers at once"  # all errors in flags are reported at once, one per line
     problems = [
         (code != 2, f"exit code {code}"),
         (len(lines) != 1 + several, f"{len(lines)} lines on stderr"),

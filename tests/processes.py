@@ -1,4 +1,4 @@
-"""The product's scripts as real processes that start at once, with or without pytest.
+"""Run the product's scripts as real processes that start at once, with or without pytest.
 
     done = run("train.py", "--config", "small.yaml", cwd=directory)     # a subprocess.CompletedProcess
     process = start("train.py", "--config", "small.yaml", cwd=directory)
@@ -6,12 +6,11 @@
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -9
 
-Nearly all the time of a short `python train.py` goes into its imports. One server process does them once and forks
-itself for each run; the fork then executes the script's file as ``__main__``. What a run has of its own: arguments,
-working directory, standard streams, signals, random numbers, exit. What it shares with all other forked runs: the
-imports, the seed of Python's hashes, and the environment, since imports read it. So ``start`` quietly starts an
-interpreter of its own where no server was started in the same environment (see `prepare`), or where it is told to be
-``fresh``. A server computes nothing with torch: OpenMP's threads do not survive a fork.
+A short `python train.py` spends nearly all its time on imports. One server process imports once and forks itself for
+each run. The fork then executes the script's file as ``__main__``. Each run has its own arguments, working directory,
+standard streams, signals, random numbers and exit. Forked runs share the imports, the seed of Python's hashes, and the
+environment, because imports read it. ``start`` uses a new interpreter if no server has the same environment (see
+`prepare`) or with ``fresh``. A server computes nothing with torch: OpenMP's threads do not survive a fork.
 """
 
 import atexit
@@ -36,7 +35,7 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train.py", "generate.py", "perplexity.py", "export.py")
 MESSAGE_SIZE = 16
-# Variables that no import reads: pytest's, and those that torch sets at its import and train.py where a test calls it.
+# Variables that no import reads: pytest's, torch's from its import, and train.py's if a test calls it.
 IGNORED_VARIABLES = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG")
 IGNORED_VARIABLES += ("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",)  # set by the compiler
 IGNORED_VARIABLES += (
@@ -49,7 +48,7 @@ IGNORED_VARIABLES += (
     "MASTER_PORT",
     "TORCHELASTIC_USE_AGENT_STORE",
 )
-_stores: list[Any] = []  # which live as long as the tests
+_stores: list[Any] = []  # they live as long as the tests
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ _stores: list[Any] = []  # which live as long as the tests
 
 
 class Process:
-    """A started script: the part of subprocess.Popen that tests need, its output readable at any time."""
+    """A started script: the part of subprocess.Popen that tests need. Its output is readable at any time."""
 
     def __init__(self, spawned: "subprocess.Popen | _Forked", stdout: BinaryIO, stderr: BinaryIO):
         self._spawned, self._stdout, self._stderr = spawned, stdout, stderr
@@ -69,8 +68,8 @@ class Process:
 
     @property
     def stdout(self) -> str:
-        """All that was written so far."""
-        return _read(self._stdout).decode(errors="replace")  # a letter may be cut where the buffer was full
+        """Return everything that was written so far."""
+        return _read(self._stdout).decode(errors="replace")  # the end of the file may cut a letter
 
     @property
     def stderr(self) -> str:
@@ -78,21 +77,21 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            with suppress(ProcessLookupError):  # it may end right now
+            with suppress(ProcessLookupError):  # it may end at this moment
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, or minus the signal's number. Raises subprocess.TimeoutExpired."""
+        """Return the exit code, or minus the signal's number. Raise subprocess.TimeoutExpired if it takes longer."""
         return self._spawned.wait(timeout)
 
     def lines(self, timeout: float = 120) -> Iterator[str]:
-        """The lines of stdout as they are written, until the process has ended."""
+        """Yield the lines of stdout as they are written, until the process has ended."""
         place, deadline = 0, time.monotonic() + timeout
         while True:
-            ended = self.returncode is not None  # asked first: what is read after the end is all there is
+            ended = self.returncode is not None  # asked first, because a read after the end is complete
             written = _read(self._stdout, place)
             if not ended:
                 written = written[: written.rfind(b"\n") + 1]
@@ -116,11 +115,10 @@ def start(
     stderr: str | Path | int | None = None,
     fresh: bool = False,
 ) -> Process:
-    """Starts ``python SCRIPT ARGS`` in ``cwd``, the environment being ``os.environ | env``.
+    """Start ``python SCRIPT ARGS`` in ``cwd`` with the environment ``os.environ | env``.
 
-    ``script`` is relative to the project. ``stdout`` and ``stderr`` name files to write to instead of temporary
-    ones, or are descriptors, such as a pipe's. ``fresh`` asks for an interpreter of its own, which imports everything
-    anew.
+    ``script`` is relative to the project. ``stdout`` and ``stderr`` name files to write to instead of temporary files.
+    They may also be descriptors, such as a pipe's. ``fresh`` asks for a new interpreter that imports everything again.
     """
     path = ROOT / str(script)
     arguments = [str(path), *map(str, args)]
@@ -142,13 +140,13 @@ def start(
     finally:
         os.close(reader)
         for given, file in ((stdout, out), (stderr, err)):
-            if isinstance(given, int):  # the reader of a pipe waits until all have closed it
+            if isinstance(given, int):  # the reader of a pipe waits until all processes have closed it
                 file.close()
     return Process(spawned, out, err)
 
 
 def meeting_place() -> dict[str, str]:
-    """The environment in which ranks find a store of this process, as they find that of torchrun's agent."""
+    """Return the environment in which ranks find a store of this process, like the store of torchrun's agent."""
     from torch.distributed import TCPStore
 
     _stores.append(TCPStore("127.0.0.1", 0, is_master=True))
@@ -157,7 +155,7 @@ def meeting_place() -> dict[str, str]:
 
 
 def run(script: object, *args: object, timeout: float = 120, **options) -> subprocess.CompletedProcess[str]:
-    """As `start`, to the end; a process that takes longer than ``timeout`` seconds is killed, as in subprocess.run."""
+    """Run like `start`, to the end. Kill the process after ``timeout`` seconds, as subprocess.run does."""
     process = start(script, *args, **options)
     try:
         process.wait(timeout)
@@ -169,7 +167,7 @@ def run(script: object, *args: object, timeout: float = 120, **options) -> subpr
 
 
 class _Forked:
-    """What subprocess.Popen is for a child, for a process that the server has forked."""
+    """A process that the server forked, with the interface of subprocess.Popen."""
 
     returncode: int | None = None
 
@@ -197,13 +195,13 @@ class _Forked:
 
 
 class Server:
-    """Forks the scripts in ``root`` in an environment that is fixed when it starts."""
+    """A process that forks the scripts in ``root``. Its environment is fixed when it starts."""
 
     def __init__(self, environment: dict[str, str], root: Path):
         self.environment, self.root = _visible(environment), root
         self.control, other = socket.socketpair()
         self._errors = _writable(None)
-        # Pipes, as a run has them: Python decides by what it finds at its start how the streams are buffered.
+        # Python decides at its start how to buffer the streams. A run has pipes, so the server gets pipes.
         self.process = subprocess.Popen(
             [sys.executable, __file__, "serve", str(other.fileno()), str(root)],
             pass_fds=[other.fileno()],
@@ -239,9 +237,9 @@ _servers: list[Server] = []
 
 
 def prepare(env: dict[str, str] | None = None, root: Path = ROOT) -> Server:
-    """Starts a server for runs with this ``env``, which imports while the caller goes on.
+    """Start a server for runs with this ``env``. It imports while the caller goes on.
 
-    The first run would otherwise start one for ``os.environ`` and wait. Worth its imports from the second run on.
+    Otherwise the first run starts a server for ``os.environ`` and waits. A server pays off from the second run on.
     """
     _servers.append(Server(os.environ | (env or {}), root))
     return _servers[-1]
@@ -254,14 +252,14 @@ def _fork(
     with other:
         socket.send_fds(control, [b"+"], [*streams, other.fileno()])
     channel.sendall(json.dumps([arguments, cwd, environment]).encode() + b"\n")
-    answer = channel.recv(MESSAGE_SIZE)  # sent when the streams and signals are the run's own
-    if answer[:1] != b"p":  # an exit code is said where there is no run
+    answer = channel.recv(MESSAGE_SIZE)  # sent when streams and signals are those of the run
+    if answer[:1] != b"p":  # an exit code means that no run was started
         raise ValueError
     return _Forked([sys.executable, *arguments], int(answer[1:]), channel)
 
 
 def stand_in(server: Server) -> str:
-    """A shell script to stand where commands expect ``python``: the server forks what it can.
+    """Return a shell script that replaces ``python`` in commands: the server forks the scripts that it knows.
 
     The commands must be started with ``pass_fds=[server.control.fileno()]``.
     """
@@ -272,7 +270,7 @@ def _stand_in(control: socket.socket, arguments: list[str]) -> int:
     if arguments[0] not in SCRIPTS:
         os.execv(sys.executable, [sys.executable, *arguments])
     code = _fork(control, arguments, os.getcwd(), dict(os.environ), [0, 1, 2]).wait()
-    return code if code >= 0 else 128 - code  # as a shell says it
+    return code if code >= 0 else 128 - code  # a shell reports signals like this
 
 
 def _visible(environment: dict[str, str]) -> dict[str, str]:
@@ -286,7 +284,7 @@ def _writable(name: str | Path | int | None) -> BinaryIO:
 
 
 def _read(file: BinaryIO, place: int = 0) -> bytes:
-    """What is in the file from ``place`` on, without a move of the offset, which its writer shares."""
+    """Return the bytes of the file from ``place`` on. The offset is shared with the writer and does not move."""
     return os.pread(file.fileno(), max(0, os.fstat(file.fileno()).st_size - place), place)
 
 
@@ -294,25 +292,25 @@ def _feed(writer: int, data: bytes) -> None:
     try:
         with open(writer, "wb") as file:
             file.write(data)
-    except BrokenPipeError:  # the process ended without having read it
+    except BrokenPipeError:  # the process ended before it read everything
         pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The server's side
+# The server
 
 
 def _serve(control: socket.socket, root: str) -> None:
-    """Forks for each request; returns in the forked process, when all is as at the start of a Python of its own."""
+    """Fork for each request. Return in the forked process, in the state of a newly started Python."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests and their runs
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the waiting processes
     sys.path[0] = root
     for script in SCRIPTS:
         __import__(script.removesuffix(".py"))
-    # A new process draws its own random numbers; `random` itself sees to that in a fork, others do not.
+    # Each run needs random numbers of its own. `random` seeds itself again in a fork. Other generators do not.
     kinds = (random.Random, sys.modules["numpy"].random.RandomState)
     generators = [item for item in gc.get_objects() if type(item) in kinds]
-    gc.freeze()  # what is imported stays shared memory
+    gc.freeze()  # imported objects stay in shared memory
     while files := socket.recv_fds(control, 1, 4)[1]:
         if os.fork() == 0:
             control.close()
@@ -330,7 +328,7 @@ def _message(kind: str, number: int) -> bytes:
 
 
 def _become(stdin: int, stdout: int, stderr: int, channel: int) -> None:
-    """Forks once more, waits for the child and tells its exit code; returns in the child alone."""
+    """Fork once more, wait for the child and report its exit code. Return in the child only."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection = socket.socket(fileno=channel)
     with connection.makefile() as lines:
@@ -363,7 +361,7 @@ if __name__ == "__main__":
     if role == "stand-in":
         sys.exit(_stand_in(socket.socket(fileno=int(control)), rest))
     _serve(socket.socket(fileno=int(control)), *rest)
-    # From here on this is the run.
+    # From here on this process is the run.
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = sys.argv[0]
     exec(compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec"), main.__dict__)

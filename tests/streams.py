@@ -28,7 +28,7 @@ def epoch(training, position=None):
 
 
 def saved(*trainings):
-    """Return what a checkpoint stores of the ranks."""
+    """Return the state of the ranks that a checkpoint stores."""
     states = [training.state(rank, len(trainings)) for rank, training in enumerate(trainings)]
     shards = {s: state for part in states for s, state in part.items()}
     return json.loads(json.dumps([shards[s] for s in sorted(shards)]))

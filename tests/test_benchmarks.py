@@ -1,4 +1,4 @@
-"""The benchmarks: their arithmetic, their tables, and that each contender computes what it stands for."""
+"""The benchmarks: their arithmetic, their tables, and the computation of each contender."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ class Enough(Exception):
 
 
 class FewTurns(contenders.Turns):
-    """Lets a contender do a number of units of work, without a driver."""
+    """A stand-in for the driver that lets a contender do a number of units of work."""
 
     def __init__(self, units: int):
         self.left, self.facts, self.syncs = units, {}, []
@@ -39,7 +39,7 @@ class FewTurns(contenders.Turns):
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """Undo what a contender switches on for its process."""
+    """Undo the settings that a contender makes for its process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -54,7 +54,7 @@ def options(jsonl_file, model_dir, tokenizer, tmp_path):
 
 
 class Replies:
-    """Stands in for a contender: the seconds of its turns are known."""
+    """A stand-in for a contender with known seconds per turn."""
 
     def __init__(self, *seconds: float):
         self.seconds, self.units = list(seconds), []
@@ -99,7 +99,7 @@ def test_nanogpt_computes_what_gpt2_computes():
     for name, weight in theirs.transformer.state_dict().items():
         for before, after in names.items():
             if f".{before}.weight" in name:
-                weight = weight.T  # GPT-2's Conv1D holds its matrix the other way round
+                weight = weight.T  # GPT-2's Conv1D stores its matrix transposed
             name = name.replace(f".{before}.", f".{after}.")
         weights[name] = weight
     nano.load_state_dict({**weights, "lm_head.weight": weights["wte.weight"]})
@@ -117,7 +117,7 @@ def test_contenders_step(contender, options):
 
 
 def test_ours_waits_for_its_device_at_a_log_step_alone(options):
-    """The first step and the 10th are logged. Without a text the tokens are random."""
+    """The first and the 10th step are logged. Without a text the tokens are random."""
     turns = FewTurns(11)
     synthetic = {"block_size": 16, "work": options["work"], "count_syncs": True}
     with pytest.raises(Enough):
@@ -150,7 +150,7 @@ def test_products_are_those_of_a_step():
 
 
 def test_the_guides_maps(tokenizer, tmp_path):
-    """One map batch: the same tokens as ours without the ends of documents, and the remainder dropped."""
+    """In one map batch, the tokens are ours without the ends of documents. The remainder is dropped."""
     path = write_jsonl(tmp_path / "rows.jsonl", 20)
     options = {"text": str(path), "text_column": "answers.text", "block_size": 16}
     made = guide.text_to_blocks(options, tokenizer, num_proc=None)
@@ -168,7 +168,7 @@ def test_the_guides_maps(tokenizer, tmp_path):
 
 
 def run_gpu(monkeypatch, capsys, *arguments: str) -> tuple[int, list[list[str]], str]:
-    """Return the exit code, the cells of each row, and stderr."""
+    """Run benchmarks.gpu. Return the exit code, the cells of each row, and stderr."""
     monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     code, output = gpu.main(), capsys.readouterr()
     rows = [line for line in output.out.splitlines() if line.startswith("| ")]
@@ -199,7 +199,7 @@ def test_steps_in_tiny(monkeypatch, capsys, part):
     assert code == 0 and [row[1] for row in rows] == [label for name, label, *_ in gpu.STEPS if name == part]
     assert all(float(row[3].replace(",", "")) > 0 for row in rows), rows
     syncs = [row[-1] for row in rows if row[1] == "host syncs"]
-    assert syncs == ["0 host syncs in 6 steps without a log"] * (part == "flags")  # those of packed steps are shown
+    assert syncs == ["0 host syncs in 6 steps without a log"] * (part == "flags")  # packed steps have another row
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_sliding_windows_predict_each_token_once(rows, tokenizer):
         windows = group_texts(stream, block_size, stride)
         has_loss = torch.cat([w["labels"][w["labels"] != -100] for w in (windows[i] for i in range(len(windows)))])
         assert has_loss.tolist() == stream[:].tolist()
-        if stride < block_size:  # every scored token but the first has enough before it
+        if stride < block_size:  # every token with loss but the first has enough tokens before it
             starts = [int((windows[i]["labels"] != -100).nonzero()[0]) for i in range(1, len(windows))]
             assert all(start == block_size - stride for start in starts)
 
@@ -75,7 +75,7 @@ def test_each_epoch_uses_each_block_once_and_resumes_anywhere(rows, tokenizer, m
 
 
 def test_an_epoch_starts_soon_and_with_little_memory():
-    """Also an epoch of 8 million blocks, at whose start all steps were divided among the ranks at once."""
+    """This holds for 8 million blocks. Earlier, all steps of an epoch were divided among the ranks at its start."""
 
     class Many(Blocks):
         def __init__(self):

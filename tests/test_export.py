@@ -146,7 +146,7 @@ def test_a_revision_of_the_hub(model_dir, tokenizer, text_file, tmp_path):
 
 
 def test_size_loss_and_card(adapter, text_file, tmp_path):
-    """The loss is of the directory that was written, which plain transformers reads."""
+    """The loss is that of the written directory, which plain transformers reads."""
     shutil.copytree(adapter, tmp_path / "adapter")
     card = "---\nlicense: mit\nlibrary_name: peft\nbase_model: someone/base\n---\n# Notes\n"
     (tmp_path / "adapter/README.md").write_text(card)

@@ -34,7 +34,7 @@ def model(model_dir):
 
 
 class Counter(BaseStreamer):
-    tokens = -1  # the prompt comes first, as one
+    tokens = -1  # the prompt comes first, as one call
 
     def put(self, value):
         self.tokens += 1
@@ -44,7 +44,7 @@ class Counter(BaseStreamer):
 
 
 def test_a_text_ends_with_what_ended_the_documents(model_dir, tokenizer):
-    """In BERT's family this is the separator. Neither model nor tokenizer calls it end-of-text."""
+    """In BERT's family the separator ends a document. Neither model nor tokenizer calls it end-of-text."""
     model, twin = load_pretrained(str(model_dir)), copy.deepcopy(tokenizer)
     model.generation_config.eos_token_id = None
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_equals_the_pipeline(model_dir, model, tokenizer):
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
 def test_what_is_streamed_is_what_is_returned(kind, tokenizer, capsys):
-    if kind == "metaspace":  # as Llama: a word decoded alone loses the space before it
+    if kind == "metaspace":  # as in Llama, a word decoded alone loses the space before it
         tokenizer = FAMILIES["metaspace"]()
     model = tiny_gpt2(len(tokenizer), n_positions=128).eval()
     sampling = SamplingConfig(max_new_tokens=40)
@@ -283,7 +283,7 @@ BATCHED |= {"JetMoE": ("jetmoe", SIZES | JETMOE), "DBRX": ("dbrx", DBRX)}
 def test_batched_text_equals_alone(name, tokenizer):
     """GIT sees its pads from the second step on, and RecurrentGemma before a single token. XLNet cannot batch a mask.
 
-    The others have routers with a loss of their own.
+    The other models have routers with a loss of their own.
     """
     kind, sizes = BATCHED[name]
     torch.manual_seed(0)

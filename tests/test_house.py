@@ -1,4 +1,4 @@
-"""The house: lines per file and per function, who imports whom, and changes that touch one file."""
+"""The house rules: lines per file and function, imports between packages, and changes that touch one file."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, load_shards, read_jsonl
 
 SCRIPTS = {"train": 320, "data": 280, "model": 260, "generate": 280, "perplexity": 120, "export": 80}  # most lines
-PACKAGES = {"cli": 0, "corpus": 1, "modeling": 1, "distributed": 2, "training": 3}  # each imports lower ones alone
+PACKAGES = {"cli": 0, "corpus": 1, "modeling": 1, "distributed": 2, "training": 3}  # each imports only lower ones
 IMPORTS = {
     "train": {"data", "model", "generate", "perplexity"},
     "perplexity": {"data", "model"},
@@ -44,7 +44,7 @@ def test_files_and_functions_are_short():
 
 
 def test_the_loop_is_plain():
-    """`train` has no function inside, at most 50 lines before its one `while`, and one `for`: over samples."""
+    """`train` has no inner function, at most 50 lines before its only `while`, and one `for`: over samples."""
     (train,) = [node for name, node, _ in functions_of(ROOT / "train.py") if name == "train"]
     inner = [
         n for n in ast.walk(train) if isinstance(n, (ast.FunctionDef, ast.Lambda, ast.ClassDef)) and n is not train
@@ -59,7 +59,7 @@ def test_the_loop_is_plain():
 
 
 def imported_by(path: Path) -> set[str]:
-    """The first part of the name of each module that a file imports."""
+    """Return the first part of the name of each module that a file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
@@ -115,7 +115,7 @@ class Csv:
 
 TRACKERS = {"csv": Csv, "tensorboard": TensorBoard}
 '''
-# The one file that each change touches.
+# The only file that each change touches.
 CHANGES = {
     "schedule": ("train.py", replace(LINE, ROOT_DECAY)),
     "optimizer": ("train.py", replace(
@@ -128,7 +128,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory, model_dir, text_file):
-    """For each change the run of a changed copy of the tree, and of an unchanged one."""
+    """Run a changed copy of the tree for each change, and an unchanged one. Return each run and its process."""
     started = {}
     for name, (file, change) in {**CHANGES, "nothing": ("train.py", str)}.items():
         root = tmp_path_factory.mktemp(name)
@@ -163,8 +163,8 @@ def test_a_change_touches_one_file(changed, name):
         assert f"6,train,loss,{records[-1]['loss']}" in text and "\nend " in text and "sample: the" in text
     assert json.loads((run / "checkpoints/step-000006/state.json").read_text())["train_state"]["step"] == 6
     card = (run / "model/README.md").read_text()
-    assert "AdamW" not in card and "linear" not in card  # or the changes would touch a second file
-    if name == "optimizer":  # whose moments mean nothing to AdamW
+    assert "AdamW" not in card and "linear" not in card  # else the changes would touch a second file
+    if name == "optimizer":  # its moments mean nothing to AdamW
         flags = ("--config", run / "config.yaml", "--resume", "--max_steps", 8)
         again = processes.run("train.py", *flags, cwd=run.parent.parent)
         assert again.returncode == 2 and "--resume: optimizer was NAdam and is now AdamW" in again.stderr

@@ -61,7 +61,7 @@ def test_sliding_window_scores_each_token_with_what_stands_before_it(model, bloc
     model.eval()
     with torch.no_grad():
         for place in range(1, len(ids)):
-            # The first window that reaches the token scores it.
+            # The first window that includes the token scores it.
             start = max(0, math.ceil((place + 1 - block_size) / stride)) * stride
             logits = model(input_ids=ids[None, start:place]).logits[0, -1].double()
             nll -= F.log_softmax(logits, -1)[ids[place]].item()
@@ -97,7 +97,7 @@ def test_command(model_dir, text_file, model, tokenizer, tmp_path):
 
 
 def test_an_evaluation_that_fails_leaves_the_model_in_its_mode(blocks, tokenizer):
-    """Memory may run out in it, and the run goes on: with dropout, then as before."""
+    """Memory may run out in an evaluation, and the run goes on. Its dropout must be on again."""
     model = tiny_gpt2(len(tokenizer)).train()
 
     def fail():
@@ -110,7 +110,7 @@ def test_an_evaluation_that_fails_leaves_the_model_in_its_mode(blocks, tokenizer
 
 @pytest.mark.parametrize("family", ["byte-level", "metaspace", "wordpiece"])
 def test_bits_per_byte_do_not_depend_on_the_block_size(family, rows, tokenizer):
-    """If each token costs its bytes, a byte costs the same whatever is not predicted."""
+    """If each token costs its bytes, the cost of a byte does not depend on the tokens that are not predicted."""
     if family != "byte-level":
         tokenizer = FAMILIES[family]()
         tokenizer.eos_token = "</s>"
@@ -133,7 +133,7 @@ def test_bits_per_byte_do_not_depend_on_the_block_size(family, rows, tokenizer):
 
 
 def test_bytes_of_a_conversation_have_its_ends_of_turns():
-    """They are special tokens, but text: only the end-of-text token behind a document has no bytes."""
+    """They are special tokens with bytes. Only the end-of-text after a document has no bytes."""
     tokenizer = make_tokenizer(CHATML, *IM)
     tokenizer.add_special_tokens({"additional_special_tokens": [*IM]})
     table = datasets.Dataset.from_list([{"said": talk("ab", "c" * i) + talk("d", "é" * i)} for i in range(1, 20)])

@@ -1,4 +1,4 @@
-"""The forked processes of the other tests: the same as those that `python SCRIPT` starts, and never fewer failures."""
+"""The forked processes of the other tests. They behave like those of `python SCRIPT` and hide no failure."""
 
 import hashlib
 import os
@@ -16,13 +16,13 @@ def is_forked(process):
 
 
 def flags(model_dir, jsonl_file):
-    """Training that lasts until it is stopped, or for ten steps with --max_steps 10."""
+    """Return flags of a training that lasts until it is stopped, or for 10 steps with --max_steps 10."""
     names = ["--model", model_dir, "--train_files", jsonl_file, "--text_column", "answers.text", "--block_size", 32]
     return [*names, "--log_every", 1, "--learning_rate", 1e-3, "--precision", "fp32", "--max_steps", 100_000]
 
 
 def state(process):
-    """What the system knows of a process: its signals, its directory, its open files without their numbers."""
+    """Return the system's view of a process: its signals, and its open files without their numbers."""
     path = Path("/proc") / str(process.pid)
     if not path.exists():
         pytest.skip("needs /proc")
@@ -54,7 +54,7 @@ def test_exit_codes_and_streams(tmp_path, monkeypatch):
     wrong = processes.run("train.py", "--train_files", "no.txt", "--model", "none", cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "train.py: error: --train_files no.txt: no such file. Pass an existing one.\n"
-    monkeypatch.chdir(tmp_path)  # a relative directory is the caller's; input that nobody reads stops nothing
+    monkeypatch.chdir(tmp_path)  # a relative directory is the caller's; unread input stops nothing
     helped = processes.run("perplexity.py", "--help", cwd=".", stdin="x" * 200_000)
     assert helped.returncode == 0 and "--stride" in helped.stdout and helped.stderr == ""
     (tmp_path / "train.yaml").write_bytes(b"\xff")
@@ -71,12 +71,12 @@ def test_a_running_process(model_dir, jsonl_file, tmp_path):
         process.wait(timeout=0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == process.returncode == -9
-    process.send_signal(signal.SIGKILL)  # to nobody
+    process.send_signal(signal.SIGKILL)  # the process has ended
     assert (tmp_path / "out").read_text() == process.stdout == "".join(process.lines())
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run("train.py", *arguments, "--overwrite", cwd=tmp_path, timeout=2)
     done = processes.run("train.py", *arguments, "--max_steps", 1, "--overwrite", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr  # the directory's lock is free: the one before was killed
+    assert done.returncode == 0, done.stderr  # the killed process has released the lock of the directory
 
 
 def test_an_environment_that_imports_may_read_gets_an_interpreter_of_its_own(tmp_path, monkeypatch):

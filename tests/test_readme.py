@@ -1,4 +1,4 @@
-"""The README's commands, run as written in a copy of the project, beside a Hub of our own; and what the docs list."""
+"""The README's commands run as written in a copy of the project, with a Hub of our own. The docs match the code."""
 
 import doctest
 import json
@@ -21,7 +21,7 @@ from cli.replaced import REMOVED
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("data",))
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines()]
-# The flags that make a command short; all others stay as they are written.
+# The flags that make a command short. All other flags stay as written.
 SHORTER = {
     "make train": ' ARGS="--max_steps 2"',
     "make train CONFIG=configs/scratch.yaml": ' ARGS="--max_steps 3"',
@@ -74,14 +74,14 @@ def test_the_file_tree_names_every_file_and_package():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tokenizer):
-    """A copy of the project whose quickstart is prepared with a tiny model, and the environment to run in."""
+    """Copy the project with a tiny model as its quickstart. Return the copy, its Hub and options of subprocesses."""
     root = tmp_path_factory.mktemp("project")
     for name in ("configs", *PACKAGES):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "quickstart", root / "quickstart", ignore=shutil.ignore_patterns("smollm2", "*.jsonl"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "Makefile"]:
         shutil.copy2(path, root)
-    # The interpreter that runs the tests stands for the installed .venv: make must not install anything here.
+    # The interpreter of the tests replaces the installed .venv: make must not install anything here.
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     for name in ("installed", "installed-dev", "installed-quickstart"):
@@ -125,7 +125,7 @@ def test_commands_run_as_written(project):
         script = re.search(r"(train|generate)\.py|make train( CONFIG=configs/scratch.yaml)?", command)
         extra = SHORTER.get(script.group(), "") if script else ""
         if 'ARGS="' in command:
-            command = command.removesuffix('"') + extra.replace('ARGS="', "")  # of a flag given twice, the last counts
+            command = command.removesuffix('"') + extra.replace('ARGS="', "")  # of a repeated flag, the last counts
         else:
             command += extra
         done = subprocess.run(command, shell=True, **options, capture_output=True, text=True, stdin=subprocess.DEVNULL)

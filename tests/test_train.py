@@ -1,4 +1,4 @@
-"""The loop against the Trainer, against itself with other batch shapes, and against what can go wrong."""
+"""The loop against the Trainer, against itself with other batch shapes, and against faults."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def blocks(rows, tokenizer):
 
 def test_equals_the_trainer(blocks, tokenizer, tmp_path):
     """The same model, blocks, order, warmup, decay, clipping and accumulation give the same losses and weights."""
-    batches = list(make_loader(blocks, 4, most=4 * 2 * STEPS % len(blocks) + 8))  # full blocks alone
+    batches = list(make_loader(blocks, 4, most=4 * 2 * STEPS % len(blocks) + 8))  # full blocks only
     batches = [batches[i % (len(batches) - 1)] for i in range(2 * STEPS)]
 
     ours = tiny_gpt2(len(tokenizer))
@@ -64,8 +64,8 @@ def test_equals_the_trainer(blocks, tokenizer, tmp_path):
 
     theirs = tiny_gpt2(len(tokenizer))
     losses = Losses()
-    # The Trainer divides by all labels, also by each block's first one, which nothing predicts: its loss of blocks of
-    # 32 is 31/32 of the mean. Ignoring the first label changes no prediction and makes it count as we do.
+    # The Trainer divides by all labels, also by the first label of each block, which is never predicted. So its loss
+    # of blocks of 32 is 31/32 of the mean. Ignoring the first label changes no prediction and gives our mean.
     rows = [
         {"input_ids": ids.tolist(), "labels": [-100, *labels[1:].tolist()]}
         for batch in batches
@@ -102,8 +102,8 @@ def test_equals_the_trainer(blocks, tokenizer, tmp_path):
     for name, parameter in ours.named_parameters():
         gap = (parameter - reference[name]).abs()
         if name.endswith("attn.c_attn.bias"):
-            # Softmax ignores what all keys have in common, so the gradient of a key's bias is zero but for rounding,
-            # and AdamW divides it by its own size: its values are noise of the size of the learning rate.
+            # Softmax ignores a constant that all keys share. So the gradient of a key's bias is zero but for rounding.
+            # AdamW divides it by its own size, which gives noise of the size of the learning rate.
             query, key, value = gap.chunk(3)
             assert key.max() < 0.1
             gap = torch.cat([query, value])
@@ -205,14 +205,14 @@ def test_lower_precisions_follow_float32(blocks, tokenizer, precision):
 
 
 def test_an_overflow_of_fp16_loses_no_update(blocks, tokenizer):
-    """The scaler skips the step and lowers its scale; then the same blocks are taken again."""
+    """The scaler skips the step and lowers its scale. Then the step is taken again with the same blocks."""
     batch = collate([blocks[0]])
     plain, model = tiny_gpt2(len(tokenizer)), tiny_gpt2(len(tokenizer))
     train_step(plain, make_optimizer(plain, 0), torch.amp.GradScaler("cpu"), [batch], 1e-3, 1.0, "fp16")
     optimizer, scaler = make_optimizer(model, 0), torch.amp.GradScaler("cpu", init_scale=2.0**40)
     loss, norm, *_ = train_step(model, optimizer, scaler, [batch], 1e-3, 1.0, "fp16")
     assert math.isfinite(loss + norm) and 1 < scaler.get_scale() < 2.0**39
-    assert {state["step"].item() for state in optimizer.state.values()} == {1}  # however often the scaler skipped
+    assert {state["step"].item() for state in optimizer.state.values()} == {1}  # independent of the number of skips
     assert torch.allclose(model.lm_head.weight, plain.lm_head.weight, atol=2e-4)
 
 
@@ -223,7 +223,7 @@ def test_fp16_ends_where_no_scale_helps(blocks, tokenizer):
     before = model.lm_head.weight.clone()
     loss, *_ = train_step(model, optimizer, scaler, [collate([blocks[0]])], 1e-3, 1.0, "fp16")
     assert math.isnan(loss) and torch.equal(model.lm_head.weight, before)
-    assert scaler.get_scale() == 2.0**16  # the next update does not suffer for it
+    assert scaler.get_scale() == 2.0**16  # the scale for the next step is unchanged
 
 
 def test_out_of_memory_in_the_optimizer_is_not_the_micro_batch_size(blocks, tokenizer):
@@ -296,7 +296,7 @@ def parameter_groups(model):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, tokenizer, name, tmp_path):
-    """A gradient is poisoned at the first step and at a later one; the optimizer's state survives a checkpoint."""
+    """A gradient is poisoned at the first step and at a later one. The optimizer's state survives a checkpoint."""
     model, batch = tiny_gpt2(len(tokenizer)), collate([blocks[0]])
     optimizer = OPTIMIZERS[name](parameter_groups(model))
 
@@ -309,11 +309,11 @@ def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, to
         poison = model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * math.nan)
         result = train_step(model, optimizer, no_scaler(), [batch], 1e-3)
         poison.remove()
-        assert math.isfinite(result.loss) and math.isnan(result.grad_norm)  # which the monitor reports
+        assert math.isfinite(result.loss) and math.isnan(result.grad_norm)  # the monitor reports it
         after = numbers()
         assert all(torch.equal(after[key], before[key]) for key in before)
         assert all(not value.any() for key, value in after.items() if key not in before)  # moments begin at 0
-        train_step(model, optimizer, no_scaler(), [batch], 1e-3)  # and training goes on
+        train_step(model, optimizer, no_scaler(), [batch], 1e-3)  # training goes on
         after = numbers()
         assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
         assert all(value.isfinite().all() for value in after.values())
@@ -329,7 +329,7 @@ def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(blocks, to
 def test_compile_auto_is_for_long_runs_of_models_that_compile(tokenizer, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, another = tiny_gpt2(len(tokenizer)), tiny_gpt2(len(tokenizer))
-    another._can_compile_fullgraph = False  # as transformers says it of some mixtures of experts
+    another._can_compile_fullgraph = False  # transformers says so of some mixtures of experts
     assert [should_compile("auto", model, flops) for flops in (8e14, 1e15)] == [False, True]
     assert [should_compile(choice, another, 1e15) for choice in ("auto", "on", "off")] == [False, True, False]
     monkeypatch.setenv("PATH", "")
@@ -341,14 +341,14 @@ def test_compile_auto_is_for_long_runs_of_models_that_compile(tokenizer, monkeyp
 def test_compiled_code_is_kept_where_it_outlives_a_reboot(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for given, used in ((default_cache_dir(), tmp_path / "torch" / "inductor"), (tmp_path / "mine",) * 2):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(given))  # importing torch sets it, to its default
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(given))  # importing torch sets it to its default
         compile_layers(tiny_gpt2(len(tokenizer)), 16)
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(used)
 
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tokenizer):
-    """Short last batches, evaluation with one, and samples of growing length included."""
+    """This includes short last batches, an evaluation with one, and samples of growing length."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = tiny_gpt2(len(tokenizer))
@@ -372,7 +372,7 @@ def test_compiled_layers_give_the_same_numbers_from_one_code_a_shape(blocks, tok
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_is_taken_up_to_the_bit(blocks, tokenizer, precision, tmp_path):
-    """With dropout: a restored model and optimizer go on exactly as the ones they were saved from."""
+    """With dropout, a restored model and optimizer go on exactly like the originals."""
 
     def start():
         model = tiny_gpt2(len(tokenizer), dropout=0.1).train()

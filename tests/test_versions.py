@@ -1,4 +1,4 @@
-"""The core of the suite with the oldest transformers that is supported, and with the newest one of the index."""
+"""The core of the suite with the oldest supported transformers, and with the newest one of the index."""
 
 import os
 import subprocess

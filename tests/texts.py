@@ -37,7 +37,7 @@ def loss_text(stream, tokenizer):
 
 
 def expected_ids(documents, tokenizer):
-    """Return the definition: each document's own ids, then end-of-text."""
+    """Return the expected ids by definition: each document's own ids, then end-of-text."""
     ids = []
     for text in texts(documents):
         ids += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -64,7 +64,7 @@ FAMILIES = {
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
     ),
-    # Llama's and T5's way: the first word gets a space that no word in the middle of a text gets.
+    # As in Llama and T5, the first word gets a space that words inside of a text do not get.
     "metaspace": lambda: _trained(
         models.Unigram(),
         trainers.UnigramTrainer(

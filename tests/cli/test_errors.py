@@ -1,4 +1,4 @@
-"""Streams that are closed or cannot hold a letter, and what is said of a file that cannot be written."""
+"""Streams that are closed or lack a letter, and messages about files that cannot be written."""
 
 import errno
 import io
@@ -13,7 +13,7 @@ from cli.errors import as_user_error, run_script, save_advice
 
 
 def test_a_letter_that_stdout_lacks_is_escaped(tmp_path):
-    """As with PYTHONIOENCODING=latin-1."""
+    """This is as with PYTHONIOENCODING=latin-1."""
 
     def work():
         sys.stdout = io.TextIOWrapper(open(tmp_path / "out", "wb"), encoding="latin-1")  # noqa: SIM115

@@ -51,7 +51,7 @@ def test_precedence_and_yaml_types(tmp_path):
     ("argv", "yaml", "words"),
     [
         (["--bach_size", "2"], None, ["--bach_size", "Use --batch_size"]),
-        (["--batch", "2"], None, ["--batch"]),  # no abbreviations: a later flag could make them mean something else
+        (["--batch", "2"], None, ["--batch"]),  # no abbreviations: a later flag could change their meaning
         (["--batch_size", "two"], None, ["--batch_size two: must be a whole number"]),
         (["--batch_size", "0"], None, ["--batch_size 0", "at least 1"]),
         (["--max_steps", "-1"], None, ["--max_steps -1", "at least 1"]),
@@ -76,7 +76,7 @@ def test_wrong_settings_say_what_is_wrong(argv, yaml, words, tmp_path):
 
 
 def test_a_flag_with_a_bare_value(tmp_path):
-    """In YAML it may be true or false, as in the files of runs from before it had values."""
+    """In YAML it may be true or false, as in files of older runs."""
     assert read("--recompute").recompute == read("--recompute", "--resume").recompute == "full"
     assert read("--recompute", "selective").recompute == "selective"
     for text, value in {"true": "full", "false": "off", "off": "off", "selective": "selective", "on": "full"}.items():

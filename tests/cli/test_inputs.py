@@ -1,4 +1,4 @@
-"""Wrong and hostile input: the table of inputs.py in this process, and canaries that nothing may run or tell."""
+"""Wrong and hostile input: the table of inputs.py in this process, canaries that must not run, and a secret token."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ TOKEN = "hf_canaryTHATNOBODYMAYREPEAT"
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Runs a script's main as the script would, without the seconds that a new process takes to import."""
+    """Return a function that runs a script's main as the script does, without the seconds of new imports."""
 
     def run(script, argv, cwd):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
@@ -45,7 +45,7 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def online(monkeypatch):
-    """Sets what HF_ENDPOINT and HF_HUB_OFFLINE=0 would set, had they been there before the libraries were imported."""
+    """Return a function that applies HF_ENDPOINT and HF_HUB_OFFLINE=0 as if they were set before the imports."""
 
     def online(endpoint):
         for settings, name, value in (
@@ -75,12 +75,12 @@ def test_the_table_is_a_table():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What must never run
+# Code that must never run
 
 
 @pytest.fixture
 def trapped(tmp_path):
-    """A working directory with a model that has pickles and code in all the places where libraries look for them."""
+    """Make a working directory with a model. Pickles and code are in all places that libraries search."""
     model()(tmp_path)
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
                  "state.pkl", "tokenizer.pkl", "vocab.pkl"):  # fmt: skip
@@ -89,7 +89,7 @@ def trapped(tmp_path):
         (tmp_path / "model" / name).write_text(CODE)
     (tmp_path / "model/custom_generate").mkdir()
     (tmp_path / "model/custom_generate/generate.py").write_text(CODE)
-    # transformers knows these architectures itself, so the model is fine without the code that it names.
+    # transformers has these architectures. So the model loads without the code that it names.
     for name, classes in (
         ("config.json", {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}),
         ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_own.T", "tokenization_own.T"]}),
@@ -122,7 +122,7 @@ def test_no_pickle_and_no_code_is_run_wherever_it_lies(trapped, run, monkeypatch
     assert not list(trapped.rglob(FIRED))
     monkeypatch.chdir(trapped)
     pickle.loads((trapped / "model/state.pkl").read_bytes())
-    assert (trapped / FIRED).exists()  # the canary does sing where someone unpickles
+    assert (trapped / FIRED).exists()  # the canary does make its file when it is unpickled
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
@@ -165,11 +165,11 @@ def test_overwriting_does_not_follow_links(run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What must never be told
+# Secrets that must never be shown
 
 
 def test_the_token_is_nowhere(tmp_path, monkeypatch, run, online):
-    """A run that is uploaded and whose upload fails, and a Hub that does not know the token."""
+    """One upload fails after a run, and one Hub does not know the token."""
     rows("text.jsonl", *["some text to read"] * 40)(tmp_path)
     model()(tmp_path)
 

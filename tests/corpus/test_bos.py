@@ -1,4 +1,4 @@
-"""Tokenizers that put a token before each text: it is context and never learnt."""
+"""Tokenizers that put a token before each text. It is context and has no loss."""
 
 import copy
 
@@ -23,7 +23,7 @@ TEXTS = ["the model", make_text(60), "a"]
 
 @pytest.fixture
 def bos_tokenizer(tokenizer):
-    """A tokenizer that adds <s>, as Llama's does."""
+    """Return a tokenizer that adds <s>, as Llama's does."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.add_special_tokens(["<s>"])
     bos = backend.token_to_id("<s>")

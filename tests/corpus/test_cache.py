@@ -1,4 +1,4 @@
-"""The cache of tokens: written once, whole or not at all, by several processes at once, on a disk that may be full."""
+"""The cache of tokens: written once, complete or absent, safe with several processes and on a full disk."""
 
 import os
 import resource
@@ -102,7 +102,7 @@ def test_a_full_or_unwritable_disk_is_one_line(folder, capfd):
 
 @pytest.mark.parametrize(("suffix", "size"), [("tokens", 100), ("documents", 0), ("documents", 56)])
 def test_a_damaged_cache_is_written_again(folder, suffix, size):
-    """A machine that lost power may leave a file short."""
+    """A power cut may leave a file short."""
     whole = cached_stream("key", parts()).sha256
     os.truncate(folder / f"key.{suffix}", size)
     assert cached_stream("key", parts()).sha256 == whole and names(folder) == ["documents", "tokens"]

@@ -21,7 +21,7 @@ from data import load_documents
 
 
 def turns(*contents, system=None):
-    """Messages of user and assistant in turn."""
+    """Return messages of user and assistant in turn."""
     roles = [("system", system)] * (system is not None)
     roles += [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
     return [{"role": role, "content": content} for role, content in roles]
@@ -39,7 +39,7 @@ CHATML = (
 )
 
 
-# The form of an answer depends on its place: only the last one follows a thought.
+# The form of an answer depends on its place: only the last answer has a thought before it.
 THINKING = CHATML.replace("{{ m.content }}", "{{ '<think></think>' if loop.last else '' }}{{ m.content | trim }}")
 
 
@@ -50,7 +50,7 @@ def chats(conversations=CHATS[:2], **settings):
 
 @pytest.fixture
 def chat_tokenizer(tokenizer):
-    """A copy of the tokenizer whose template may change."""
+    """Return a copy of the tokenizer, so that its template may change."""
     return copy.deepcopy(tokenizer)
 
 
@@ -63,7 +63,7 @@ def test_a_tokenizer_without_a_template_gets_ours(chat_tokenizer, tmp_path, caps
         == said + f"system:\nin{END}user:\nx = 1{END}assistant:\ndef{END}"
     )
     assert loss_text(stream, chat_tokenizer) == f"learns{END}of loss{END}def{END}"
-    assert texts(chats())[1] == "inx = 1def"  # what a new tokenizer is trained on
+    assert texts(chats())[1] == "inx = 1def"  # the text that trains a new tokenizer
     chat_tokenizer.save_pretrained(tmp_path)
     again = type(chat_tokenizer).from_pretrained(tmp_path)
     assert again.chat_template == CHAT_TEMPLATE
@@ -73,7 +73,7 @@ def test_a_tokenizer_without_a_template_gets_ours(chat_tokenizer, tmp_path, caps
 
 
 def test_turns_end_with_the_token_of_the_template(chat_tokenizer):
-    """ChatML, whose turns end with a token that is not, or is, the end of the text, and with a newline."""
+    """In ChatML, turns end with a token and a newline. The token may also be the end-of-text."""
     chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     chat_tokenizer.chat_template = CHATML
     stream = tokenize(chats(), chat_tokenizer)
@@ -134,7 +134,7 @@ def test_conversations_and_plain_text_mix(chat_tokenizer, tmp_path):
 
 
 def test_end_of_text_ends_an_answer_without_an_end_token(tokenizer):
-    """Without this, a template without special tokens would never teach a model to stop."""
+    """Without it, a template without special tokens would never teach a model to stop."""
     twin = copy.deepcopy(tokenizer)
     twin.chat_template = (
         "{% for m in messages %}## {{ m.role }}\n{{ m.content }}\n\n{% endfor %}"
@@ -158,7 +158,7 @@ def test_messages_in_braces_are_messages():
 @pytest.mark.parametrize("trims", [False, True], ids=["", "trim_offsets"])
 @pytest.mark.parametrize("family", [name for name in chat_families.FAMILIES if name != "generation"])
 def test_the_tokens_that_are_learnt_are_what_the_assistant_says(family, trims, tmp_path):
-    """Also if a token takes the white space behind it along (Phi-3), or offsets leave white space out (GPT-NeoX)."""
+    """A token may include the white space behind it (Phi-3). Offsets may leave white space out (GPT-NeoX)."""
     tokenizer, said = chat_families.FAMILIES[family]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Conversations in the templates of many families: the answers that are learnt, compared as text."""
+"""Conversations in the templates of many families: the answers with loss, compared as text."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from corpus import chat
 from corpus.chat import RenderError, render
 from corpus.messages import is_messages, read_messages
 
-THINKING = (  # of thoughts, that of the last answer alone is kept
+THINKING = (  # only the thought of the last answer is kept
     "{% for m in messages %}{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}"
     "{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.role == 'assistant' %}{{ '<think>\n' }}"
     "{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{{ '\n</think>\n\n' }}"
@@ -137,7 +137,7 @@ def test_edges(edge):
 
 @pytest.mark.parametrize("family", ["chatml", "mistral", "qwen"])
 def test_time_is_linear(family, monkeypatch):
-    """Count the messages that go through the template: three times those of the conversation, and a few."""
+    """The messages that go through the template are three times those of the conversation, and a few more."""
     tokenizer, num_rendered = FAMILIES[family][0], []
     original = tokenizer.apply_chat_template
 
@@ -161,7 +161,7 @@ def test_dates_are_fixed():
 
 
 def test_a_template_that_omits_tool_calls_is_refused():
-    """Else --loss_on all would train on an empty answer without a word."""
+    """Otherwise --loss_on all would train on an empty answer without a warning."""
     with pytest.raises(RenderError, match=r"omits the tool calls of message 2\. Use a tokenizer"):
         render(read_messages(WITH_TOOLS, ""), FAMILIES["chatml"][0], "all")
     assert render(read_messages(WITH_TOOLS, ""), FAMILIES["qwen"][0], "all")[0][1]

@@ -1,4 +1,4 @@
-"""Parts of documents have the tokens of the whole document: at random, in texts that are hard to cut, and in time."""
+"""Parts of documents have the tokens of the whole document: random texts, texts that are hard to cut, and time."""
 
 import os
 import random
@@ -49,7 +49,7 @@ TOKENIZERS = {
     "deepseek": ("bpe", DEEPSEEK),
     "starcoder": ("bpe", p.Sequence([p.Digits(True), GPT2]), n.NFC()),
     "bloom": ("bpe", p.Sequence([split(BLOOM), RAW])),
-    "phrases": ("bpe", split(r"the model|\w+ a\w+z|\w+|\s|[^\s\w]+")),  # a match may hold a space
+    "phrases": ("bpe", split(r"the model|\w+ a\w+z|\w+|\s|[^\s\w]+")),  # a match may contain a space
     "clip": ("bpe", p.Sequence([split(CLIP, "removed", invert=True), RAW]), n.Sequence([n.NFC(), n.Lowercase()])),
     "gemma": ("bpe", p.Split(" ", "merged_with_previous"), UNDERSCORES),
     "llama2": ("bpe", p.Metaspace(prepend_scheme="first", split=False)),
@@ -78,7 +78,7 @@ def tokenizer_of(name):
     family, pre_tokenizer, *normalizers = TOKENIZERS[name]
     model, options, trainer = FAMILIES[family]
     tokenizer = Tokenizer(model() if options is None else model(unk_token="<unk>", **options))
-    # SentencePiece learns from words, so that no token has a space after another character.
+    # SentencePiece learns from words. So no token has a space after another character.
     tokenizer.pre_tokenizer = p.Metaspace() if name in ("gemma", "llama2") else pre_tokenizer
     tokenizer.normalizer = normalizers[0] if normalizers else None
     tokenizer.train_from_iterator([make_text(30, seed) + " ".join(PIECES) for seed in range(40)], trainer)
@@ -101,7 +101,7 @@ def make_document(draw):
 
 
 def same_tokens(name, text, size, bounds=()):
-    """Assert that the parts have the tokens of the whole text, which is given in strings; return the parts."""
+    """Assert that the parts have the tokens of the whole text. The text is given in strings. Return the parts."""
     tokenizer, cutter = tokenizer_of(name)
     parts = list(cutter.cut((text[i:j] for i, j in pairwise([0, *bounds, len(text)])), size))
     assert "".join(parts) == text
@@ -137,7 +137,7 @@ def test_hard_texts_take_no_longer_in_parts(name, text):
             for part in parts:
                 encode(tokenizer, part)
             seconds[way] = min(seconds.get(way, 1e9), time.perf_counter() - start)
-    assert seconds["parts"] < 3 * seconds["whole"] + 0.01, seconds  # 1.5 if the machine does nothing else
+    assert seconds["parts"] < 3 * seconds["whole"] + 0.01, seconds  # 1.5 on an idle machine
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_pattern_without_proof_is_not_cut(pattern):
 )
 def test_prose_is_cut(name):
     texts = ["It reads text, and writes (some of) it.\n\nNever more.\n" * 400]
-    if name not in ("gemma", "llama2", "t5"):  # their newlines are no tokens of their own
+    if name not in ("gemma", "llama2", "t5"):  # their newlines are no separate tokens
         texts.append("吾輩は猫である。\n名前はまだ無い。\n" * 1000)
     assert all(len(part) < 1500 for text in texts for part in same_tokens(name, text, 500))
 

@@ -1,4 +1,4 @@
-"""Readers of files: every format gives the text as it is written, and goes on exactly after any record."""
+"""Readers of files: every format gives the text as it is written, and reading resumes exactly after any record."""
 
 import csv
 import gzip
@@ -87,7 +87,7 @@ def test_every_format_gives_the_text_and_goes_on_after_any_record(name, suffix, 
     ]
     rest = list(files.read(shards[1][2][1], None, 1, 3))
     assert rest == shards[1][3:]
-    if not suffix:  # as of an HTTP server without ranges
+    if not suffix:  # like an HTTP server without ranges
         with open_file(str(path)) as whole:
             stream = io.BufferedReader(Unseekable(whole.read()))
         if "parquet" not in name and name != "file.arrow":
@@ -115,7 +115,7 @@ def documents(path, **settings):
 
 
 def test_json_lines_may_have_optional_nested_keys(tmp_path):
-    """A key of one record alone, also far into the text or in a later file, was an error of `datasets`."""
+    """With `datasets`, a key of only one record was an error, even far into the text or in a later file."""
     early = [{"text": "a", "meta": {"x": 1}}, {"text": "b", "meta": {"x": None, "name": "n"}}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_bytes(as_lines(early + [{"text": "x" * 100_000}] * 130))
     (tmp_path / "b.jsonl").write_bytes(as_lines([{"text": "d", "late": [{"tool_calls": []}], "meta": "text"}]))
@@ -125,7 +125,7 @@ def test_json_lines_may_have_optional_nested_keys(tmp_path):
     nested = [{"c": [{"args": {"city": "Rome", "x": None}}]}, {"c": [{"args": {"day": 1}}]}]
     (tmp_path / "n.jsonl").write_bytes(as_lines(nested))
     assert [record for record, _ in find_files("--files", [f"{tmp_path}/n.jsonl"]).read()] == nested
-    # An Arrow table has the keys of all rows in each; those without a value were never written.
+    # An Arrow table has the keys of all rows in each row. Keys without a value were never written.
     (tmp_path / "n.parquet").write_bytes(as_parquet([{"c": [{"args": {"city": "Rome"}}]}, nested[1], {"c": None}]))
     found = [record for record, _ in find_files("--files", [f"{tmp_path}/n.parquet"]).read()]
     assert found == [{"c": [{"args": {"city": "Rome"}}]}, nested[1], {"c": None}]
@@ -200,14 +200,14 @@ def test_a_lost_connection_is_opened_again(tmp_path, site, monkeypatch, capsys):
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(files_module.time, "sleep", lambda seconds: None)
     (tmp_path / "a.jsonl").write_bytes(as_lines([*RECORDS[:3], {"n": "8", "text": LONG}, *RECORDS[:3]]))
-    url = f"{site}/a.jsonl"  # this server knows no ranges, and the file is larger than what is read at once
+    url = f"{site}/a.jsonl"  # this server knows no ranges, and the file is larger than one read
     files = find_files("--train_files", [url], allow_urls=True)
     found = list(files.read())
     assert [record["n"] for record, _ in found] == ["0", "1", "2", "8", "0", "1", "2"]
     assert list(files.read(found[4][1])) == found[5:]
     assert f"--train_files {url}: " in capsys.readouterr().err
     monkeypatch.setattr(files_module, "open_file", lambda *_, **__: 1 / 0)
-    for place, retries in ((found[4][1], 5), (None, 0)):  # what was never readable is not tried again
+    for place, retries in ((found[4][1], 5), (None, 0)):  # a file that was never readable is not tried again
         with pytest.raises(UserError, match=r"a\.jsonl: cannot be read \(division by zero\)"):
             list(files.read(place))
         assert capsys.readouterr().err.count("Reading goes on in") == retries
@@ -215,7 +215,7 @@ def test_a_lost_connection_is_opened_again(tmp_path, site, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["cells.parquet", "file.arrow"])
 def test_few_large_cells_are_in_memory_at_once(name, tmp_path):
-    """A hundred rows at once took 2.5 GB for cells of 10 MB, which are the same and so small on the disk."""
+    """A hundred rows at once took 2.5 GB for cells of 10 MB. The cells are equal, so the file is small."""
     table = pa.table({"text": [LONG] * 24})
     if name == "file.arrow":
         with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
@@ -238,7 +238,7 @@ def test_the_first_record_that_is_kept_decides_the_shape(tmp_path):
     for first in ({"text": []}, {"text": "plain", "n": 1}, {"n": 1, "text": None}):
         (tmp_path / "a.jsonl").write_text(json.dumps(first) + "\n" + json.dumps({"text": talk, "n": 2}))
         assert documents(tmp_path / "a.jsonl", filter=["n!=1"]).has_messages
-    rows = [{"text": "a"}] * 200 + [{"text": "b", "lang": "en"}]  # a column of a late record alone
+    rows = [{"text": "a"}] * 200 + [{"text": "b", "lang": "en"}]  # only a late record has this column
     (tmp_path / "a.jsonl").write_bytes(as_lines(rows))
     assert texts(documents(tmp_path / "a.jsonl", filter=["lang=en"])) == ["b"]
     for rule in ("lange=en", "lange!=en"):
@@ -280,4 +280,4 @@ def test_a_url_has_a_known_format_and_links_are_counted(tmp_path, capsys):
     url = f"file://{tmp_path}/far/b.txt"
     before = Files("--train_files", (url,)).identity
     (tmp_path / "far" / "b.txt").write_text("c.txt")
-    assert Files("--train_files", (url,)).identity != before  # as long, and another text
+    assert Files("--train_files", (url,)).identity != before  # same length, another text

@@ -42,7 +42,7 @@ def test_repeated_text_is_reported_and_dropped(tmp_path, tokenizer, capsys):
 
 
 def mixed(config, tokenizer, seed):
-    """The documents that are trained and evaluated on, as texts and in order."""
+    """Return the documents for training and evaluation, as texts and in order."""
     training, eval_blocks = load_data(config, *load_documents(config, seed), tokenizer, seed)
     ids = [part.stream[:] for part in (training.blocks, eval_blocks)]
     return [tokenizer.decode(part).split("<|endoftext|>")[:-1] for part in ids]
@@ -50,7 +50,7 @@ def mixed(config, tokenizer, seed):
 
 @pytest.fixture
 def sources(tmp_path):
-    """Three texts, a table of 40 records and a saved data set of 10."""
+    """Make three texts, a table of 40 records and a saved data set of 10."""
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"txt {i}")
     datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(40)]}).to_json(tmp_path / "rows.jsonl")
@@ -67,7 +67,7 @@ def test_a_mixture_holds_out_first_and_then_repeats_small_sources(sources, token
     assert set(train) | set(held_out) == whole
     seen = {name: Counter(text for text in train if text.startswith(name)) for name in ("txt", "row", "saved")}
     assert {name: counts.total() for name, counts in seen.items()} == {"txt": 13, "row": 32, "saved": 13}
-    for counts in seen.values():  # each pass over a source is whole
+    for counts in seen.values():  # each pass over a source is complete
         assert max(counts.values()) - min(counts.values()) <= 1
     assert train == mixed(config, tokenizer, 3)[0] != mixed(config, tokenizer, 4)[0]
     assert train != sorted(train)
@@ -121,7 +121,7 @@ def test_the_parts_of_a_single_document_are_no_copies(tmp_path, tokenizer, capsy
 
 
 def test_splits_of_a_directory_and_rewritten_files_are_no_stale_tokens(tmp_path, tokenizer):
-    """Streamed or stored: another directory, split or content of equal size and time is another text."""
+    """Streamed or stored, the text changes with the directory, the split, and the content at equal size and time."""
     for name in ("d1", "d2"):
         (tmp_path / name).mkdir()
         for split in ("train", "validation", "test"):

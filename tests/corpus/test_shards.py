@@ -1,4 +1,4 @@
-"""Streamed text on several ranks, each an object of this process."""
+"""Streamed text on several ranks. Each rank is an object of this process."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ from modeling.linear_cross_entropy import IGNORED_LABEL
 
 @pytest.fixture(params=["jsonl", "parquet", "txt"])
 def files(request, corpus, tmp_path, monkeypatch):
-    """Four files. Two or four ranks read whole files; three ranks read every third record, except of .txt files."""
-    monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 150)  # small rows, so that the shards take turns
+    """Make four files. Two or four ranks read whole files. Three ranks read each third record, except of .txt files."""
+    monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 150)  # small rows, so the shards take turns
     for i in range(4):
         part = datasets.Dataset.from_list([{"text": make_text(5 + 9 * (j % 4), 8 * i + j)} for j in range(8 + i)])
         if request.param == "parquet":
@@ -86,7 +86,7 @@ def test_resumes_with_the_same_steps_on_any_number_of_ranks(shards, files, token
     for ranks in (shards, 3, 1, 8, 4, 2, shards):
         trainings, updates = on_ranks(files, tokenizer, ranks, at)
         if at:
-            assert saved(*trainings) == at[1]  # nothing was drawn yet
+            assert saved(*trainings) == at[1]  # nothing has been drawn yet
         for ranks_updates in islice(updates, 5):
             blocks = sorted(block for update in ranks_updates for block in tokens(update))
             assert (ranks_updates[0][1], blocks) == expected[place]

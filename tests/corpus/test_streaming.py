@@ -31,7 +31,7 @@ from data import collate
 )
 @pytest.mark.parametrize("characters", [1 << 20, 300])
 def test_the_blocks_are_those_of_the_whole_text(settings, characters, corpus, tokenizer, monkeypatch):
-    """A buffer of 1 keeps the order; a larger one changes it, and each block still appears once."""
+    """A buffer of 1 keeps the order. A larger buffer changes it, and each block still appears once."""
     tokenizer = copy.deepcopy(tokenizer)  # it gets a chat template
     expected = stored(DataConfig(**corpus, **settings), tokenizer)
     monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", characters)
@@ -58,7 +58,7 @@ def test_the_seed_decides_the_order(corpus, tokenizer):
 
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_the_state_moves_on_after_long_documents(pack, corpus, tokenizer, tmp_path, monkeypatch):
-    """No row of tokens ends with a document here. Otherwise resuming would read more and more text again."""
+    """No row of tokens ends with a document here. The state must move on, or resuming would read ever more text."""
     monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 500)
     monkeypatch.setattr(tokenize_module, "PART_CHARACTERS", 500)
     for i in range(9):
@@ -84,7 +84,7 @@ def test_the_state_moves_on_after_long_documents(pack, corpus, tokenizer, tmp_pa
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "txt", "saved"])
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_resumes_exactly_from_any_step(kind, pack, corpus, tokenizer, tmp_path, monkeypatch):
-    """Also after the end of an epoch, and if a row of tokens ends within a document."""
+    """This includes steps after the end of an epoch, and rows of tokens that end within a document."""
     monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 700)
     monkeypatch.setattr(tokenize_module, "PART_CHARACTERS", 2500)
     settings = {"filter": ["n!=3"], "max_documents": 14}
@@ -151,7 +151,7 @@ def test_a_lost_file_is_named_and_reading_resumes(remote, kind, site, corpus, to
 
 
 def test_a_resumed_stream_is_of_the_same_text(corpus, chat_tokenizer_with_date, tmp_path, monkeypatch):
-    """A file that is rewritten is noticed, also if it is as long. A copy is the same, and so is another day."""
+    """A rewritten file is noticed, even if its size is the same. A copy and another day make no difference."""
     changes = {"text_column": "said", "streaming": True}
     config = DataConfig(**corpus | changes)
     before = streamed(config, chat_tokenizer_with_date).identity

@@ -72,7 +72,7 @@ def test_held_out_by_document_and_seed(jsonl_file, tokenizer):
         ids = (train.blocks.stream[:], evaluation.stream[:])
         parts[seed] = [tokenizer.decode(part).split(tokenizer.eos_token)[:-1] for part in ids]
         assert len(parts[seed][1]) == 12 and sorted(parts[seed][0] + parts[seed][1]) == sorted(whole)
-        assert texts(load_documents(config, seed)[0]) == parts[seed][0]  # what a new tokenizer is trained on
+        assert texts(load_documents(config, seed)[0]) == parts[seed][0]  # the text that trains a new tokenizer
     assert parts[1][1] != parts[2][1]
 
 
@@ -86,9 +86,9 @@ def test_a_single_document_is_held_out_from_its_end(kind, text_file, tokenizer, 
     config = DataConfig(train_files=[str(path)], eval_fraction=0.25)
     training, evaluation = load_documents(config, 0)
     (head,) = texts(training)
-    assert text.startswith(head) and len(head) == int(len(text) * 0.75)  # what a new tokenizer is trained on
+    assert text.startswith(head) and len(head) == int(len(text) * 0.75)  # the text that trains a new tokenizer
     train, held_out = load_data(config, training, evaluation, tokenizer, 0)
-    # Not ended in the middle: together they are the tokens of the whole.
+    # No end-of-text is in the middle: together the parts have the tokens of the whole.
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert all_ids(train.blocks) + all_ids(held_out) == ids and len(train.blocks.stream) == int(len(ids) * 0.75)
     assert "twice" not in capsys.readouterr().out  # the two parts are no copies

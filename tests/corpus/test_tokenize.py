@@ -1,4 +1,4 @@
-"""Documents to tokens: windows, the cache, and which tokens carry loss."""
+"""Documents to tokens: windows, the cache, and the tokens with loss."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ from data import group_texts
 @pytest.mark.parametrize("window", [200, 997])
 def test_a_long_document_has_the_tokens_of_the_whole_text(family, window, tmp_path, monkeypatch):
     tokenizer = FAMILIES[family]()
-    # Runs of newlines and a word longer than the overlap are where cutting goes wrong.
+    # Cutting fails most easily at runs of newlines, and at a word that is longer than the overlap.
     text = make_text(3000) + "\n" * 70 + "x" * 300 + " " * 90 + make_text(500, seed=5) + "\r\n"
     path = tmp_path / f"{family}-{window}.txt"
     path.write_bytes(text.encode())
@@ -45,7 +45,7 @@ def test_the_truncation_of_the_tokenizer_file_is_off(rows, tokenizer, tmp_path):
     cut.backend_tokenizer.enable_padding(length=9)
     first = tokenize(rows, cut)
     assert first[:].tolist() == expected_ids(rows, tokenizer)
-    assert tokenizer_fingerprint(cut) == tokenizer_fingerprint(tokenizer)  # a resumed run is the same
+    assert tokenizer_fingerprint(cut) == tokenizer_fingerprint(tokenizer)  # a resumed run has the same fingerprint
 
 
 def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, tokenizer, monkeypatch):
@@ -56,7 +56,7 @@ def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, to
         patch.setattr(tokenize_module, "_encode", lambda *_: pytest.fail("tokenized again"))
         assert tokenize(documents, tokenizer).sha256 == first.sha256
     before = path.stat()
-    path.write_text(path.read_text().replace("model", "token"))  # as many bytes
+    path.write_text(path.read_text().replace("model", "token"))  # the same number of bytes
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p`, rsync and tar do
     second = tokenize(documents, tokenizer)
     assert second.sha256 != first.sha256
@@ -64,11 +64,11 @@ def test_second_start_reads_the_cache_and_a_changed_file_is_noticed(tmp_path, to
     copied = tmp_path / "copied.jsonl"
     copied.write_bytes(path.read_bytes())
     moved = read_documents(TextConfig(text_column="answers.text"), "--train_files", [str(copied)])
-    assert tokenize(moved, tokenizer).sha256 == second.sha256  # what --resume compares is the content alone
+    assert tokenize(moved, tokenizer).sha256 == second.sha256  # --resume compares the content only
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
-    """Tokenizes and batches 24 MB in a process of its own: less memory than the text's tokens alone would take."""
+    """A process tokenizes and batches 24 MB. It needs less memory than the tokens of the text."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     piece = make_text(200_000).encode()
     with open(tmp_path / "large.txt", "wb") as file:
@@ -117,7 +117,7 @@ def test_only_completions_carry_loss(tokenizer):
     assert both.num_loss_tokens == len(both) == len(stream) and np.array_equal(both[:], token_ids(stream[:]))
     windows = group_texts(stream, 7, 3)
     labels = torch.cat([windows[i]["labels"][0 if i == 0 else 4 :] for i in range(len(windows))])
-    assert tokenizer.decode(labels[labels >= 0]) == TEXT_WITH_LOSS  # sliding windows know the same marks
+    assert tokenizer.decode(labels[labels >= 0]) == TEXT_WITH_LOSS  # sliding windows have the same loss mask
 
 
 def test_the_loss_mask_of_a_long_document_does_not_depend_on_the_windows(tokenizer, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_slow_tokenizer_has_no_loss_mask():
 
 
 def test_a_stream_of_selected_documents(rows, tokenizer):
-    """Also of documents in several files."""
+    """The documents may come from several files."""
     whole = tokenize(rows, tokenizer)
     stream = concatenate([whole.select(np.arange(20)), whole, whole.select(np.arange(40, 60))])
     ids = [tokenizer(text)["input_ids"] + [0] for text in texts(rows)]

@@ -1,4 +1,4 @@
-"""Steps of train.py on ranks that torchrun starts, with counts of what each rank holds and sends.
+"""Steps of train.py on ranks that torchrun starts, with the bytes that each rank holds and sends.
 
 job = Ranks(2, "fsdp", directory / "log", layers=3, width=64, precision="bf16", micro_batches=2)
 job.turn(3)                                                         # three steps
@@ -25,7 +25,7 @@ SHAPE = {"layers": 3, "width": 64, "vocabulary": 1000, "length": 64, "batch": 2}
 
 
 class Ranks(Contender):
-    """A torchrun whose ranks wait for their turns."""
+    """A torchrun with ranks that wait for their turns."""
 
     def __init__(self, number: int, strategy: str, log: Path, **options: Any):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", __file__]
@@ -47,7 +47,7 @@ def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tupl
 
 
 def collectives(step: Callable[[], None]) -> list[tuple[str, int]]:
-    """Return the names of Gloo's collectives in a step and the bytes that this rank puts in, by the profiler."""
+    """Profile a step. Return the names of Gloo's collectives, and the bytes that this rank puts into each."""
     with torch.profiler.profile(record_shapes=True) as profile:
         step()
     sizes = {"c10::BFloat16": 2, "float": 4, "double": 8}
@@ -56,7 +56,7 @@ def collectives(step: Callable[[], None]) -> list[tuple[str, int]]:
 
 
 def work(o: dict[str, Any]) -> None:
-    """Make as many steps as rank 0 reads from its stdin, line by line."""
+    """Make the number of steps that rank 0 reads from each line of its stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with World(DistributedConfig(o["strategy"])) as world:

@@ -1,4 +1,4 @@
-"""Ranks that save in the background: each writes its part in a thread, and one that fails ends all."""
+"""Ranks that save in the background. Each writes its part in a thread. If one fails, all end."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Two ranks against one process: the same numbers, one voice, and what happens where a rank is lost."""
+"""Two ranks against one process: the same numbers, output on rank 0 only, and lost ranks."""
 
 import json
 import resource
@@ -41,7 +41,7 @@ def cwd(tmp_path_factory):
 
 
 def flags(out, model="plain.json", **changed):
-    """23 blocks of 32 tokens in updates of 8, so that each epoch ends with one of 7, of which a block is short."""
+    """Return the flags of a run. 23 blocks in steps of 8: the last step of an epoch has 7, one of them short."""
     settings = {"model_config": model, "tokenizer": "train:300", "train_files": "text.jsonl", "eval_fraction": 0.3}
     settings |= {"block_size": 32, "batch_size": 8, "micro_batch_size": 2, "max_steps": STEPS, "max_grad_norm": 0.5}
     settings |= {"learning_rate": 5e-5, "precision": "fp32", "log_every": 1, "eval_every": 8, "save_every": 5}
@@ -50,7 +50,7 @@ def flags(out, model="plain.json", **changed):
 
 
 def run_ranks(cwd, *args, size=2, codes=(0, 0), **options):
-    """As torchrun does, end the other ranks when one has failed."""
+    """Run ranks to their end. When one has failed, end the other ranks, as torchrun does."""
     ranks = start_ranks(size, *args, cwd=cwd, **options)
     try:
         ended = [None] * size
@@ -74,7 +74,7 @@ def state_of(run_dir, step=STEPS):
 
 
 def assert_same(run_dir, reference, tolerance):
-    """Metrics and the weights of model/ and of the last checkpoint, within ``tolerance``; 0 means to the bit."""
+    """Compare metrics, and the weights of model/ and the last checkpoint, within ``tolerance``; 0 means bit for bit."""
     ours, theirs = (read_jsonl(path / "metrics.jsonl") for path in (run_dir, reference))
     assert [(r["step"], r["split"], r["tokens"]) for r in ours] == [
         (r["step"], r["split"], r["tokens"]) for r in theirs
@@ -91,7 +91,7 @@ def assert_same(run_dir, reference, tolerance):
 
 @pytest.fixture(scope="module")
 def one(cwd):
-    """A single process, whose batches are those of two ranks together."""
+    """Train one process with the batches of two ranks together."""
     done = run_script("train.py", *flags("one", micro_batch_size=4, sample_prompt="the"), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
@@ -99,12 +99,12 @@ def one(cwd):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_equal_one_process(cwd, one, strategy):
-    """Uneven last batches, accumulation, clipping and evaluation; what is printed is printed once."""
+    """Batches differ in size, with accumulation, clipping and evaluation. Everything is printed once."""
     ranks = run_ranks(cwd, *flags(strategy, strategy=strategy, sample_prompt="the"))
     assert_same(cwd / strategy, cwd / "one", 1e-6)
     metrics = read_jsonl(cwd / strategy / "metrics.jsonl")
-    assert any(r["grad_norm"] > 0.5 for r in metrics if r["split"] == "train")  # so that clipping was at work
-    assert len({r["tokens"] for r in metrics if r["split"] == "train"}) > 1  # and updates differ
+    assert any(r["grad_norm"] > 0.5 for r in metrics if r["split"] == "train")  # so clipping was at work
+    assert len({r["tokens"] for r in metrics if r["split"] == "train"}) > 1  # steps differ in size
     files = {path.name for path in (cwd / strategy / "model").iterdir()}
     assert files == {path.name for path in (cwd / "one" / "model").iterdir()}
     same = [[line for line in text.splitlines() if line.startswith(("held out", "sample", "steps"))]
@@ -115,7 +115,7 @@ def test_two_ranks_equal_one_process(cwd, one, strategy):
 
 
 def test_any_rank_stops_all_and_another_number_of_ranks_goes_on(cwd, one):
-    """SIGTERM to rank 1; then two ranks' checkpoint on one process, and one process's on two."""
+    """SIGTERM goes to rank 1. Then one process resumes from two ranks, and two ranks resume from one process."""
     ranks = start_ranks(2, *flags("moved", strategy="fsdp", sample_prompt="the"), cwd=cwd)
     try:
         for line in ranks[0].lines():
@@ -128,7 +128,7 @@ def test_any_rank_stops_all_and_another_number_of_ranks_goes_on(cwd, one):
     assert "stopped by SIGTERM at step" in ranks[0].stdout and not ranks[1].stdout + ranks[1].stderr
     done = run_script("train.py", *flags("moved", sample_prompt="the"), "--resume", cwd=cwd)
     assert done.returncode == 0, done.stderr
-    assert " of 8 blocks" in done.stdout  # an update stays what it was
+    assert " of 8 blocks" in done.stdout  # a step has as many blocks as before
     assert_same(cwd / "moved", cwd / "one", 1e-6)
 
     shutil.copytree(cwd / "one", cwd / "spread")
@@ -140,7 +140,7 @@ def test_any_rank_stops_all_and_another_number_of_ranks_goes_on(cwd, one):
 
 @pytest.fixture(scope="module")
 def undisturbed(cwd):
-    """Two ranks, with dropout."""
+    """Train two ranks, with dropout."""
     run_ranks(cwd, *flags("undisturbed", "gpt2.json"))
     metrics = read_jsonl(cwd / "undisturbed" / "metrics.jsonl")
     assert metrics[0]["loss"] != read_jsonl(cwd / "one" / "metrics.jsonl")[1]["loss"]
@@ -169,7 +169,7 @@ def test_who_is_left_says_who_is_lost_and_the_group_goes_on_to_the_bit(cwd, one,
 
 
 def test_a_full_disk_of_one_rank_ends_all_with_a_line_that_names_it(cwd):
-    """The largest file that rank 1 may write stands for the room on its disk."""
+    """A limit on the size of rank 1's files stands for its full disk."""
     ranks = start_ranks(2, *flags("full", max_steps=200), cwd=cwd)
     try:
         assert any(line.startswith("step 6/") for line in ranks[0].lines())
@@ -232,7 +232,7 @@ def test_blocks_fall_to_one_rank_each_whatever_their_number(rows, tokenizer):
         for micro_batches, position, numbers in epochs:
             parts = [next(share) for share in shares]
             assert all(part[1:] == (position, numbers) for part in parts)
-            assert len({len(part[0]) for part in parts}) == 1  # as many collectives on all ranks
+            assert len({len(part[0]) for part in parts}) == 1  # the same number of collectives on all ranks
             labels = [batch["labels"][batch["labels"] != -100] for part, *_ in parts for batch in part]
             wanted = [batch["labels"][batch["labels"] != -100] for batch in micro_batches]
             assert torch.cat(labels).sort().values.equal(torch.cat(wanted).sort().values)
@@ -258,7 +258,7 @@ def world_of_one(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     world = World(DistributedConfig())
     yield world
-    time.sleep(0.2)  # Gloo's threads must have let go of what they did last
+    time.sleep(0.2)  # Gloo's threads must finish their last work
     dist.destroy_process_group()
 
 
@@ -294,7 +294,7 @@ def test_a_model_that_leaves_weights_unused_is_trained(world_of_one, tokenizer):
 
 
 def copy_tree(directory, **changes):
-    """Copy the project, and replace in files, by their names, one text by another. Return its train.py."""
+    """Copy the project and replace one text in each named file. Return the copy's train.py."""
     for part in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
         (shutil.copytree if part.is_dir() else shutil.copy2)(part, directory / part.name)
     for name, (old, new) in changes.items():
@@ -309,7 +309,7 @@ ADAMW = 'torch.optim.AdamW([group for group in groups if group["params"]], fused
 
 @pytest.mark.slow
 def test_an_optimizer_that_does_not_know_shards_is_one_line(cwd, tmp_path):
-    """Adafactor changes in place what has another placement than its result: a failure of DTensor, not of ours."""
+    """Adafactor changes tensors in place, with a result of another placement. The failure is DTensor's, not ours."""
     script = copy_tree(tmp_path, train=(ADAMW, "torch.optim.Adafactor(groups)"))
     settings, env = flags(tmp_path / "run", strategy="fsdp"), {"TORCHELASTIC_RUN_ID": "x"}
     (rank,) = start_ranks(1, *settings, cwd=cwd, env=env, script=script)

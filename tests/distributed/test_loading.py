@@ -1,4 +1,4 @@
-"""With FSDP2, each rank reads its own rows of a pretrained model. Else rank 0 loads the model for all."""
+"""With FSDP2, each rank reads its own rows of a pretrained model. Otherwise rank 0 loads the model for all."""
 
 from unittest.mock import ANY
 
@@ -53,7 +53,7 @@ def make(kind: str, sizes: dict) -> PreTrainedModel:
 
 @pytest.mark.parametrize("ranks", [3])
 def test_each_rank_reads_its_rows(tmp_path, ranks):
-    """In bfloat16 and several files, as a bare GPT2Model without its prefix, and with fewer rows than ranks."""
+    """Models are in bfloat16 and several files, a bare GPT2Model without its prefix, or have fewer rows than ranks."""
     make("gpt2", GPT2).bfloat16().save_pretrained(tmp_path / "files", max_shard_size="20KB")
     assert len(list((tmp_path / "files").glob("*.safetensors"))) > 2
     bare = make("gpt2", GPT2)
@@ -85,7 +85,7 @@ def test_files_that_do_not_hold_the_weights_as_they_are_go_through_rank_0(tmp_pa
 
     wte = weights["transformer.wte.weight"]
     assert found() is not None
-    assert found(**{"transformer.ln_f.bias": None}) is None  # a new one is initialized
+    assert found(**{"transformer.ln_f.bias": None}) is None  # a new bias is initialized
     assert found(**{"lm_head.weight": wte + 1}) is None  # this head is not tied
     assert found(**{"transformer.wte.weight": wte[1:].clone()}) is None  # an error names the shapes
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")

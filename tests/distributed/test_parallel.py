@@ -15,7 +15,7 @@ from modeling.loss import next_token_nll
 
 @pytest.fixture
 def group(tmp_path):
-    """A process group of this process alone."""
+    """Make a process group of this process only."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -63,8 +63,8 @@ def test_gradients_that_wait_for_the_last_micro_batch_take_a_quarter_of_the_memo
 
 @pytest.mark.slow
 def test_ddp_leaves_compiled_layers_whole(group, monkeypatch):
-    """A layer that is larger than a bucket of DDP would be split, and each part compiled and run by itself."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # its default, and again after the test
+    """Otherwise a layer larger than a bucket of DDP would be split. Each part would be compiled and run alone."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # its default, restored after the test
     torch.manual_seed(0)
     model, ids = formulas.llama(300, 1024, 4096, 1, 4, 4), torch.randint(300, (1, 16))
     compile_layers(model, 16)

@@ -1,4 +1,4 @@
-"""What takes long of several ranks: four of them, two nodes, lost ranks, adapters, the compiler, architectures."""
+"""Slow tests of several ranks: four ranks, two nodes, lost ranks, adapters, the compiler, architectures."""
 
 import json
 import os
@@ -48,14 +48,14 @@ def run_one(cwd, *args):
 
 @pytest.fixture(scope="module")
 def one(cwd):
-    """A single process, with the updates of four ranks with batches of a quarter of its own."""
+    """Train one process with the same steps as four ranks that each take a quarter of its batch."""
     run_one(cwd, *flags("one", micro_batch_size=4))
     return cwd / "one"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cwd):
-    """Two ranks, with dropout, for each strategy."""
+    """Train two ranks, with dropout, for each strategy."""
     for strategy in ("ddp", "fsdp"):
         run_ranks(cwd, *flags(f"undisturbed-{strategy}", "gpt2.json", strategy=strategy))
     return {strategy: cwd / f"undisturbed-{strategy}" for strategy in ("ddp", "fsdp")}
@@ -63,12 +63,12 @@ def undisturbed(cwd):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_four_ranks_equal_one_process(cwd, one, strategy):
-    """An epoch's 23 blocks are no multiple of anything: in its last update a rank has a block less, or none."""
+    """An epoch has 23 blocks, so in its last step one rank has one block less, or none."""
     out = f"four-{strategy}"
     ranks = run_ranks(cwd, *flags(out, micro_batch_size=1, strategy=strategy), size=4, codes=(0,) * 4)
     assert_same(cwd / out, one, 1e-6)
     metrics = [record for record in read_jsonl(one / "metrics.jsonl") if record["split"] == "train"]
-    assert any(record["grad_norm"] > 0.5 for record in metrics)  # so that clipping was at work
+    assert any(record["grad_norm"] > 0.5 for record in metrics)  # so clipping was at work
     assert not any(rank.stderr for rank in ranks) and not any(rank.stdout for rank in ranks[1:])
 
 
@@ -77,7 +77,7 @@ def test_four_ranks_equal_one_process(cwd, one, strategy):
 
 
 class Agents:
-    """Processes of torchrun, which are ended with their ranks whatever happens."""
+    """Processes of torchrun that are always ended together with their ranks."""
 
     def __init__(self):
         self.started: list[processes.Process] = []
@@ -88,13 +88,13 @@ class Agents:
     def __exit__(self, *error: object) -> None:
         for agent in self.started:
             if agent.returncode is None:
-                agent.send_signal(signal.SIGTERM)  # it then ends its ranks
+                agent.send_signal(signal.SIGTERM)  # torchrun then ends its ranks
                 with suppress(Exception):
                     agent.wait(60)
                 agent.kill()
 
     def start(self, cwd: Path, *args: object) -> processes.Process:
-        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as without torchrun, which would make it 1
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # torchrun would set it to 1
         self.started.append(processes.start(TORCHRUN, *args, cwd=cwd, env=env))
         return self.started[-1]
 
@@ -109,7 +109,7 @@ class Agents:
             return f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
 
     def rank(self, number: int) -> int | None:
-        """The process of a rank, once it is there."""
+        """Return the process id of a rank, or None if it has not started."""
         for agent in self.started:
             with suppress(OSError):
                 for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
@@ -118,7 +118,7 @@ class Agents:
         return None
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
-        """Until step and its record are there, whichever node has rank 0."""
+        """Wait for the record of a step, on whichever node rank 0 runs."""
         deadline = time.monotonic() + TIMEOUT
         while not _has_step(run_dir / "metrics.jsonl", step):
             assert time.monotonic() < deadline and all(agent.returncode is None for agent in self.started), [
@@ -218,7 +218,7 @@ def test_a_rank_that_hangs_is_named(cwd, undisturbed, strategy):
     [("ddp", 1, "checkpoints/.step-*"), ("fsdp", 0, "checkpoints/.step-*"), ("ddp", 0, ".model.being-written")],
 )
 def test_a_rank_that_stops_inside_a_save_is_noticed(cwd, undisturbed, strategy, lost, writing):
-    """It stops while the temporary directory of a checkpoint, or of model/, is there, which is then still there."""
+    """The rank stops while the temporary directory of a checkpoint or of model/ exists. The directory stays."""
     out = f"stopped-{strategy}-{lost}-{len(writing)}"
     arguments = flags(out, "gpt2.json", strategy=strategy, rank_timeout=4)
     ranks = start_ranks(2, *arguments, cwd=cwd)
@@ -248,7 +248,7 @@ def test_a_rank_that_stops_inside_a_save_is_noticed(cwd, undisturbed, strategy, 
     ("strategy", "optimizer"), [("ddp", "torch.optim.SGD(groups)"), ("fsdp", ADAMW)], ids=["ddp", "fsdp"]
 )
 def test_what_has_no_moments_is_resumed_to_the_bit(cwd, tmp_path, strategy, optimizer):
-    """A weight without gradients, a save before the first step, and SGD, whose state holds no tensor."""
+    """One weight has no gradients, and one save is before the first step. SGD's state holds no tensor."""
     here = "    # Train all weights, all but"
     idle = f"    model.transformer.idle = torch.nn.Linear(2, 2, device=model.device)\n{here}"
     options = {"cwd": cwd, "script": copy_tree(tmp_path, train=(ADAMW, optimizer), model=(here, idle))}
@@ -315,7 +315,7 @@ def test_ranks_notice_the_end_of_another_also_while_one_works_alone(tmp_path, en
         since = time.monotonic()
         ranks[ended].send_signal(number)
         code = ranks[1 - ended].wait(30)
-        assert time.monotonic() - since < 2 + 3  # two of them so that rank 0 may report first
+        assert time.monotonic() - since < 2 + 3  # two seconds so that rank 0 may report first
         ranks[ended].kill()
         assert [ranks[ended].wait(10), code] == codes
     finally:
@@ -338,7 +338,7 @@ def test_torchrun_ends_a_first_rank_that_hangs_and_starts_the_group_again(cwd, u
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model may be, and what is done to it
+# Kinds of models, and ways to train them
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +403,7 @@ def test_documents_are_kept_apart_on_all_ranks(cwd, strategy):
 
 @pytest.mark.parametrize(("strategy", "fix"), [("ddp", "one process"), ("fsdp", "--strategy ddp")])
 def test_what_a_strategy_cannot_do_is_refused_before_a_run_begins(cwd, strategy, fix):
-    kind, sizes = NAMES["Reformer"]  # whose layers run their own backward passes
+    kind, sizes = NAMES["Reformer"]  # its layers run their own backward passes
     (cwd / f"{kind}.json").write_text(json.dumps({"model_type": kind, **sizes}))
     ranks = run_ranks(cwd, *flags("refused", f"{kind}.json", strategy=strategy), codes=(2, ANY))
     assert re.search(
@@ -415,7 +415,7 @@ def test_what_a_strategy_cannot_do_is_refused_before_a_run_begins(cwd, strategy,
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["LLaMA", "Mamba", "BLOOM", "Mixtral", "XLNet", "BERT", "GPT Neo", "GIT"])
 def test_architecture(cwd, name, strategy):
-    """It learns on two ranks, and what is saved is a plain model with the loss that was logged."""
+    """It learns on two ranks. The saved model is a plain one with the logged loss."""
     kind, sizes = NAMES[name]
     out = f"{kind}-{strategy}"
     (cwd / f"{kind}.json").write_text(json.dumps({"model_type": kind, **sizes}))

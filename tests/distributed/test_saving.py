@@ -1,4 +1,4 @@
-"""A sharded model is saved as `save_pretrained` saves it in one process, without the whole model on one rank."""
+"""A sharded model is saved like `save_pretrained` in one process, but never as a whole on one rank."""
 
 import json
 
@@ -86,7 +86,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "files", "buffers", "lora", "lora and bf16"])
 def test_a_sharded_model_is_saved_as_in_one_process(saved, name):
-    """Of several files the tensors may be shared out otherwise: views of one storage count twice in one process."""
+    """Several files may divide the tensors differently: in one process, views of one storage count twice."""
     (ours, our_json), (theirs, their_json) = (content(saved / where / name) for where in ("ranks", "one"))
     assert ours.keys() == theirs.keys() and our_json.keys() == their_json.keys()
     for key, tensor in theirs.items():

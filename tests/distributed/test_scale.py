@@ -1,4 +1,4 @@
-"""The formulas of benchmarks/formulas.py against bytes that were counted, and the table that docs/scale.md holds."""
+"""The formulas of benchmarks/formulas.py against counted bytes, and the table in docs/scale.md."""
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ def test_shapes_are_the_published_ones():
 
 
 def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
-    """Bytes of the storages that autograd keeps, each once, the parameters' left out."""
+    """Return the bytes of the storages that autograd keeps. Each counts once, parameters not at all."""
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # which keeps the address from being used again
+            kept[storage.data_ptr()] = storage  # keeps the address from being used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(ids.device, "bf16"):
@@ -49,7 +49,7 @@ def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_activations_are_what_autograd_keeps(kind, strategy, checkpointing):
-    """fsdp's gathered weights are bfloat16. Checkpointed layers are seen without what one of them makes anew."""
+    """fsdp's gathered weights are bfloat16. With checkpointing, the recomputed layer is not seen here."""
     if kind == "gpt2":
         model = formulas.gpt2(4, 128, 4, vocabulary=500, length=256)  # longer than SHORT_BLOCK: flash attention
     else:
@@ -105,18 +105,18 @@ def test_lora_holds_and_keeps_what_the_formulas_say(checkpointing):
 def test_ranks_hold_and_send_what_the_formulas_say(ranks, strategy, precision, micro_batches, tmp_path):
     job = Ranks(ranks, strategy, tmp_path / "log", precision=precision, micro_batches=micro_batches)
     try:
-        job.turn(3)  # DistributedDataParallel makes its buckets anew after the first
+        job.turn(3)  # DistributedDataParallel rebuilds its buckets after the first step
     finally:
         job.stop()
     s = formulas.shape_of(formulas.gpt2(SHAPE["layers"], SHAPE["width"], 1, SHAPE["vocabulary"], SHAPE["length"]))
     expected = formulas.state_bytes(s, ranks, strategy)
-    near = 0.02 if s.width % ranks == 0 else 0.1  # shards are whole rows, and sent with as many rows from each rank
+    near = 0.02 if s.width % ranks == 0 else 0.1  # shards are whole rows, and each rank sends the same number of rows
     assert len(job.facts["held"]) == ranks
     for held in job.facts["held"]:
         assert held == pytest.approx(expected, rel=near)
     whole = [sum(kind) for kind in zip(*job.facts["held"], strict=True)]
     assert whole == [part * ranks for part in expected]
-    # What a rank puts in: its share to be gathered, and all gradients; Gloo makes an all-reduce of a reduce-scatter.
+    # A rank puts in its share of each gather, and all gradients. Gloo turns a reduce-scatter into an all-reduce.
     gathered = sum(size for name, size in job.facts["sent"] if name == "gloo:all_gather") * (ranks - 1)
     reduced = sum(size for name, size in job.facts["sent"] if name != "gloo:all_gather") * (ranks - 1) / ranks
     sent = gathered + reduced * (2 if strategy == "ddp" else 1)
@@ -195,7 +195,7 @@ EVEN, LARGE_LAST = [2048] * 24, [1024] * 15 + [15 << 10] + [512] * 2 + [25 << 9]
 
 
 def grown_by_saving(ranks, rows, cwd):
-    """Return the bytes that each rank's memory grows by while it saves tensors of so many rows, or a model."""
+    """Return the growth of each rank's memory in bytes while it saves tensors of ``rows`` rows, or a model."""
     (cwd / "saving.py").write_text(SAVING)
     started = start_ranks(ranks, rows, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, script=cwd / "saving.py")
     try:
@@ -214,7 +214,7 @@ def grown_by_saving(ranks, rows, cwd):
     ],
 )
 def test_a_checkpoint_adds_the_memory_that_the_formula_says(ranks, rows, tmp_path):
-    """A quarter of the shard at most, or twice its largest tensor."""
+    """It is at most a quarter of the shard, or twice its largest tensor."""
     shard, largest = 3 * 2048 * sum(rows), 2048 * max(rows)
     expected = formulas.checkpoint_bytes(shard * 2 // 3, largest, "cpu")
     assert expected <= max(shard / 4, 2 * largest)

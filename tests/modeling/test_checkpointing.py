@@ -45,7 +45,7 @@ def test_gradients_are_those_without_it_and_products_are_kept(kind, precision):
     made, products, operations = {}, {}, {}
     for choice in ("off", "selective", "full"):
         model, ids = make_model(kind, choice, 256)  # longer than SHORT_BLOCK: flash attention
-        linear_head(model)  # its probe, as before training: the casts that it made would be reused
+        linear_head(model)  # run its probe now, as before training: its casts would be reused
         with autocast(ids.device, precision):
             nll = next_token_nll(model, ids, ids)
         with Counts() as backward:

@@ -1,4 +1,4 @@
-"""The device that is used, what it cannot do, and that the host does not wait for it."""
+"""The choice of the device, its limits, and steps without host syncs."""
 
 import copy
 import math
@@ -69,7 +69,7 @@ def test_memory_that_runs_out_is_recognized(text):
     error = torch.distributed.DistBackendError(text) if "NCCL" in text else RuntimeError(text)
     assert out_of_memory(error) and isinstance(as_user_error(error), NoMemoryError)
     assert not out_of_memory(UserError("--micro_batch_size 8: out of memory. Pass --micro_batch_size 4."))
-    assert is_connection_error(error) == ("NCCL" in text)  # World asks for memory first
+    assert is_connection_error(error) == ("NCCL" in text)  # World checks for memory first
 
 
 def test_a_gpu_that_cannot_be_used_is_said(tmp_path, monkeypatch, capsys):
@@ -80,7 +80,7 @@ def test_a_gpu_that_cannot_be_used_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "nvidia0").touch()
     assert select() == CPU
     assert capsys.readouterr().err.startswith("warning: THE GPU IS NOT USED: ")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the user wants it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user wants no GPU
     assert select() == CPU and not capsys.readouterr().err
 
 
@@ -116,7 +116,7 @@ def test_sums_may_be_float32(monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_the_host_does_not_wait_in_a_step(kind, name):
-    """The log step, which reads the results, is the only one that waits."""
+    """Only the log step waits, because it reads the results."""
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     llama = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     model = tiny_gpt2(100) if kind == "gpt2" else LlamaForCausalLM(llama)
@@ -132,7 +132,7 @@ def test_the_host_does_not_wait_in_a_step(kind, name):
 
 
 def test_on_a_cpu_attention_with_dropout_keeps_scores_of_bfloat16():
-    """The gradients are as near to those of float32 as if the scores were float32."""
+    """The gradients are as near to float32's as gradients with float32 scores."""
     torch.manual_seed(0)
     model, (batch,) = tiny_gpt2(100), batches()
     batch["labels"] = batch["input_ids"]

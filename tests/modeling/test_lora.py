@@ -116,7 +116,7 @@ def arguments(model_dir, jsonl_file):
 
 
 def test_runs_with_adapters(arguments, model_dir, tmp_path):
-    """A resumed run ends with the same bits, and its checkpoints hold no frozen weight."""
+    """A resumed run ends with the same bits. Its checkpoints hold no frozen weight."""
     lora = ["--lora_rank", 4, "--lora_dropout", 0.1, "--learning_rate", 1e-2, "--gradient_checkpointing"]
     flags = [*arguments, *lora, "--max_steps", 8, "--keep", "last", "--resume"]
     done = run_script("train.py", *flags, "--output_dir", "whole", cwd=tmp_path)
@@ -147,7 +147,7 @@ def test_runs_with_adapters(arguments, model_dir, tmp_path):
 
 
 def test_another_base_is_no_way_to_resume(arguments, model_dir, tmp_path):
-    """The settings are the same, but the frozen weights differ, which no checkpoint holds."""
+    """The settings are equal, but the frozen weights differ. No checkpoint holds them."""
     shutil.copytree(model_dir, tmp_path / "base")
     flags = [*arguments, "--model", "base", "--freeze", "transformer.wte*", "--output_dir", "run", "--resume"]
     assert run_script("train.py", *flags, "--max_steps", 4, cwd=tmp_path).returncode == 0

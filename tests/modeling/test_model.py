@@ -119,7 +119,7 @@ def test_gradients_without_the_logits_are_those_of_cross_entropy(model_type, set
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_of_a_model_that_is_sure_bf16_gives_what_cross_entropy_gives(compiled):
-    """Probability - 1 is tiny there. It must not be the difference of two rounded numbers."""
+    """Probability - 1 is tiny for such a model. It must not be the difference of two rounded numbers."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3000, 64, generator=generator)
     targets = torch.randint(3000, (50,), generator=generator)
@@ -186,7 +186,7 @@ def test_any_chunk_and_tile_size(chunk, tile, compiled):
 
 @pytest.mark.parametrize("settings", [{}, {"final_logit_softcapping": 2.0}], ids=["plain", "capped"])
 def test_in_float16_gradients_of_chunks_have_the_loss_scale(settings):
-    """They are as near to float32's as those of whole logits, and infinite if the scale is too large."""
+    """They are as near to float32's as the gradients of whole logits, and infinite if the scale is too large."""
     model = from_scratch("gemma2", head_dim=16, num_key_value_heads=2, **settings).eval()
     ids = torch.randint(300, (4, 20))
     exact = gradients(model, next_token_nll(model, ids, ids))
@@ -198,7 +198,7 @@ def test_in_float16_gradients_of_chunks_have_the_loss_scale(settings):
         found = gradients(model, nll * loss_scale)
         errors.append(max((found[n] / scale - exact[n]).norm() / (exact[n].norm() + 1e-3) for n in exact))
     assert errors[0] <= 1.5 * errors[1] < 0.05 and not errors[2] < torch.inf
-    # float16 holds no probability below 6e-8, but the same times the scale.
+    # float16 holds no probability below 6e-8. It holds the probability times the scale.
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(size, 16, generator=generator) for size in (4, 5000))
     targets, needs = torch.zeros(4, dtype=torch.int64), (False, True, False)
@@ -227,7 +227,7 @@ def test_a_label_out_of_range_is_an_error(label):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_with_trained_tokens_stays_in_chunks(tied):
-    """peft wraps the head. The gradient of the trained rows is that of cross-entropy."""
+    """peft wraps the head. The gradients of the trained rows equal those of cross-entropy."""
     model = from_scratch("llama", tie_word_embeddings=tied)
     add_lora(model, LoraConfig(lora_rank=2), [298, 299])
     ids = torch.randint(290, 300, (2, 20))
@@ -316,11 +316,11 @@ def test_flops_are_those_of_palm_and_peaks_those_of_datasheets():
     unknown = ("NVIDIA A10G", "CPU (2 threads)", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     assert [peak_flops(name) for name in unknown] == [None] * 3
     wide = from_scratch("llama", head_dim=32, num_attention_heads=4)
-    multiplied = wide.num_parameters() - wide.get_input_embeddings().weight.numel()  # which is not tied to the head
+    multiplied = wide.num_parameters() - wide.get_input_embeddings().weight.numel()  # not tied to the head
     assert flops_per_token(wide, 10) == 6 * multiplied + 12 * 2 * (4 * 32) * 10
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
     no_attention = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
-    assert flops_per_token(no_attention, 10) == 6 * no_attention.num_parameters()  # tied
+    assert flops_per_token(no_attention, 10) == 6 * no_attention.num_parameters()  # the embedding is tied to the head
     assert flops_per_token(from_scratch("mixtral", num_key_value_heads=2), 10) is None
     sizes = {"hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 2, "decoder_ffn_dim": 64}
     unknown = AutoModelForCausalLM.from_config(AutoConfig.for_model("prophetnet", vocab_size=300, **sizes))
@@ -353,7 +353,7 @@ def of_the_suite(name, **more):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layers", [2, 4])
 def test_prophetnet_whose_first_position_sees_the_second_token_is_refused(layers, precision):
-    """Its layout of relative positions mixes positions and heads. Fresh weights hide that, and so does a late cut."""
+    """Its relative positions mix positions and heads. Fresh weights hide that, and so does a late cut."""
     model = of_the_suite("ProphetNet", num_decoder_layers=layers)
     for block_size in (2, 32):  # generate.py passes 2
         with pytest.raises(UserError, match=r"prophetnet is not causal.*Use another architecture"):
@@ -361,7 +361,7 @@ def test_prophetnet_whose_first_position_sees_the_second_token_is_refused(layers
 
 
 class LeakyGPT2(GPT2LMHeadModel):
-    """A GPT-2 whose logits at one position see one later token."""
+    """A GPT-2 with a leak: the logits at one position see one later token."""
 
     position, token = 0, 1
 
@@ -403,7 +403,7 @@ def test_logits_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("name", ["GPT-2", "LLaMA", "Mixtral", "XLNet"])
 def test_the_probes_leave_mode_and_weights_as_they_were(name):
-    """Small weights are amplified for the time of the probes, those of embeddings and of the head are not."""
+    """The probes amplify small weights, but not the weights of the embeddings and the head."""
     model = of_the_suite(name).train()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -417,10 +417,10 @@ def test_the_probes_leave_mode_and_weights_as_they_were(name):
 
 
 def test_logits_of_a_batch_of_probes_stay_below_256_mb(monkeypatch):
-    """Every vocabulary is probed at every cut, in as many batches as that takes."""
+    """Every vocabulary is probed at every cut, in as many batches as necessary."""
     model, shapes = tiny_gpt2(300), []
     model.transformer.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    monkeypatch.setattr("modeling.checks.num_rows", lambda _: 262_144)  # only the ids that are drawn depend on it
+    monkeypatch.setattr("modeling.checks.num_rows", lambda _: 262_144)  # only the choice of random ids depends on it
     model.get_input_embeddings().forward = lambda ids: F.embedding(ids % 300, model.transformer.wte.weight)
     check_causal(model, 64)
     assert {length for _, length in shapes} == {32} and sum(rows - 1 for rows, _ in shapes) == 31
@@ -455,7 +455,7 @@ LEARNED += ["OPT", "Pegasus", "ProphetNet", "Reformer", "RemBERT", "RoBERTa", "T
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_position_limits(name):
-    """A block of the largest length works, and one more token does not. Rotary positions run on."""
+    """A block of the largest length works, and one more token fails. Rotary positions have no limit."""
     model = of_the_suite(name, **({"pad_token_id": 1} if "RoBERTa" in name else {}))
     limit = position_limit(model)
     assert 60 < limit <= 64
@@ -543,7 +543,7 @@ def test_precision():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
 
 
-# The inputs that isolate documents. The other architectures of the guide need no others.
+# The inputs that isolate documents. Other architectures of the guide need the same ones.
 ISOLATED_BY = {"gpt2": "position_ids", "llama": "position_ids", "gemma2": "position_ids"}
 ISOLATED_BY |= {"gpt_neox": "position_ids", "qwen3": "position_ids", "bert": "attention_mask"}
 ISOLATED_BY |= {"opt": "attention_mask and position_ids"}
@@ -554,7 +554,7 @@ GROUPED = {"head_dim": 16, "num_key_value_heads": 1}
 
 @pytest.mark.parametrize(("kind", "way"), ISOLATED_BY.items())
 def test_a_document_does_not_see_the_one_before_it_in_its_block(kind, way):
-    """A change of one document moves no logit of the next. Loss and gradients equal those of separate documents."""
+    """Changing one document changes no logit of the next. Loss and gradients equal those of separate documents."""
     more = {"bert": {"is_decoder": True}, "qwen3": GROUPED, "gemma2": GROUPED}
     model = from_scratch(kind, **more.get(kind, {}))
     check_isolated(model, 24)
@@ -601,7 +601,7 @@ WINDOWED |= {"OLMo 3": "sliding_window", "RecurrentGemma": "attention_window_siz
 
 @pytest.mark.parametrize(("name", "window"), WINDOWED.items())
 def test_isolated_documents_keep_their_windows(name, window, monkeypatch):
-    """A document that is longer than the window has the logits in its block that it has alone, or it is refused."""
+    """A document that is longer than the window has the same logits in its block as alone, or it is refused."""
     monkeypatch.setitem(
         TODAY, "AFMoE", ("afmoe", {**TODAY["Mistral"][1], "moe_intermediate_size": 32, "num_experts": 8})
     )
@@ -613,7 +613,7 @@ def test_isolated_documents_keep_their_windows(name, window, monkeypatch):
         check_isolated(model, 64)
     except UserError as error:
         assert "Use --pack stream" in str(error) and name in ("AFMoE", "gpt-oss", "RecurrentGemma")
-        if name == "AFMoE":  # only its mask isolates documents, and that replaces the windows
+        if name == "AFMoE":  # only its mask isolates documents, and the mask replaces the windows
             check_isolated(of_the_suite(name, sliding_window=64), 64)
         return
     ids = torch.randint(300, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -654,7 +654,7 @@ def test_attention_of_ones_choice(model_dir, tokenizer):
 
 
 def test_a_mixture_of_experts_keeps_its_router_loss():
-    """It is added once a predicted token, because the sum is divided by their number; in training only."""
+    """It is added once per predicted token, because the sum is divided by their number. It is for training only."""
     model = from_scratch("mixtral", num_key_value_heads=1, output_router_logits=True, router_aux_loss_coef=0.5)
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
     model.train()
@@ -666,7 +666,7 @@ def test_a_mixture_of_experts_keeps_its_router_loss():
 
 @pytest.mark.parametrize("name", ["someone/kernel:func", "flash_attention_2", "unknown"])
 def test_an_attention_that_the_config_names_is_not_used(name, model_dir, tmp_path, monkeypatch):
-    """A kernel of the Hub would run code, and another may not be installed. Without the flag, transformers chooses."""
+    """A kernel of the Hub would run code, and other kernels may be missing. Without the flag, transformers chooses."""
     shutil.copytree(model_dir, tmp_path / "model")
     settings = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(settings | {"attn_implementation": name}))
@@ -677,7 +677,7 @@ def test_an_attention_that_the_config_names_is_not_used(name, model_dir, tmp_pat
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, load_pretrained(str(model_dir))(ids).logits)
-    kind, sizes = GUIDE["RoBERTa"]  # it is tried without a padding id
+    kind, sizes = GUIDE["RoBERTa"]  # RoBERTa is tried without a padding id
     scratch = {"model_type": kind, **sizes, "vocab_size": 320, "pad_token_id": None, "attn_implementation": name}
     (tmp_path / "scratch.json").write_text(json.dumps(scratch))
     config = ModelConfig(model_config=str(tmp_path / "scratch.json"))
@@ -687,7 +687,7 @@ def test_an_attention_that_the_config_names_is_not_used(name, model_dir, tmp_pat
 
 
 def test_gradients_of_weights_are_added_in_float32_on_cuda(monkeypatch):
-    """No GPU is needed for the shapes, strides and dtypes of the products there."""
+    """The shapes, strides and dtypes of the products need no GPU."""
     seen, original = [], torch.addmm
 
     def addmm(total, left, right, **options):

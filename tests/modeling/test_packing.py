@@ -38,23 +38,23 @@ def model_of(kind):
     model = from_scratch(kind, pad_token_id=0, **MODELS[kind])
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # so that it matters which token attends to which
+            parameter.add_(0.1 * torch.randn_like(parameter))  # so the result depends on which token attends to which
     return model
 
 
 def batch_of(*lengths, rows=0, length=0):
-    """Return a batch of blocks, given the lengths of the documents of each."""
+    """Return a batch of blocks, given the lengths of the documents of each block."""
     draw = np.random.default_rng(0)
     ids = [draw.integers(1, 300, sum(block)) for block in lengths]
     positions = [np.concatenate([np.arange(n) for n in block]) for block in lengths]
     return collate([block_item(*block) for block in zip(ids, positions, strict=True)], rows, length, True)
 
 
-BATCH = ((20, 1, 9), (30,), (3, 19))  # documents longer than a window, of one token, and a short block
+BATCH = ((20, 1, 9), (30,), (3, 19))  # documents longer than a window, a document of one token, a short block
 
 
 def attend(query, key, value, visible, scaling=None, softcap=None):
-    """Attend in plain torch; all are (batch, heads, tokens, width)."""
+    """Attend in plain torch. Shapes are (batch, heads, tokens, width)."""
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = scores if softcap is None else (scores / softcap).tanh() * softcap
@@ -63,7 +63,7 @@ def attend(query, key, value, visible, scaling=None, softcap=None):
 
 @pytest.fixture
 def flash(monkeypatch):
-    """A stand-in for the flash kernels: attention inside of cu_seq_lens. Returns the arguments of each call."""
+    """Replace the flash kernels by attention inside of cu_seq_lens. Return the arguments of each call."""
     calls = []
 
     def attention(
@@ -86,7 +86,7 @@ def flash(monkeypatch):
 
 @pytest.fixture
 def flex(monkeypatch):
-    """A stand-in for FlexAttention with a backward pass on the CPU, on a CUDA device as it seems to the choice."""
+    """Replace FlexAttention by one with a backward pass on the CPU. Let `ways_to_isolate` see a CUDA device."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, dropout=0.0, **_):
         if dropout:
@@ -109,7 +109,7 @@ def flex(monkeypatch):
 
 
 def compare(model, batch, attention, names, tolerance=1e-4):
-    """Assert that loss and gradients are those of the dense mask."""
+    """Assert that loss and gradients equal those of the dense mask."""
     isolate_with(model, model.config._attn_implementation, ["position_ids"])
     dense = next_token_nll(model, **batch)
     wanted = gradients(model, dense)
@@ -124,7 +124,7 @@ def compare(model, batch, attention, names, tolerance=1e-4):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_flash_attention_gets_the_bounds_of_the_documents_of_one_row(kind, flash):
-    """Loss and gradients are those of the dense mask. A batch is filled up with blocks and with tokens."""
+    """Loss and gradients equal those of the dense mask. The batch is padded with blocks and with tokens."""
     model, batch = model_of(kind).train(), batch_of(*BATCH, rows=4, length=32)
     starts = [0, 20, 21, 30, 31, 32, 62, 63, 64, 67, *range(86, 128)]
     assert batch["cu_seq_lens"].tolist() == starts + [128] * (64 - len(starts))
@@ -135,7 +135,7 @@ def test_flash_attention_gets_the_bounds_of_the_documents_of_one_row(kind, flash
         assert call.cu_seq_lens_q is call.cu_seq_lens_k is batch["cu_seq_lens"]
         assert call.cu_seq_lens_q.dtype is torch.int32
     assert any(call.window == 8 for call in flash) == ("sliding_window" in MODELS[kind])
-    # Documents alone have the same loss, so no token is predicted across a border of documents or blocks.
+    # Documents alone have the same loss. So no token is predicted across a border of documents or blocks.
     with torch.no_grad():
         parts = [row.split(lengths) for row, lengths in zip(batch["input_ids"], [(20, 1, 9, 2), (30, 2)], strict=False)]
         alone = sum(plain_nll(model, part[None], part[None]) for row in parts for part in row[:-1] if len(part) > 1)
@@ -160,7 +160,7 @@ def test_a_step_with_documents_reads_nothing_back_from_the_device(flash):
         searched = isolated_output(model, batch["input_ids"], batch["position_ids"]).logits
         with HostSyncs(facts := {}):
             isolated_output(model, batch["input_ids"], batch["position_ids"])
-        assert facts["syncs"] > 0  # the search, which is left out on other devices than a CPU
+        assert facts["syncs"] > 0  # the search, which is skipped on other devices than a CPU
         with HostSyncs(facts := {}), packed_as((batch["position_ids"] == 0).cumsum(1)):
             known = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         assert facts["syncs"] == 0 and torch.equal(known, searched)
@@ -173,7 +173,7 @@ def test_a_step_with_documents_reads_nothing_back_from_the_device(flash):
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "gpt2"])
 def test_flex_attention_has_the_loss_of_the_dense_mask(kind, flex):
-    """The real FlexAttention, not compiled, in evaluation; and its masks in training, with a stand-in."""
+    """Evaluation uses the real FlexAttention, not compiled. Training uses a stand-in with its masks."""
     model, batch = model_of(kind), batch_of(*BATCH, rows=4, length=32)
     plain = model.config._attn_implementation
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_compiled_flex_attention_has_the_loss_of_the_dense_mask():
 
 
 def test_the_fastest_attention_is_tried_first():
-    """Flash attention if the user names it, FlexAttention on CUDA, else a dense mask. The user's choice stays."""
+    """Flash attention comes first if the user names it, FlexAttention on CUDA. The user's choice can be kept."""
     dense = [["position_ids"], ["attention_mask"], ["attention_mask", "position_ids"]]
 
     def ways(attention, device="cuda", supports=True, keep=False):
@@ -240,7 +240,7 @@ def test_flash_attention_is_refused_if_the_model_ignores_the_bounds(flash, monke
 
 
 def test_flex_attention_is_used_on_cuda_but_not_to_generate(flex, tokenizer):
-    """Isolation, windows and caps are verified with it. Generation keeps the attention of before."""
+    """The probe verifies isolation, windows and caps with it. Generation uses the previous attention."""
     flex()
     model = from_scratch("gemma2", pad_token_id=0, **MODELS["gemma2"] | {"vocab_size": len(tokenizer)})
     check_model(model, tokenizer, 64, isolate_documents=True)
@@ -256,7 +256,7 @@ def test_flex_attention_is_used_on_cuda_but_not_to_generate(flex, tokenizer):
 
 def test_without_a_backward_pass_or_dropout_flex_attention_is_not_used(flex, capsys):
     model = model_of("llama")
-    check_isolated(model, 64)  # the real one, which does not train on a CPU
+    check_isolated(model, 64)  # the real FlexAttention, which does not train on a CPU
     assert describe_isolation(model) == "a dense mask for sdpa" and model.attentions == ("sdpa", "sdpa")
     assert "llama does not train with flex_attention (" in (warning := capsys.readouterr().err) and "CPU" in warning
     flex()

@@ -1,4 +1,4 @@
-"""Adapters that peft made, of any kind: loaded with the same logits, merged, or refused. Frozen weights in bfloat16."""
+"""Adapters of any kind from peft: loaded with the same logits, merged, or refused. Frozen weights in bfloat16."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def make_base(path, dtype=torch.float32, **changes):
 
 
 def adapt(base, config, path, num_rows=None):
-    """Save an adapter with random weights, as peft does, and return the logits with it."""
+    """Save an adapter with random weights, as peft does. Return the logits with it."""
     config.task_type = config.task_type or "CAUSAL_LM"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.name_or_path = base
@@ -121,7 +121,7 @@ def test_what_is_no_sum_of_layers_is_refused(tmp_path):
 
 
 def test_a_base_is_found_from_anywhere(tmp_path, monkeypatch):
-    """Its path in the adapter is relative, and never taken for an id of the Hub, nor for one of another directory."""
+    """The adapter has a relative path of its base. It is no id of the Hub and not relative to the working directory."""
     for name in ("here", "there"):
         monkeypatch.chdir(tmp_path)
         make_base(f"{name}/bases/small", hidden_size=32 if name == "here" else 64)
@@ -151,7 +151,7 @@ def test_what_has_no_sum_is_not_merged(tmp_path):
 
 
 def test_what_transformers_keeps_in_float32_is_exported_so():
-    """The biases that choose experts are too large for the digits of bfloat16."""
+    """The biases that choose experts are too large for the precision of bfloat16."""
     sizes = SMALL | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
     sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, first_k_dense_replace=0, moe_intermediate_size=16))
@@ -197,7 +197,7 @@ def peft_phi():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_frozen_linear_weights_keep_bfloat16_with_the_same_bits(tied, tmp_path):
-    """Loss and gradients are those of float32 weights, in fewer bytes: of LoRA, and of --freeze."""
+    """With LoRA and with --freeze, loss and gradients equal those of float32 weights, in fewer bytes."""
     base = make_base(tmp_path / "base", torch.bfloat16, tie_word_embeddings=tied)
     ids = torch.arange(40, 72)[None]
     for train in (lambda m: add_lora(m, LoraConfig(lora_rank=2)), lambda m: freeze(m, ["model.layers.0.*"])):
@@ -222,7 +222,7 @@ def test_frozen_linear_weights_keep_bfloat16_with_the_same_bits(tied, tmp_path):
 
 
 def test_buffers_are_those_of_float32(tmp_path):
-    """Gemma's scale of the embeddings is no weight, and rounds in bfloat16."""
+    """Gemma's scale of the embeddings is a buffer, and it would be rounded in bfloat16."""
     sizes = SMALL | {"hidden_size": 48, "head_dim": 8}
     Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).bfloat16().save_pretrained(tmp_path)
     exact, kept = load_pretrained(str(tmp_path)), load_pretrained(str(tmp_path), linear=stored_dtype(str(tmp_path)))

@@ -1,4 +1,4 @@
-"""A saved model stops in plain transformers, and so in all that reads generation_config.json."""
+"""A saved model stops in plain transformers, and in every program that reads generation_config.json."""
 
 import json
 from itertools import pairwise
@@ -20,7 +20,7 @@ QUICK = ("--max_steps", 1, "--learning_rate", 1e-9, "--batch_size", 2, "--block_
 
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
-    """A model that says "Hi", the end of a turn, and then "xxx" without end, and conversations."""
+    """Save conversations, and a model that says "Hi", the end of a turn, and then "xxx" without end."""
     path, tokenizer = tmp_path_factory.mktemp("speaker"), make_tokenizer(CHATML, *IM)
     said = [tokenizer.convert_tokens_to_ids(token) for token in ("Ċ", "H", "i", "<|im_end|>")]
     model = chain_gpt2(len(tokenizer), dict(pairwise(said)), otherwise=tokenizer.convert_tokens_to_ids("x"))
@@ -41,7 +41,7 @@ def test_a_saved_chat_model_stops_at_the_end_of_a_turn(options, speaker, tmp_pat
     ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
     assert GenerationConfig.from_pretrained(saved).eos_token_id == ends
     model = AutoModelForCausalLM.from_pretrained(speaker / "model" if options else saved)
-    if options:  # transformers and peft leave it to the caller to load the generation config of an adapter
+    if options:  # for an adapter, transformers and peft let the caller load the generation config
         model = PeftModel.from_pretrained(model, saved).merge_and_unload()
         model.generation_config = GenerationConfig.from_pretrained(saved)
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
@@ -81,7 +81,7 @@ def test_positions_that_count_from_the_padding_stay_as_they_were(tokenizer, tmp_
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_config_that_samples_without_saying_so_is_saved(lora, tokenizer, tmp_path):
-    """transformers refuses to save a temperature without do_sample once the config has changed."""
+    """transformers refuses to save a temperature without do_sample if the config has changed."""
     model = chain_gpt2(len(tokenizer), {}, otherwise=0)
     model.generation_config = GenerationConfig(eos_token_id=5, temperature=0.6, top_p=0.9)
     if lora:

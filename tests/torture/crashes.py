@@ -27,7 +27,7 @@ FILE_SYSTEMS = ("exchanges", "NFS", "overlayfs")
 
 @contextmanager
 def file_system(kind: str) -> Iterator[None]:
-    """Makes names be exchanged, refused as by NFS, or no directory be renamed at all, as by overlayfs."""
+    """Let exchanges of names work, refuse them as NFS does, or refuse to rename directories as overlayfs does."""
     answer, rename = {"NFS": errno.EINVAL, "overlayfs": errno.EXDEV}.get(kind), Path.rename
     refuse = SimpleNamespace(renameat2=lambda *_: (ctypes.set_errno(answer), -1)[1])
 
@@ -42,11 +42,11 @@ def file_system(kind: str) -> Iterator[None]:
 
 
 def crash_in_save(directory: Path, lines: int) -> str:
-    """Saves a checkpoint and a model in a child process that dies, without any cleaning up, at the given line.
+    """Save a checkpoint and a model in a child process that dies at the given line, without any cleanup.
 
-    Lines of checkpoint.py, atomic.py and shutil count, so the deaths are before and after each write, sync, rename and
-    removal of a file. Returns "old" or "new" for the state found afterwards, "ended" where the child
-    came to its end; raises AssertionError where anything is lost or half there.
+    Lines of checkpoint.py, atomic.py and shutil count. So deaths come before and after each write, sync, rename and
+    removal of a file. Return "old" or "new" for the state found afterwards, or "ended" if the child reached its end.
+    Raise AssertionError if anything is lost or incomplete.
     """
     checkpoints, model = directory / "checkpoints", directory / "model"
     for step in (1, 2):
@@ -69,7 +69,7 @@ def crash_in_save(directory: Path, lines: int) -> str:
         try:
             sys.settrace(trace)
             save(checkpoints / "step-000003", NEW, {"step": 3}, WORLD)
-            save(checkpoints / "step-000002", NEW, {"step": 2}, WORLD)  # in the place of another
+            save(checkpoints / "step-000002", NEW, {"step": 2}, WORLD)  # replaces an existing checkpoint
             prune(checkpoints, 1, checkpoints / "step-000003")
             write_directory(model, lambda path: [(path / name).write_text("new") for name in "ab"], 6)
             sys.settrace(None)
@@ -93,7 +93,7 @@ def crash_in_save(directory: Path, lines: int) -> str:
     assert len(texts) == 1 and set(os.listdir(model)) == {"a", "b"}
     assert {path.name for path in directory.iterdir()} == {"checkpoints", "model"}
     assert not list(checkpoints.glob(".*"))
-    save(checkpoints / "step-000003", NEW, {"step": 3}, WORLD)  # and the next save works
+    save(checkpoints / "step-000003", NEW, {"step": 3}, WORLD)  # the next save works
     prune(checkpoints, 1, checkpoints / "step-000003")
     assert os.listdir(checkpoints) == ["step-000003"] and verify(checkpoints / "step-000003") is None
     return "ended" if code == 0 else "new" if texts == {"new"} else "old"

@@ -1,4 +1,4 @@
-"""Runs a script as ``python SCRIPT ARGS`` does, but without root's right to read and write everything.
+"""Run a script as ``python SCRIPT ARGS`` does, but without root's right to read and write everything.
 
 python tests/torture/nobody.py train.py --config small.yaml
 """

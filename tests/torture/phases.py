@@ -1,10 +1,10 @@
-"""Runs a script as ``python SCRIPT ARGS`` does, and shows from outside in which phase it is.
+"""Run a script as ``python SCRIPT ARGS`` does, and show from outside in which phase it is.
 
     python tests/torture/phases.py FILE train.py --config small.yaml
 
-The script is the real one. Around the functions of its modules that make up a phase a note is taken in FILE, which is
-mapped into memory, so that whoever kills the process knows afterwards in which phase it died. Of several ranks each has
-a FILE of its own, with the rank's number at the end of its name.
+The script is the real one. Functions that make up a phase are wrapped, and each wrapper notes its phase in FILE. FILE
+is mapped into memory, so it still holds the phase after the process was killed. Each of several ranks has its own FILE,
+with the rank's number at the end of its name.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Phases:
         return int(self._values[1 + 2 * PHASES.index(phase)])
 
     def seconds(self, phase: str) -> float:
-        """How long a phase usually lasts."""
+        """Return the mean seconds of a phase."""
         return self._values[2 + 2 * PHASES.index(phase)] / max(1, self.count(phase))
 
     def enter(self, phase: str) -> None:
@@ -52,7 +52,7 @@ class Phases:
         self._values[1 + 2 * index] += 1
 
     def within(self, phase: str, function: Callable) -> Callable:
-        """``function``, noted as ``phase``; training goes on after the first evaluation or batch."""
+        """Wrap ``function`` so that it is noted as ``phase``. Training begins after the first evaluation or batch."""
 
         @functools.wraps(function)
         def noted(*args: Any, **options: Any) -> Any:
@@ -81,7 +81,7 @@ def main() -> None:
 
     phases = Phases(path + os.environ.get("RANK", ""))
     for owner, name, phase in (
-        (sources, "load_documents", "preparation"),  # the first thing that ranks do after they have met
+        (sources, "load_documents", "preparation"),  # the first work of ranks after they have met
         (model, "load_model", "loading"),
         (model, "check_model", "loading"),
         (data.TrainingData, "batches", "training"),

@@ -4,11 +4,11 @@
     make torture ARGS="--kills 10 --seed 3 --only kills signals"
     make torture ARGS="--ranks 24 --only ranks"
 
-One run of `train.py` is left alone, and of two ranks one with each strategy. Every other one, whatever was done to it,
-must end with the same SHA-256 of each tensor of weights and optimizer, of its bits rather than its file, whose metadata
-safetensors writes in any order; with the same model, and with the same curves: dropout is on, so its random numbers are
-the same as well. Runs are real processes. Moments are random, and repeat with --seed as far as a machine
-repeats itself. Exits with 1 where anything did not hold.
+One run of `train.py` is left alone. So is one run of two ranks for each strategy. Every disturbed run must end like the
+run that was left alone: with the same SHA-256 of each tensor of weights and optimizer, the same model, and the same
+curves. The SHA-256 is that of a tensor's bits, because safetensors writes the metadata of a file in any order. Dropout
+is on, so its random numbers are the same as well. Runs are real processes. Moments are random and repeat with --seed,
+as far as a machine repeats itself. The exit code is 1 if any check failed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# One thread a run and two runs at once; and what `phases.py`, in another directory than the scripts, imports from.
+# One thread per run, two runs at once. `phases.py` is in another directory than the modules that it imports.
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 import processes  # noqa: E402
 from conftest import checkpoint_bytes, make_text, read_jsonl  # noqa: E402  sets the environment of a test
@@ -53,10 +53,10 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from distributed.world import World  # noqa: E402
 from training import atomic, checkpoint  # noqa: E402
 
-TIMEOUT = 120  # seconds a process
+TIMEOUT = 120  # seconds per process
 MEASURED = ("tokens_per_second", "memory_gib")  # differ from run to run
 EARLY, LOOP = ("preparation", "loading"), ("training", "evaluation", "sampling", "saving")
-RANK_TIMEOUT = 8  # seconds, where a rank is to be missed
+RANK_TIMEOUT = 8  # seconds, in trials that lose a rank
 SETTINGS = {
     "model_config": "gpt2.json",
     "tokenizer": "train:320",
@@ -78,9 +78,9 @@ GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 128, "n_posit
 
 
 class Table:
-    """What was tried, how often it held, what was wrong where it did not; rows in the order of their first trial.
+    """Rows of trials: how often each was tried and held, and each failure. Rows are in the order of their first trial.
 
-    The work of a trial raises where something does not hold. It may return what to show, and seconds it took.
+    The work of a trial raises if a check fails. It may return a detail to show, and its seconds.
     """
 
     def __init__(self, minutes: float):
@@ -119,7 +119,7 @@ class Table:
 
 
 class Runs:
-    """Runs of one configuration in one directory, to be disturbed and compared with the one that was left alone."""
+    """Runs of one configuration in one directory, to be disturbed and compared with the run that was left alone."""
 
     def __init__(self, directory: Path, fast: Path, table: Table, seed: int):
         self.directory, self.fast, self.table, self.seed = directory, fast, table, seed
@@ -133,11 +133,11 @@ class Runs:
         (directory / "small.yaml").write_text("".join(f"{key}: {value}\n" for key, value in SETTINGS.items()))
 
     def notes(self) -> str:
-        """The name of a new file for notes of phases."""
+        """Return the name of a new file for notes of phases."""
         return str(self.directory / f"phases-{len(self.started)}-{threading.get_ident()}-")
 
     def start(self, run_dir: Path, *flags: object, noted: bool = True) -> tuple[processes.Process, Phases]:
-        """A process, and a view of the phase it is in, if it is to be noted."""
+        """Start a process. Return it and a view of its phase, which stays empty without ``noted``."""
         notes = self.notes()
         launcher = ("tests/torture/phases.py", notes, "train.py") if noted else ("train.py",)
         arguments = (*launcher, "--config", "small.yaml", "--output_dir", run_dir, *flags)
@@ -153,14 +153,14 @@ class Runs:
             raise
 
     def train(self, run_dir: Path, *flags: object, code: int = 0) -> processes.Process:
-        """To the end, as people run it."""
+        """Train to the end, as people run it."""
         process, _ = self.start(run_dir, *flags, noted=False)
         ended = self.end(process)
         expect(ended == code, f"train.py {' '.join(map(str, flags))} ended with {ended}, not {code}\n{process.stderr}")
         return process
 
     def leave_alone(self) -> None:
-        """The run that all are compared with, in an interpreter of its own, and one whose phases are timed."""
+        """Train the run that all are compared with, without notes. Train a second run and time its phases."""
         self.train(self.directory / "alone")
         self.alone = outcome(self.directory / "alone")
         process, self.usual = self.start(self.directory / "noted")
@@ -188,9 +188,9 @@ class Runs:
         part: float = 1.0,
         usual: Phases | None = None,
     ) -> bool:
-        """Waits for a random moment in one of the phases ``wanted``, out of the first ``part`` of those in a run.
+        """Wait for a random moment in one of the phases ``wanted``, among the first ``part`` of them in a run.
 
-        Where it went by unseen, for one as far into a later such phase. False where the process ended before.
+        If that phase went by unseen, wait for the same moment of a later one. Return False if the process ended before.
         """
         usual = usual or self.usual
         count = 1 + int(draw.random() * part * usual.count(wanted))
@@ -206,11 +206,11 @@ class Runs:
         return False
 
     def trials(self, jobs: Iterable[tuple]) -> None:
-        """Two at once."""
+        """Run two trials at once."""
         pool = ThreadPoolExecutor(2)
         try:
             list(pool.map(lambda job: self.table.trial(*job), jobs))
-        except BaseException:  # Ctrl-C: the others end soon
+        except BaseException:  # Ctrl-C: the other processes end soon
             self.table.end = 0
             for process in self.started:
                 end_all(process)
@@ -221,9 +221,9 @@ class Runs:
     # -----------------------------------------------------------------------------------------------------------------
 
     def crashes(self, args: argparse.Namespace) -> None:
-        """In the process of a save, before each line of checkpoint.py, atomic.py and shutil that it runs."""
+        """Crash in the process of a save, before each line of checkpoint.py, atomic.py and shutil that it runs."""
         for kind in FILE_SYSTEMS:
-            lines, stride = ("each third line", 3) if kind == "overlayfs" else ("each line", 1)  # copies have many
+            lines, stride = ("each third line", 3) if kind == "overlayfs" else ("each line", 1)  # copies run many lines
             names = "names are exchanged" if kind == "exchanges" else f"a file system as {kind}"
             row, outcomes = f"crash at {lines} of a save, {names}", []
 
@@ -241,7 +241,7 @@ class Runs:
             self.table.details[row] = counts
 
     def kills(self, args: argparse.Namespace) -> None:
-        """A third each in training and saving, the rest in evaluation and the samples drawn there."""
+        """Kill a third of the runs in training, a third in saving, and the rest in evaluation and sampling."""
         wanted = ("training", "saving", "evaluation", "training", "saving", "sampling")
         jobs = ((f"SIGKILL in {wanted[i % 6]}", self.kill, wanted[i % 6], i) for i in range(args.kills))
         self.trials(jobs)
@@ -255,7 +255,7 @@ class Runs:
             process.kill()
             code = self.end(process)
             if code == -signal.SIGKILL and phases.current == wanted:
-                break  # else it was in another phase, or at its end, when the signal came
+                break  # else the signal came in another phase, or at the end
             shutil.rmtree(run_dir)
         expect(phases.current == wanted, f"no kill came into {wanted}")
         if number % 5:
@@ -275,7 +275,7 @@ class Runs:
         expect(problem is None, str(problem))
 
     def damage(self, args: argparse.Namespace) -> None:
-        """One run, stopped in an evaluation, in many copies with something wrong in each."""
+        """Stop one run in an evaluation, then damage one thing in each of many copies."""
         stopped = self.directory / "stopped"
         process, phases = self.start(stopped)
         while process.returncode is None and phases.count("evaluation") < 3:
@@ -302,7 +302,7 @@ class Runs:
         done = self.train(run_dir, "--resume")
         named = rf"{re.escape(name)}\S*"
         if name == checkpoint.MANIFEST:
-            named = r"\S+"  # a flipped bit in a name looks for another
+            named = r"\S+"  # a flipped bit in the name of a file makes the warning name another file
         said = rf"warning: .*{path.name}: {named} .*; trying the checkpoint before it\n"
         expect(re.fullmatch(said, done.stderr), f"stderr: {done.stderr}")
         expect("resuming from" in done.stdout and f"{path.name} at step" not in done.stdout, done.stdout[-1000:])
@@ -317,7 +317,7 @@ class Runs:
         expect(content(stopped) == before, "something was changed")
 
     def full_disks(self, args: argparse.Namespace) -> None:
-        """What is left for a while: not enough for the next checkpoint, for the next model, for anything."""
+        """Leave too little room for a while: for the next checkpoint, for the next model, for anything."""
         weights = (self.directory / "alone/model/model.safetensors").stat().st_size
         for place, room, sign in (
             ("step-000010", 3 * weights // 2, "model"),
@@ -338,7 +338,7 @@ class Runs:
             run_dir, at_log = disk.path / "run", place == "the log"
             rare = ("--save_every", 1000, "--eval_every", 1000) if at_log else ()
             process, phases = self.start(run_dir, *rare)
-            if at_log:  # nothing else is to be written for a while
+            if at_log:  # no checkpoint or model is to be written for a while
                 self.wait_for(process, phases, "training", self.draw(place), 0)
                 process.send_signal(signal.SIGUSR1)
             while process.returncode is None and not list(run_dir.glob(sign)):
@@ -350,7 +350,7 @@ class Runs:
             expect(not leftovers(run_dir), f"left over: {leftovers(run_dir)}")
             last = newest(run_dir)
             expect(checkpoint.verify(last) is None, f"{last} does not verify")
-            if at_log and disk.mounted:  # a limit on files would be one on stderr too
+            if at_log and disk.mounted:  # without a mount, the limit on file size holds for stderr too
                 before = (run_dir / "config.yaml").read_bytes(), content(run_dir / "checkpoints")
                 process, _ = self.start(run_dir, "--resume")
                 disk.leave(process, 0, 1)
@@ -382,7 +382,7 @@ class Runs:
             return f"exit {code}", 0.0
 
     def full_disk_of_rank(self, strategy: str, full: int, number: int) -> tuple[str, float]:
-        """One rank can no longer write its shard of the next checkpoint. The other, and its messages, have room."""
+        """Limit the files of one rank, so that it cannot write its shard. The other rank and its messages have room."""
         wanted, draw = LOOP[number % 2], self.draw("disk of rank", strategy, full, number)
         started, _, run_dir = self.ranks_in(strategy, f"disk-{full}-{number}", wanted, draw)
         hard = resource.prlimit(started[full].pid, resource.RLIMIT_FSIZE)[1]
@@ -421,7 +421,7 @@ class Runs:
         expect(process.stderr == "", f"stderr: {process.stderr}")
         expect(code == (0 if name == "SIGUSR1" else 128 + number), f"exit code {code}: {said}")
         if name == "SIGUSR1" and wanted in LOOP:
-            # After the last boundary the last checkpoint, which the end of a run has anyway, answers it.
+            # After the last step boundary no save answers SIGUSR1. The checkpoint at the end of the run does.
             step = re.search(r"^step (\d+): saved on SIGUSR1$", process.stdout, re.MULTILINE)
             step = step or re.search(r"^held-out perplexity .*\(step (\d+)\)$", process.stdout, re.MULTILINE)
             expect(step, process.stdout)
@@ -433,21 +433,21 @@ class Runs:
         if wanted in EARLY:
             expect(not run_dir.exists(), "something was written")
         elif "twice" not in name:
-            ended = "held-out perplexity" in said  # it came after the last boundary: all is saved, nothing is uploaded
+            ended = "held-out perplexity" in said  # after the last step boundary: all is saved, nothing is uploaded
             expect(ended or f"stopped by {name} at step" in said, said)
         self.train(run_dir, "--resume")
         self.same(run_dir)
         return f"exit {code}", seconds
 
     def ranks(self, args: argparse.Namespace) -> None:
-        """Two ranks, one of which is killed, stopped or asked to end, or both are, at any moment.
+        """Kill, stop or end one of two ranks, or both, at any moment.
 
-        A stop is noticed in the loop alone: before it, a rank may work alone for as long as a day.
+        A stopped rank is noticed only in the loop. Before the loop, a rank may work alone for as long as a day.
         """
         self.leave_pairs_alone()
         deeds = []
         for strategy in self.pairs:
-            # What, to whom, and the phases of rank 0 in which it may happen; of torchrun's, imports are the "start".
+            # Deed, target, and the phases of rank 0 in which it may happen. Under torchrun, imports are phase "start".
             pair = f"2 ranks ({strategy}),"
             for who in ("rank 0", "rank 1", "both"):
                 row, moments = f"{pair} SIGKILL of {who}, torchrun --max-restarts=1", ("start", *EARLY, *LOOP)
@@ -472,7 +472,7 @@ class Runs:
         self.trials(jobs)
 
     def start_ranks(self, strategy: str, run_dir: Path, *flags: object) -> tuple[list[processes.Process], Phases]:
-        """Two ranks without torchrun, which would end one when the other has died, and the phase that rank 0 is in."""
+        """Start two ranks without torchrun, which ends one when the other has died. Return the phases of rank 0 too."""
         notes = self.notes()
         env = processes.meeting_place() | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         arguments = ("tests/torture/phases.py", notes, "train.py", *self.rank_flags(strategy, run_dir, *flags))
@@ -484,7 +484,7 @@ class Runs:
         return started, Phases(notes + "0")
 
     def rank_flags(self, strategy: str, run_dir: Path, *flags: object) -> list[object]:
-        """With half of the micro-batches on each of two ranks, their updates are those of one process."""
+        """Return the flags of two ranks. Each gets half of the micro-batches, so steps equal those of one process."""
         own = ["--config", "small.yaml", "--output_dir", run_dir, "--strategy", strategy]
         return [*own, "--rank_timeout", TIMEOUT, *flags]
 
@@ -496,7 +496,7 @@ class Runs:
                 process.kill()
 
     def resume_ranks(self, strategy: str, run_dir: Path) -> None:
-        """To the same end as the ranks that were left alone."""
+        """Resume two ranks. They must end like the ranks that were left alone."""
         started, _ = self.start_ranks(strategy, run_dir, "--resume")
         codes = self.end_ranks(started)
         expect(codes == [0, 0], f"--resume ended with {codes}: {said_by(started)}")
@@ -519,7 +519,7 @@ class Runs:
     def ranks_in(
         self, strategy: str, name: str, wanted: str, draw: random.Random, *flags: object
     ) -> tuple[list[processes.Process], Phases, Path]:
-        """Two ranks that were in the phase ``wanted`` a moment ago, and their directory."""
+        """Return two ranks that were in the phase ``wanted`` a moment ago, the phases, and their directory."""
         for attempt in range(10):
             run_dir = self.directory / f"{strategy}-{name}-{attempt}"
             started, phases = self.start_ranks(strategy, run_dir, *flags)
@@ -545,7 +545,7 @@ class Runs:
             part = 0.0 if wanted in EARLY else 0.6
             self.wait_for(agent, phases, wanted, draw, part, self.pairs[strategy][1])
         pids, phase = ranks_of(agent), phases.current
-        if len(pids) < 2 and self.end(agent) == 0:  # it was faster
+        if len(pids) < 2 and self.end(agent) == 0:  # it ended before the kill
             self.same(run_dir, alone=self.pairs[strategy][0])
             return "ended first", 0.0
         for rank, pid in pids.items():
@@ -578,7 +578,7 @@ class Runs:
         return f"in {phase}", 0.0
 
     def is_missed(self, started: list[processes.Process], codes: list[int], lost: int, code: int, when: str) -> None:
-        """The other rank has ended with 6 and one line that says so; torch may warn before that."""
+        """Check that the other rank ended with 6 and one line that says so. torch may warn before that line."""
         other = 1 - lost
         said = started[other].stderr.splitlines()[-1:] or [""]
         expect(codes[lost] == code, f"rank {lost} ended with {codes[lost]}")
@@ -633,7 +633,7 @@ class Runs:
         return f"--rank_timeout {RANK_TIMEOUT}: ended", seconds
 
     def save_again(self, run_dir: Path, size: int, *flags: object) -> None:
-        """A copy of a run loads its last checkpoint on another number of ranks, and saves at once: the same bits."""
+        """Load the last checkpoint of a copy on another number of ranks and save at once. The bits must be the same."""
         copy = run_dir.with_name(f"{run_dir.name}-again")
         shutil.copytree(run_dir, copy)
         before, step = checkpoint_bytes(newest(copy)), int(newest(copy).name[5:])
@@ -645,14 +645,14 @@ class Runs:
         shutil.rmtree(copy)
 
     def start_any(self, size: int, run_dir: Path, *flags: object) -> tuple[list[processes.Process], Phases]:
-        """One process, or two ranks: 0, or 1 with ddp and 2 with fsdp."""
+        """Start one process if ``size`` is 0, or two ranks: 1 is ddp, 2 is fsdp."""
         if size:
             return self.start_ranks(("", "ddp", "fsdp")[size], run_dir, *flags)
         process, phases = self.start(run_dir, *flags)
         return [process], phases
 
     def go_on_with(self, first: int, then: int) -> tuple[str, float]:
-        """Without dropout, whose random numbers are those of a rank, the losses are those of a single process."""
+        """Change the number of ranks. Dropout depends on the rank; without it, the losses are those of one process."""
         flags = ("--model_config", "plain.json", "--learning_rate", 5e-5)
         with self.plain_lock:
             if self.plain is None:
@@ -677,7 +677,7 @@ class Runs:
         return "losses within 1e-6", 0.0
 
     def compiled(self, args: argparse.Namespace) -> None:
-        """Compiled code on two threads, which adds up gradients in any order unless it is told not to."""
+        """Kill a compiled run on two threads. Compiled code adds up gradients in any order unless it is told not to."""
         self.table.trial("compiled, SIGKILL in training", self.kill_compiled)
 
     def kill_compiled(self) -> None:
@@ -697,7 +697,7 @@ class Runs:
         expect(found[0] == found[2], "the resumed run differs from one that was left alone")
 
     def cuts(self, args: argparse.Namespace) -> None:
-        """Long documents in parts, whose tokens are those of the whole: the property test with more documents."""
+        """Run the property test with more documents: the parts of a long document have the tokens of the whole."""
 
         def one(seed: int) -> None:
             command = [sys.executable, "-m", "pytest", "tests/corpus/test_cuts.py", "-k", "parts_have_the_tokens"]
@@ -709,7 +709,7 @@ class Runs:
             self.table.trial("2,000 documents have the tokens of the whole", one, 2000 * (args.seed + i + 1))
 
     def inputs(self, args: argparse.Namespace) -> None:
-        """The table of inputs.py, each case in a process, and what each answered as a table to be shown at the end."""
+        """Run each case of inputs.py in a process. Keep each answer for the table at the end."""
         self.answers: dict[str, str] = {}
 
         def one(case: Case) -> None:
@@ -729,7 +729,7 @@ class Runs:
         row = "wrong input: exit 2, one line, nothing written"
         self.trials((row, one, case) for case in CASES if not case.as_nobody)
         for case in CASES:
-            if case.as_nobody:  # and so is this process while it runs
+            if case.as_nobody:  # this process becomes nobody too while it runs
                 self.table.trial(row, one, case)
 
     def show_answers(self) -> None:
@@ -746,7 +746,7 @@ PARTS = {part.__name__: part for part in (Runs.crashes, Runs.kills, Runs.damage,
 
 
 class Disk:
-    """A file system that has little room for a while: a tmpfs, or for all but root a limit on the size of a file."""
+    """A file system with little room for a while: a tmpfs for root, otherwise a limit on the size of a file."""
 
     def __init__(self, path: Path):
         path.mkdir()
@@ -768,7 +768,7 @@ class Disk:
         while True:
             disk = os.statvfs(self.path)
             used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-            if self._remount(used + room // disk.f_frsize * disk.f_frsize):  # fails where more was written meanwhile
+            if self._remount(used + room // disk.f_frsize * disk.f_frsize):  # fails if the process has written more
                 return
 
     def enlarge(self, process: processes.Process) -> None:
@@ -810,10 +810,10 @@ def leftovers(run_dir: Path) -> list[str]:
 
 
 def outcome(run_dir: Path) -> dict[str, object]:
-    """All that must not depend on what was done to a run."""
+    """Return everything that must be the same, however a run was disturbed."""
     last = newest(run_dir)
     tensors = {" ".join(name): hashlib.sha256(bits).hexdigest() for name, bits in checkpoint_bytes(last).items()}
-    # As TensorBoard's server reads them, which drops what a killed process had written beyond its last checkpoint.
+    # TensorBoard's own reader drops the events that a killed process wrote beyond its last checkpoint.
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     names = [name for name in events.Tags()["tensors"] if not name.endswith(MEASURED) and "_hparams_" not in name]
     board = {name: [(e.step, e.tensor_proto.SerializeToString()) for e in events.Tensors(name)] for name in names}
@@ -871,7 +871,7 @@ def is_alive(pid: int) -> bool:
 
 
 def end_all(process: processes.Process) -> None:
-    """Kills a process with its children, such as those of torchrun."""
+    """Kill a process and its children, such as the ranks of torchrun."""
     pids = children(process.pid) if process.returncode is None else []
     process.kill()
     for pid in pids:
@@ -880,12 +880,12 @@ def end_all(process: processes.Process) -> None:
 
 
 def ranks_of(agent: processes.Process) -> dict[int, int]:
-    """The processes of a torchrun by their ranks."""
+    """Return the process id of each rank of a torchrun."""
     found = {}
     for pid in children(agent.pid):
         with suppress(OSError):
             rank = re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
-            if rank:  # else it is only being started
+            if rank:  # else it is still starting
                 found[int(rank[1])] = pid
     return found
 
@@ -911,8 +911,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=35, help="after which nothing new is tried")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="parts to try")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is cleared away
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each event that it drops
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleared away
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it logs each event that it drops
     table = Table(args.minutes)
     print(f"{machine()}; seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="torture-") as name, Disk(Path(name) / "fast") as fast:

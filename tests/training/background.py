@@ -1,4 +1,4 @@
-"""train.py with saves in the background, as with CUDA. From the second one on, a thread waits SECONDS first.
+"""Run train.py with saves in the background, as with CUDA. From the second save on, a thread first waits SECONDS.
 
 python background.py SECONDS --config ...
 """

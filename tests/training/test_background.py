@@ -1,4 +1,4 @@
-"""Saves in the background: the tensors of their step, one after the other, and the errors of a synchronous save."""
+"""Saves in the background: the tensors of their step, one save after the other, the errors of a synchronous save."""
 
 import math
 import os
@@ -29,7 +29,7 @@ STEPS = 12
 
 @pytest.fixture
 def gate(monkeypatch):
-    """An event that threads wait for before they write."""
+    """Return an event. Threads wait for it before they write."""
     event, write = threading.Event(), checkpoint._Shards.write
     monkeypatch.setattr(checkpoint._Shards, "write", lambda shards: event.wait(60) and write(shards))
     return event
@@ -93,7 +93,7 @@ def test_a_kill_while_the_thread_writes_leaves_the_checkpoint_before_it(tmp_path
 
 @pytest.fixture
 def training(tmp_path):
-    """A checkpointer that saves in the background, and the function that makes a step."""
+    """Return a checkpointer that saves in the background, and a function that makes a step."""
     model, state, world = tiny_gpt2(64), TrainState(), World()
     model.is_compiled = False
     optimizer, scaler = make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
@@ -125,7 +125,7 @@ def test_a_save_is_completed_between_steps_and_a_second_one_waits_for_it(tmp_pat
     checkpointer.complete_if_written()
     assert saved(tmp_path) == []
     threading.Timer(0.3, gate.set).start()
-    checkpointer.start_save()  # returns after the first
+    checkpointer.start_save()  # returns after the first save
     assert saved(tmp_path) == ["step-000001"]
     checkpointer._written.result(60)
     checkpointer.complete_if_written()

@@ -51,7 +51,7 @@ def test_what_was_saved_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("make", [partial(make_optimizer, weight_decay=0.1), partial(torch.optim.SGD, lr=1e-2)])
 def test_weights_and_optimizers_without_moments_are_resumed_to_the_bit(tmp_path, make):
-    """A trained weight that gets no gradient has no moments, and SGD has none at all."""
+    """A trained weight without a gradient has no moments. SGD has none at all."""
     batch = {name: torch.arange(64).view(4, 16) for name in ("input_ids", "labels")}
 
     def make_run():
@@ -123,7 +123,7 @@ def test_prune_keeps_the_newest(tmp_path):
 
 
 def test_prune_never_takes_the_last_one_that_verifies(tmp_path):
-    """Resumed from step 4, as 6 and 8 were damaged, and saved at step 5: the damaged ones must not push it out."""
+    """Steps 6 and 8 were damaged, so the run resumed from 4 and saved at 5. The damaged ones must not displace 5."""
     for step in (4, 6, 8, 5):
         save(tmp_path / f"step-{step:06}", TENSORS, {})
     for step in (6, 8):
@@ -166,7 +166,7 @@ def test_two_writers_in_one_directory_leave_each_other_alone(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    """After a power cut a renamed directory may be all that is left: first what it holds is synced, then its parent."""
+    """A power cut may leave nothing but a renamed directory. So its content is synced first, then its parent."""
     order, fsync, rename = [], os.fsync, Path.rename
 
     def synced(descriptor):
@@ -187,12 +187,12 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "overlayfs")) for k in FILE_SYSTEMS])
 def test_a_crash_at_any_line_of_a_save_loses_nothing(tmp_path, kind):
-    """A child process saves, over an older checkpoint and a newer model, and dies at its first, second, ... line."""
+    """A child process saves over an older checkpoint and a newer model. It dies at its first, second, ... line."""
     outcomes, line = [], 0
     while "ended" not in outcomes:
         with file_system(kind):
             outcomes.append(crash_in_save(tmp_path / str(line), line))
-        line += 17  # `make torture` takes each
+        line += 17  # `make torture` takes each line
     assert len(outcomes) > 15 and {"old", "new"} <= set(outcomes)
 
 
@@ -210,7 +210,7 @@ def test_a_run_in_a_lower_layer_of_overlayfs_is_saved_pruned_and_deleted(tmp_pat
         return libc.mount(*(os.fsencode(word) for word in (kind, target, kind)), 0, os.fsencode(options)) == 0
 
     def work():
-        if ctypes.CDLL(None).unshare(0x10000000 | 0x00020000):  # a user namespace, and mounts of its own
+        if ctypes.CDLL(None).unshare(0x10000000 | 0x00020000):  # a user namespace, and a mount namespace
             return 77
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
             Path("/proc/self", name).write_text(text)
@@ -225,7 +225,7 @@ def test_a_run_in_a_lower_layer_of_overlayfs_is_saved_pruned_and_deleted(tmp_pat
         run = layers / "merged/run"
         with pytest.raises(OSError, match="cross-device"):
             (run / "model").rename(run / "other")
-        save(run / "checkpoints/step-000002", TENSORS, {"step": 20})  # in the place of one of the lower layer
+        save(run / "checkpoints/step-000002", TENSORS, {"step": 20})  # replaces a checkpoint of the lower layer
         save(run / "checkpoints/step-000003", TENSORS, {"step": 3})
         prune(run / "checkpoints", 2, run / "checkpoints/step-000003")
         assert sorted(os.listdir(run / "checkpoints")) == ["step-000002", "step-000003"]
@@ -250,7 +250,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, capfd):
     (tmp_path / "step-000001").chmod(0o555)
 
     def work():
-        os.chdir(tmp_path)  # another user may not come here by the directories above
+        os.chdir(tmp_path)  # another user may not enter the directories above
         if os.geteuid() == 0:
             os.setresuid(65534, 65534, 65534)
         prune(Path(), 1, Path("step-000002"))
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM])
 def test_without_modes_and_syncs_of_directories_saves_work_with_one_warning(tmp_path, monkeypatch, capsys, number):
-    """As on CIFS and some of FUSE. A file that cannot be synced is an error everywhere."""
+    """CIFS and some FUSE file systems are like this. A file that cannot be synced is always an error."""
     unsupported, fsync = OSError(number, os.strerror(number)), os.fsync
 
     def refuse(*given, **named):

@@ -1,4 +1,4 @@
-"""What can go wrong while a run is under way: signals, no room on disk or in memory, no finite loss."""
+"""Faults during a run: signals, no room on disk or in memory, a loss that is not finite."""
 
 import json
 import math
@@ -36,7 +36,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def directory(model_dir, tmp_path_factory):
-    """A working directory with the settings of a run whose evaluations take long enough to be met in."""
+    """Make a working directory with the settings of a run. Its evaluations are long enough to be interrupted."""
     cwd = tmp_path_factory.mktemp("faults")
     write_jsonl(cwd / "train.jsonl", 12)
     write_jsonl(cwd / "eval.jsonl", 150, seed=1000)
@@ -61,7 +61,7 @@ def directory(model_dir, tmp_path_factory):
 
 
 def start(cwd, name, *flags, until=None):
-    """Starts a run in ``name``; returns it when it has printed a line that begins with ``until``."""
+    """Start a run in ``name``. Return it when it has printed a line that begins with ``until``."""
     process = processes.start("train.py", "--config", "run.yaml", "--output_dir", name, *flags, cwd=cwd)
     if until:
         assert any(line.startswith(until) for line in process.lines()), process.stderr
@@ -75,7 +75,7 @@ def run(cwd, name, *flags):
 
 
 def result(run_dir):
-    """What must not depend on interruptions: the last weights and optimizer, the best model, all records."""
+    """Return everything that interruptions must not change: last weights and optimizer, best model, all records."""
     last = run_dir / "checkpoints" / f"step-{STEPS:06}"
     assert verify(last) is None
     records = [
@@ -128,7 +128,7 @@ def test_sigusr1_saves_inside_an_evaluation_and_the_run_goes_on(directory, undis
     assert saved["train_state"]["last_eval_step"] == 0
     assert any(line.startswith("step 7/") for line in process.lines())
     process.kill()
-    # Killed before the next checkpoint: the evaluation of step 6 is in the records, but not in the checkpoint.
+    # It was killed before the next checkpoint. The evaluation of step 6 is in the records only.
     process.wait(10)
     if not (tmp_path / "run/checkpoints/step-000008").exists():
         assert [r["step"] for r in read_jsonl(tmp_path / "run/metrics.jsonl") if r["split"] == "eval"] == [0, 6]
@@ -150,7 +150,7 @@ def test_a_second_sigint_leaves_at_once_and_harms_nothing(directory, undisturbed
 
 
 def test_signals_before_the_run_begins(directory, tmp_path):
-    """There is nothing to save yet: SIGTERM ends it, SIGUSR1 does not."""
+    """There is nothing to save yet. SIGTERM ends the run, SIGUSR1 does not."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR1, 0)):
         process = start(directory, tmp_path / number.name, "--max_steps", 1)
         while not handled_signals(process.pid) >> signal.SIGUSR1 - 1 & 1:
@@ -161,7 +161,7 @@ def test_signals_before_the_run_begins(directory, tmp_path):
 
 
 def test_a_full_disk_ends_the_run_with_a_line_and_loses_nothing(directory, undisturbed, tmp_path):
-    """The largest file that the process may write stands for the room on the disk."""
+    """A limit on the size of the process's files stands for a full disk."""
     name = tmp_path / "run"
     process = start(directory, name, until="step 5/")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -185,7 +185,7 @@ def test_a_log_that_cannot_be_written_is_one_line_and_the_cut_record_is_left_out
     log.evaluation(0, loss=1.0, perplexity=math.e)
     size = (tmp_path / "metrics.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with capfd.disabled():  # what pytest captures goes to a file
+    with capfd.disabled():  # pytest writes captured output to a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
         try:
             with pytest.raises(SaveError, match=f"{tmp_path}: the log cannot be written"):
@@ -212,7 +212,7 @@ def test_signals_wait_for_a_boundary_and_a_second_sigint_does_not():
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory, tokenizer):
-    """A model that is not finite for one word alone, and text of which some blocks have that word."""
+    """Save a model that is not finite for one word only, and the evaluation text."""
     cwd = tmp_path_factory.mktemp("poisoned")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -263,7 +263,7 @@ def test_updates_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(poisone
     assert not steps & {record["step"] for record in skipped} and all("NaN" not in json.dumps(r) for r in records)
     weights = load_file(poisoned / "runs/train/model/model.safetensors")
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    assert bad == ["model.embed_tokens.weight"]  # as it was given; all that was trained is finite
+    assert bad == ["model.embed_tokens.weight"]  # unchanged since the start; all trained weights are finite
     flags = ("--max_skipped_steps", 3, "--log_every", 2)
     done, skipped, _ = train_poisoned(poisoned, range(0, 1500, 5), *flags)
     assert done.returncode == 4 and len(skipped) == 4 and "--max_skipped_steps 10" in done.stderr
@@ -274,7 +274,7 @@ def handled_signals(pid):
 
 
 def test_when_memory_runs_out(directory, tmp_path):
-    """The address space is limited before the first step: one of all blocks at once does not fit, one of less does."""
+    """The address space is limited before the first step. A micro-batch of all blocks does not fit, others do."""
     flags = ["--batch_size", 256, "--block_size", 64, "--max_steps", 2, "--eval_every", 99]
     flags += ["--train_files", "eval.jsonl", "--eval_files", "train.jsonl", "--log_every", 1]
     size = 256
@@ -304,7 +304,7 @@ def test_what_a_killed_overwrite_leaves_starts_over(directory, undisturbed, tmp_
 
 
 def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
-    """And what another process is writing among the run's own files, as `export.py --out` does, is left alone."""
+    """Files that another process is writing into the run directory stay, such as those of `export.py --out`."""
     name = tmp_path / "a run"
     assert run(directory, name).returncode == 0
     shutil.rmtree(name / "model")
@@ -326,7 +326,7 @@ def test_a_model_that_is_gone_is_made_again(directory, tmp_path):
 
 
 def test_weights_from_after_the_checkpoint_are_replaced(directory, undisturbed, tmp_path):
-    """As after a kill between the evaluation at the end and its checkpoint. The run goes on with a ruinous rate."""
+    """This is the state after a kill between the last evaluation and its checkpoint. The new rate ruins the model."""
     name = tmp_path / "run"
     shutil.copytree(directory / "undisturbed", name)
     kept = json.loads((name / "model/evaluation.json").read_text())
@@ -376,20 +376,20 @@ def test_a_run_that_was_made_meanwhile_is_not_deleted(directory, tmp_path):
 
 
 def test_a_run_whose_output_nobody_reads_goes_on_and_its_errors_are_still_said(poisoned):
-    """As after ``| head``: the pipe is closed before the run writes to it."""
+    """This is as after ``| head``: the pipe is closed before the run writes to it."""
     (poisoned / "train.txt").write_text(" ".join([*make_text(700).split(" "), *["Q"] * 50]))
     arguments = ["--model", "model", "--train_files", "train.txt", "--eval_files", "eval.txt", "--block_size", 32]
     arguments += ["--batch_size", 2, "--precision", "fp32", "--overwrite", "--output_dir", "unread", "--log_every", 1]
     reader, writer = os.pipe()
     process = processes.start("train.py", *arguments, cwd=poisoned, stdout=writer)
     with open(reader) as lines:
-        assert any(line.startswith("output") for line in lines)  # all before the log
+        assert any(line.startswith("output") for line in lines)  # reads the lines before the log
     assert process.wait(60) == 4 and "the loss is nan" in process.stderr
 
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_says_so(directory, tmp_path, both):
-    """As in ``train.py | tee log``, or with ``both`` in ``train.py 2>&1 | tee log``."""
+    """This is as in ``train.py | tee log``, or with ``both`` as in ``train.py 2>&1 | tee log``."""
     reader, writer = os.pipe()
     stderr = os.dup(writer) if both else None
     process = processes.start(
@@ -406,7 +406,7 @@ def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_says_so(direc
 
 
 def test_a_closed_stdout_is_no_fault(directory, tmp_path):
-    """Started by a shell, as a fork of the tests' server has all of its streams."""
+    """A shell starts the run, because a fork of the tests' server always has all streams."""
     train = ["train.py", "--config", "run.yaml", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     command = ["sh", "-c", 'exec "$@" >&- <&-', "sh", sys.executable, str(ROOT / train[0]), *train[1:]]
     done = subprocess.run(command, cwd=directory, stderr=subprocess.PIPE, text=True, timeout=60)
@@ -415,7 +415,7 @@ def test_a_closed_stdout_is_no_fault(directory, tmp_path):
 
 
 def test_no_memory_for_a_save_is_not_the_evaluations(directory):
-    """A save inside an evaluation, on a signal: a smaller --micro_batch_size would not help."""
+    """The save is inside an evaluation, on a signal. A smaller --micro_batch_size would not help."""
 
     def fail():
         raise MemoryError

@@ -1,4 +1,4 @@
-"""The Hub's road, with the real client libraries and a server on loopback that speaks the Hub's protocol."""
+"""Runs with the Hub: the real client libraries, and a server on loopback that speaks the Hub's protocol."""
 
 import processes
 import pytest
@@ -18,7 +18,7 @@ def hub(tmp_path_factory, model_dir):
 
 
 def client(hub, home, **changes):
-    """The environment of a machine that sees only this Hub, with an empty cache."""
+    """Return the environment of a machine that sees only this Hub, with an empty cache."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
@@ -45,10 +45,10 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
     assert pushed["model.safetensors"] == (tmp_path / "runs/train/model/model.safetensors").read_bytes()
     card = pushed["README.md"].decode()
     assert "base_model: someone/tiny-gpt2" in card and "- someone/answers" in card
-    for path in (tmp_path / "runs").rglob("*"):  # the token is nowhere
+    for path in (tmp_path / "runs").rglob("*"):  # no file holds the token
         assert not path.is_file() or b"hf_test" not in path.read_bytes(), path
 
-    fresh = client(hub, tmp_path / "other-home", HF_TOKEN="hf_test")  # what is pushed is private
+    fresh = client(hub, tmp_path / "other-home", HF_TOKEN="hf_test")  # pushed repositories are private
     with processes.prepare(fresh):
         flags = ("generate.py", "--prompt", "the model", "--greedy", "--max_new_tokens", 30)
         made = run_script(*flags, "--model", "user/tuned", cwd=tmp_path, env=fresh)
@@ -65,14 +65,14 @@ def test_train_from_ids_push_and_load_back(hub, tmp_path):
     loss = float(measured.stdout.split("loss: ")[1].split()[0])
     assert loss == pytest.approx(read_jsonl(tmp_path / "runs/train/metrics.jsonl")[-1]["loss"], abs=1e-5)
 
-    # What the cache holds needs no network, and is not waited for.
+    # Content of the cache needs no network. The run does not wait for it.
     env["HF_ENDPOINT"] = "http://127.0.0.1:9"
     done = run_script("train.py", *FLAGS, "--output_dir", "again", cwd=tmp_path, env=env, timeout=20)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
 def test_a_finished_run_is_uploaded_without_its_text_and_under_the_name_that_it_has_there(hub, model_dir, tmp_path):
-    """The first name belongs to somebody else, and the second one is completed by the Hub."""
+    """The first name belongs to another user. The Hub completes the second name."""
     env, text = client(hub, tmp_path / "home", HF_TOKEN="hf_test"), write_jsonl(tmp_path / "notes.jsonl", 9)
     flags = ["--model", model_dir, "--train_files", text.name, *FLAGS[4:], "--output_dir", "notes"]
     resume = ("train.py", "--config", "notes/config.yaml", "--resume", "--push_to_hub")
@@ -87,7 +87,7 @@ def test_a_finished_run_is_uploaded_without_its_text_and_under_the_name_that_it_
         assert b'model="user/notes"' in pushed["README.md"] and b"typo" not in pushed["README.md"]
         assert pushed.keys() == {path.name for path in before if path.parent.name == "model"}
         assert before == {path: path.read_bytes() for path in before}
-        # A run that is to go on, and one that went on and was killed, need the text.
+        # A run that is to go on needs the text. So does a run that went on and was killed.
         longer = run_script(*resume, "notes", "--max_steps", 5, cwd=tmp_path, env=env)
         assert longer.returncode == 2 and "notes.jsonl: no such file" in longer.stderr
         write_jsonl(text, 9)

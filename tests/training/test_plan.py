@@ -1,4 +1,4 @@
-"""Settings that are lowered or ignored are said."""
+"""Settings that are lowered or ignored give a warning."""
 
 from types import SimpleNamespace
 

@@ -28,7 +28,7 @@ STEPS = 24
 
 
 def flags(model_dir, jsonl_file, **changes):
-    """Dropout, accumulation, several epochs and a short last block: what makes resuming hard."""
+    """Return flags that make resuming hard: dropout, accumulation, several epochs and a short last block."""
     settings = {
         "model": model_dir,
         "train_files": jsonl_file,
@@ -56,7 +56,7 @@ def bits_of(run_dir):
 
 @pytest.fixture(scope="module")
 def finished(model_dir, jsonl_file, tmp_path_factory):
-    """(the working directory, the finished process) of a run with the directory's default name."""
+    """Run to the end with the default output directory. Return the working directory and the finished process."""
     cwd = tmp_path_factory.mktemp("runs")
     settings = dict(zip(*[iter(flags(model_dir, jsonl_file))] * 2, strict=True))
     text = "".join(f"{key[2:]}: {value}\n" for key, value in settings.items())
@@ -83,7 +83,7 @@ def test_what_is_printed(finished):
         r"next +.*generate\.py --model runs/small/model",
     ):
         assert re.search(rf"^{pattern}", done.stdout, re.MULTILINE), pattern
-    assert done.stderr == "" and "\r" not in done.stdout  # no bars and no noise where there is no terminal
+    assert done.stderr == "" and "\r" not in done.stdout  # without a terminal there are no progress bars
 
 
 def test_metrics(finished):
@@ -194,7 +194,7 @@ def test_checkpoints_are_kept_as_asked(finished):
 
 def test_a_finished_run_is_neither_lost_nor_a_riddle(finished):
     cwd, _ = finished
-    metrics = cwd / "runs/small/metrics.jsonl"  # by its date generate.py knows the newest run
+    metrics = cwd / "runs/small/metrics.jsonl"  # generate.py finds the newest run by the date of this file
     before = bits_of(cwd / "runs/small"), metrics.read_bytes(), metrics.stat().st_mtime_ns
     refused = run_script("train.py", "--config", "small.yaml", cwd=cwd)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
@@ -220,7 +220,7 @@ def test_the_written_config_repeats_the_run_bit_for_bit(finished):
 
 
 def start_until(step, arguments, cwd):
-    """Starts train.py and returns the process once it has logged ``step``."""
+    """Start train.py and return the process once it has logged ``step``."""
     process = processes.start("train.py", *arguments, cwd=cwd)
     for line in process.lines():
         if line.startswith(f"step {step}/"):
@@ -239,14 +239,14 @@ def test_an_interrupted_run_ends_with_the_very_same_weights(finished, number, co
     assert process.wait(timeout=60) == code
     if number != signal.SIGKILL:
         assert f"stopped by {signal.Signals(number).name} at step" in process.stdout
-    # What a run that dies while writing leaves behind.
+    # A run that dies while it writes leaves half a record.
     with open(tmp_path / "cut/metrics.jsonl", "a") as file:
         file.write('{"step": 99, "split": "train", "loss"')
     done = run_script("train.py", *arguments, "--resume", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert bits_of(tmp_path / "cut") == bits_of(cwd / "runs/small")
-    # One clean curve: no gap, no step twice, in metrics.jsonl and in TensorBoard.
+    # The curve is clean, in metrics.jsonl and in TensorBoard: no gap, no step twice.
     expected = [(r["step"], r["split"], r["loss"]) for r in read_jsonl(cwd / "runs/small/metrics.jsonl")]
     assert [(r["step"], r["split"], r["loss"]) for r in read_jsonl(tmp_path / "cut/metrics.jsonl")] == expected
     events = EventAccumulator(str(tmp_path / "cut/tensorboard"))
@@ -281,25 +281,25 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
     assert "note: --max_steps was 24 and is 26 from here on" in longer
     steps = [r["step"] for r in read_jsonl(tmp_path / "copy/metrics.jsonl") if r["split"] == "train"]
     assert steps == list(range(1, STEPS + 3))
-    # Every checkpoint broken: never a silent fresh start.
+    # If every checkpoint is broken, the run never starts over silently.
     for path in (tmp_path / "copy/checkpoints").iterdir():
         (path / "state.json").write_text("{}")
     code, words = refusal("--max_steps", STEPS + 4)
     assert code == 3 and "no checkpoint there is intact" in words
-    # Deleted to save space: the finished run is still finished, and a longer one cannot go on.
+    # The checkpoints were deleted to save space. The finished run stays finished, and a longer one cannot go on.
     shutil.rmtree(tmp_path / "copy/checkpoints")
     model = (tmp_path / "copy/model/model.safetensors").read_bytes()
     assert "this run is finished (26 of 26 steps" in resume("--max_steps", STEPS + 2)
     code, words = refusal("--max_steps", STEPS + 4)
     assert code == 3 and "has no checkpoint left" in words
     assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
-    # Not finished, but past its first checkpoint, which is at step 6: it has something to lose.
+    # The run is not finished but past its first checkpoint at step 6, so it has something to lose.
     lines = (tmp_path / "copy/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "copy/metrics.jsonl").write_text("".join(lines[:12]))
     code, words = refusal("--max_steps", STEPS)
     assert code == 3 and "has no checkpoint left" in words
     assert (tmp_path / "copy/model/model.safetensors").read_bytes() == model
-    # Stopped before its first checkpoint: there is nothing to lose.
+    # The run stopped before its first checkpoint, so there is nothing to lose.
     (tmp_path / "copy/metrics.jsonl").write_text("".join(lines[:6]))
     done = run_script(*arguments, "--max_steps", 3, cwd=cwd)
     assert done.returncode == 0 and "stopped before its first checkpoint; starting over" in done.stdout, done.stderr
@@ -312,7 +312,7 @@ def test_dry_run_writes_nothing(finished, tmp_path, monkeypatch, capsys):
     arguments = ["--config", "small.yaml", "--output_dir", str(tmp_path / "dry"), "--dry_run", "--max_eval_blocks", "3"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     train.main()
-    assert torch.are_deterministic_algorithms_enabled()  # compiled gradients of embeddings differ without: make torture
+    assert torch.are_deterministic_algorithms_enabled()  # else compiled gradients of embeddings differ: make torture
     shown = capsys.readouterr().out
     assert re.search(r"dry run +loss \d\.\d+, .* GiB of memory at the peak; nothing was written", shown)
     assert re.search(r"text +as the model sees it .*\ndocument 1: \[\[.*\|", shown) and "\nblock 0: [[" in shown
@@ -321,7 +321,7 @@ def test_dry_run_writes_nothing(finished, tmp_path, monkeypatch, capsys):
 
 
 def test_a_resumed_run_stays_compiled_or_not(finished, tmp_path, monkeypatch, capsys):
-    """A longer run, or one on another machine, would otherwise change what it computes in the middle."""
+    """Otherwise a longer run, or a run on another machine, would change its arithmetic in the middle."""
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("training.atomic.lock_directory", lambda run_dir: None)
@@ -343,7 +343,7 @@ def test_from_scratch_with_bf16_and_a_loss_that_explodes(tmp_path, text_file):
     done = run_script("train.py", *arguments, "--learning_rate", 1e-2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "llama.json: llama" in done.stdout and "from scratch" in done.stdout and "bf16" in done.stdout
-    # Decay of more than the whole weight turns and grows every weight at each step.
+    # A decay of more than the whole weight flips and grows every weight at each step.
     arguments += ["--overwrite", "--learning_rate", "0.9", "--weight_decay", "9", "--max_steps", "200"]
     done = run_script("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
@@ -367,7 +367,7 @@ def test_a_bert_becomes_a_decoder_or_is_refused(tokenizer, text_file, tmp_path):
 
 
 def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(model_dir, tmp_path):
-    """What a process adds to the table of inputs.py: libraries that write to stderr on their own."""
+    """A process adds one fault to the table of inputs.py: libraries that write to stderr on their own."""
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text":\n')
     done = run_script("train.py", "--model", model_dir, "--train_files", "x.jsonl", cwd=tmp_path)
     line = "--train_files x.jsonl: cannot be read (line 2: Expecting value). Pass a valid file."
@@ -376,7 +376,7 @@ def test_wrong_input_to_a_process_is_refused_in_one_line_and_nothing_is_written(
 
 
 def test_the_best_weights_are_kept_or_the_last(finished, tmp_path):
-    """A learning rate that ruins the model after its first evaluation."""
+    """The learning rate ruins the model after its first evaluation."""
     cwd, _ = finished
     flags = ["--config", "small.yaml", "--learning_rate", 0.9, "--eval_every", 1, "--max_steps", 6, "--save_every", 1]
     for keep in ("best", "last"):

@@ -20,7 +20,7 @@ from train import Config, TrainingConfig, make_optimizer
 
 @pytest.fixture
 def run(model_dir, jsonl_file, tmp_path):
-    """Run train.py in runs/NAME with these settings and return the finished process."""
+    """Return a function that runs train.py in runs/NAME with these settings and returns the finished process."""
 
     def run(name, *more, **changes):
         settings = {"eval_every": 100, "save_every": 3, "keep_checkpoints": 1, "log_every": 1, "warmup_steps": 2}
@@ -37,7 +37,7 @@ def checkpoints(run_dir):
 def test_a_longer_run_with_wsd_goes_on_before_the_decay_as_if_it_had_been_longer_from_the_start(run, tmp_path):
     first = run("run", schedule="wsd", max_steps=10)
     assert first.returncode == 0 and "2 to warm up, then wsd to 0\n" in first.stdout, first.stderr
-    assert checkpoints(tmp_path / "run") == ["step-000008", "step-000010"]  # the first one of them is not due otherwise
+    assert checkpoints(tmp_path / "run") == ["step-000008", "step-000010"]  # only wsd makes step 8 due
     longer = run("run", "--resume", schedule="wsd", max_steps=20)
     assert longer.returncode == 0 and "resuming from run/checkpoints/step-000008 at step 8" in longer.stdout
     assert "jumps" not in longer.stderr and checkpoints(tmp_path / "run") == ["step-000016", "step-000020"]
@@ -59,7 +59,7 @@ def test_with_another_schedule_a_longer_run_warns_that_the_rate_jumps(run):
 
 
 def test_patience_ends_a_run_until_it_is_raised(run, tmp_path):
-    worse = {"learning_rate": 0.5, "warmup_steps": 0, "eval_every": 2, "max_steps": 60}  # whose loss only grows
+    worse = {"learning_rate": 0.5, "warmup_steps": 0, "eval_every": 2, "max_steps": 60}  # the loss only grows
     first = run("run", patience=2, **worse)
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     step = last["step"]
@@ -108,7 +108,7 @@ def test_the_card_names_no_path_and_its_command_makes_the_same_weights(run, mode
     assert again.returncode == 0, again.stderr
     weights = [(tmp_path / f"runs/{name}/model/model.safetensors").read_bytes() for name in ("first", "again")]
     assert weights[0] == weights[1]
-    assert run("runs/first", "--resume", max_steps=6).returncode == 0  # which no one command repeats
+    assert run("runs/first", "--resume", max_steps=6).returncode == 0  # no single command repeats this run
     assert "Repeat it" not in (tmp_path / "runs/first/model/README.md").read_text()
 
 
