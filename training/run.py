@@ -266,6 +266,6 @@ class Run:
                 print(f"note: --{name} was {was} and is {now} from here on")
                 self.is_one_command = False
         was, now = saved.get("num_steps", self.num_steps), self.num_steps
-        if was != now and saved["train_state"]["step"] > saved["decay_step"]:
+        if was != now and saved["decay_step"] < saved["train_state"]["step"] < now:
             fix = "Use --schedule wsd from the start if a run may be made longer"
             warn(f"--max_steps {now}: it was {was}, so the learning rate jumps at this step. {fix}.")

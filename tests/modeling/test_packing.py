@@ -291,6 +291,7 @@ def test_the_plan_names_the_attention(pack):
     isolate_with(model, "sdpa", ["position_ids"])
     model.is_compiled = False
     settings = {"model": "a", "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "output_dir": "b"}
+    settings |= {"schedule": "linear", "min_learning_rate": 0.0}
     config = SimpleNamespace(**settings, dry_run=False, pack=pack)
     data, held_out = SimpleNamespace(blocks="9 blocks", steps_per_epoch=lambda _: 2), Text()
     held_out.stream = held_out
