@@ -27,9 +27,9 @@ TABLE = ROOT / "docs" / "architectures.md"
 HEAD = """\
 # Architectures
 
-`tests/modeling/test_architectures.py` trains each of these from a tiny random config through `train.py`, and writes
-this table. The loss falls, the probe finds the model causal, the saved model has the same logits, and greedy text
-follows from the logits.
+`tests/modeling/test_architectures.py` trains each of these models from a tiny random config through `train.py`, and
+writes this table. It checks that the loss falls, that the probe finds the model causal, and that the saved model has
+the same logits. Greedy text must follow from the logits.
 
 - logits: "in parts" if the loss is computed in chunks, without all logits in memory.
 - checkpointing: "yes" if `--gradient_checkpointing` works and gives the same gradients.
