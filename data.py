@@ -5,7 +5,7 @@
     for micro_batches, position, numbers in train_data.batches(...): ...        # one item per step, without end
 
 Memory stays flat: tokens live in a memory-mapped file, and blocks are views of it. The package corpus/ turns text into
-the token stream. Here is the order in which blocks are trained on.
+the token stream. This file decides the order of the blocks in training.
 """
 
 import math
@@ -37,10 +37,10 @@ Step = tuple[list[Batch], Position, list[int]]  # micro-batches, the position af
 class Blocks(Dataset):
     """Block i is tokens [i * stride, i * stride + block_size) of a stream. Only the last one may be shorter.
 
-    With stride = block_size the blocks follow each other. With a smaller stride they overlap, and only tokens that are
-    in no block before carry labels. So each token but the first is predicted once, with at least block_size - stride
-    tokens before it (as in the guide "Perplexity of fixed-length models" of transformers). Each of these windows begins
-    with the tokens ``begin``, such as <s>, without labels. ``kept`` selects blocks.
+    With stride = block_size the blocks follow each other. With a smaller stride they overlap, and a token has a label
+    only in its first block. So each token but the first is predicted once, with at least block_size - stride tokens
+    before it (as in the guide "Perplexity of fixed-length models" of transformers). Each overlapping block begins with
+    the tokens ``begin``, such as <s>, without labels. ``kept`` selects blocks.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Blocks(Dataset):
         return with_prefix(self._begin, ids, positions)
 
     def num_predicted_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return the UTF-8 bytes of the text with loss, without the first tokens of blocks, which nothing predicts.
+        """Return the number of UTF-8 bytes of the text with loss.
 
-        The end-of-text token that is put behind a document is no text.
+        Nothing predicts the first token of a block, and the end-of-text token after a document is no text.
         """
         num_bytes, previous = self.stream.num_bytes, None
         for number in range(self.total):
@@ -116,7 +116,7 @@ def block_item(ids: np.ndarray, positions: np.ndarray | None = None) -> Batch:
 
 
 def require_predictions(blocks: Blocks) -> None:
-    """Raise UserError if no token has a loss: nothing predicts the first one of a block."""
+    """Raise UserError if no token has a loss. Nothing predicts the first token of a block."""
     has_loss = any((blocks[i]["labels"][1:] != IGNORED_LABEL).any() for i in range(len(blocks)))
     require(has_loss, "the evaluation text: none of its tokens has a loss. Use more text, or remove --deduplicate.")
 
@@ -124,7 +124,7 @@ def require_predictions(blocks: Blocks) -> None:
 def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_documents: bool = False) -> Batch:
     """Stack blocks to (batch, longest), at least (rows, length). The filling is token 0 without a label.
 
-    No mask is needed: the filling has no loss and comes last in a causal model. Without any blocks all is filling.
+    No mask is needed: the filling has no loss and comes last in a causal model. Without blocks, all is filling.
     """
     items = items or [block_item(np.array([~0, ~0]), np.arange(2) if isolate_documents else None)]
     batch = {}
@@ -137,7 +137,7 @@ def collate(items: list[Batch], rows: int = 0, length: int = 0, isolate_document
 
 
 def rank_batches(indices: Sequence[int], batch_size: int, rank: int = 0, ranks: int = 1) -> list[Sequence[int]]:
-    """Split one rank's share of the indices into batches. All ranks get equally many; some may be empty."""
+    """Split one rank's share of the indices into batches. All ranks get the same number; some may be empty."""
     count = math.ceil(math.ceil(len(indices) / ranks) / batch_size)
     return [indices[rank::ranks][i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
@@ -154,7 +154,7 @@ def make_loader(
         blocks,
         batch_sampler=rank_batches(range(len(blocks))[:most], batch_size, rank, ranks),
         collate_fn=partial(collate, **shape, isolate_documents=blocks.isolate_documents),
-        # Without a generator of its own a DataLoader draws from the global one, and dropout would change with it.
+        # Without its own generator, a DataLoader draws from the global one, and dropout would change with it.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
@@ -176,14 +176,14 @@ class Steps(IterableDataset):
 
 
 class TrainingData:
-    """The blocks to train on, stored or streamed, in an order of the ``seed``."""
+    """The blocks to train on, stored or streamed, in an order that depends on ``seed``."""
 
     def __init__(self, blocks: Blocks | StreamedBlocks, seed: int):
         self.blocks, self._seed = blocks, seed
         self._num_blocks = len(blocks) if isinstance(blocks, Blocks) else None  # of an epoch, if known
         stream = blocks.stream if self._num_blocks else blocks
         self.identity = {"training text": stream.sha256} if self._num_blocks else blocks.identity
-        self.loss_fraction = stream.num_loss_tokens / stream.num_tokens  # of all tokens, those with loss
+        self.loss_fraction = stream.num_loss_tokens / stream.num_tokens  # the part of all tokens with loss
 
     def steps_per_epoch(self, batch_size: int) -> int | None:
         """Return the steps of an epoch, or None if unknown."""
@@ -206,10 +206,10 @@ class TrainingData:
         ranks: int = 1,
         same_shape: bool = False,
     ) -> Iterator[Step]:
-        """Yield, without end, a rank's micro-batches of a step, the position after it, and its blocks' numbers.
+        """Yield, for each step without end, a rank's micro-batches, the position after it, and its blocks' numbers.
 
         With ``same_shape`` every batch is filled up, so that one compiled graph fits all. All ranks make the same
-        number of micro-batches; some may be empty. The blocks of a step do not depend on the number of ranks.
+        number of micro-batches; some may be empty. A step has the same blocks on any number of ranks.
         """
         shape = {"rows": micro_batch_size, "length": self.blocks.block_size} if same_shape else {}
         shape["isolate_documents"] = self.blocks.isolate_documents
@@ -229,7 +229,7 @@ class TrainingData:
     ) -> Iterator[tuple[list, int, Position, list[int]]]:
         """Yield the steps of a rank, without end: (its blocks, most blocks of any rank, position, block numbers).
 
-        The last step of an epoch has the blocks that are left: each block is seen once per epoch, by one rank.
+        The last step of an epoch has the remaining blocks. Each block is seen once per epoch, by one rank.
         """
         while True:
             order = epoch_order(len(self.blocks), self._seed, position.epoch)
@@ -252,7 +252,7 @@ class TrainingData:
 
 
 def load_documents(config: DataConfig, seed: int) -> tuple[TrainingDocuments, Documents | None]:
-    """Return the training documents, and the evaluation documents if there is text of its own."""
+    """Return the training documents, and the evaluation documents if they have their own text."""
     training, evaluation = sources.load_documents(config)
     return TrainingDocuments(training, 0 if evaluation else config.eval_fraction, seed), evaluation
 

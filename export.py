@@ -40,7 +40,7 @@ class ExportConfig:
 
 
 def export(model, tokenizer, directory: Path, dtype: str = "fp32", card=None) -> None:
-    """Merge the adapter of ``model`` in float32, cast it to ``dtype``, and save it. Both change ``model`` in place."""
+    """Merge the adapter of ``model`` in float32, cast and save the model. This changes ``model`` in place."""
     merge_adapter(model, DTYPES[dtype])
     too_large = next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
     require(not too_large, f"--dtype {dtype}: {too_large} is not finite in it. Use bf16, fp32 or another model.")

@@ -81,9 +81,9 @@ def generate(
 ) -> list[str]:
     """Return a continuation of each prompt, text or ids, in the order of the prompts and without them.
 
-    Prompts are padded on the left and masked, so that greedy decoding gives each the text it would get alone. If an
+    Prompts are padded on the left and masked, so that greedy decoding gives each the same text as alone. If an
     architecture does not ignore its padding, only prompts of one length share a batch. The model keeps its mode.
-    A text ends at an end-of-text token of model or tokenizer, at an end of turn of the chat template, and before one of
+    A text ends at an end-of-text token of model or tokenizer, at an end of turn of the chat template, or before one of
     the texts ``stops``. Raise UserError if a prompt and its new tokens exceed the positions of the model.
     """
     encoded = [_encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -98,7 +98,7 @@ def generate(
     names = () if sampling.greedy else ("temperature", "top_k", "top_p")
     settings |= {"do_sample": not sampling.greedy} | {name: getattr(sampling, name) for name in names}
 
-    # transformers has stop strings too, but reads the whole vocabulary for them and fails for some tokenizers.
+    # The stop strings of transformers read the whole vocabulary and fail for some tokenizers.
     def is_stopped(ids: torch.Tensor, _: Any) -> torch.Tensor:
         texts = (decode(tokenizer, row[width:]) for row in ids.tolist())
         return torch.tensor([cut(text, stops) != text for text in texts], device=ids.device)
@@ -120,7 +120,7 @@ def generate(
 def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict, **options: Any) -> Any:
     """Call model.generate with ``settings`` alone; ids and mask are (batch, width).
 
-    It would add those of the model's files, such as penalties. A router's loss is not computed: it fails with a mask.
+    By default it adds settings of the model's files, such as penalties. A router loss would fail with a mask.
     """
     own, options = model.generation_config, options | {"attention_mask": mask.to(model.device)}
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
@@ -169,7 +169,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         return config.prompt
     source = f"--prompts_file {config.prompts_file}" if config.prompts_file else "stdin"
     try:
-        # Without a translation of line ends, and by "\n" alone: a prompt may hold the other characters that end lines.
+        # Split at "\n" and "\r\n" alone, because a prompt may hold other characters that end lines.
         with open(config.prompts_file or 0, encoding="utf-8", newline="", closefd=bool(config.prompts_file)) as file:
             prompts = [line for line in file.read().replace("\r\n", "\n").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -189,7 +189,7 @@ def respond(
     """Print each prompt with its continuation, and return ``messages``. With ``stream`` there is one prompt.
 
     With --chat print the answer to the one prompt, and return the conversation with both. If the model cannot hold the
-    conversation, its oldest turns are dropped, a question and its answer at a time.
+    conversation, drop its oldest turns, a question and its answer at a time.
     """
     if not config.chat:
         print(prompts[0] if stream else "", end="", flush=True)

@@ -121,7 +121,7 @@ def load_config(
 ) -> PreTrainedConfig:
     """Return the model's config with --model_overrides, made causal, and fitted to the tokenizer if from scratch.
 
-    Raise UserError if an adapter would need changes: it is loaded on top of the model as it is published.
+    Raise UserError if an adapter would need changes, because it is loaded on top of the published model.
     """
     name, flag_name = (config.model, "--model") if config.model else (config.model_config, "--model_config")
     if Path(name, "adapter_config.json").exists():
@@ -154,8 +154,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in float32: pretrained, or freshly initialized. Added tokens have their embeddings.
 
-    An ``empty`` model has its weights on device meta, which takes no memory. ``linear`` is the dtype of the weights of
-    linear layers, if the model is pretrained: float32, or the dtype in which they are stored.
+    An ``empty`` model has its weights on device meta, which takes no memory. ``linear`` is the dtype of a pretrained
+    model's linear layers: float32, or the dtype in its files.
     """
     attention = {"attn_implementation": config.attn_implementation}
     if config.model and not empty:
@@ -199,7 +199,7 @@ def build_model(
     shape = {"block_size": config.block_size, "isolate_documents": config.pack == "documents"}
     shape["keep_attention"] = bool(config.attn_implementation)
     check = partial(check_model, tokenizer=tokenizer, precision=precision, **shape)
-    # Autocast would cast frozen weights of linear layers in each step. Those that are stored in bfloat16 keep it.
+    # Autocast would cast frozen weights of linear layers in each step. So weights stored in bfloat16 keep that dtype.
     is_partly_frozen = bool(config.model and (config.lora_rank or config.freeze))
     linear = stored_dtype(config.model) if is_partly_frozen and precision == "bf16" else torch.float32
     fill = ()  # with FSDP2 each rank reads its own rows, if files hold the weights; else rank 0 loads or makes them
@@ -214,7 +214,7 @@ def build_model(
             if world.is_main:
                 check(model.to(torch.device("cpu") if world.shards else device))
 
-    # Train all weights, all but the frozen ones, or adapters.
+    # Train all weights, all weights but the frozen ones, or adapters.
     freeze(model, config.freeze)
     if config.lora_rank:
         add_lora(model, config, tokenizer.convert_tokens_to_ids(config.add_tokens))
@@ -223,10 +223,10 @@ def build_model(
     if config.gradient_checkpointing != "off":
         recompute_activations(model, config.gradient_checkpointing)
 
-    # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, also with more steps.
+    # DDP or FSDP2, and then torch.compile. A resumed run must compute as before, even with more steps.
     model = world.parallelize(model, device, precision, config.block_size, fill)
     if config.pack == "documents":
-        isolate_with(model, model.attentions[1], model.isolated_by)  # as rank 0 has chosen
+        isolate_with(model, model.attentions[1], model.isolated_by)  # the choice of rank 0
     frozen = world.on_all(lambda: frozen_digest(model) if world.shards or world.is_main else 0)
     model.frozen_sha256 = f"{sum(frozen) % 2**256:064x}" if any(frozen) else None
     if compiled is None or config.compile != "auto":

@@ -92,9 +92,9 @@ class Config(DataConfig, ModelConfig, LoraConfig, TrainingConfig, RunConfig, Dis
 
 
 def learning_rate_at(step: int, config: TrainingConfig, warmup_steps: int, decay_step: int, num_steps: int) -> float:
-    """Return the learning rate of the step that follows ``step`` steps.
+    """Return the learning rate of the next step after ``step`` steps.
 
-    It rises from 0 to the peak over the warmup, and falls from ``decay_step`` on to the minimum at ``num_steps``: along
+    It rises from 0 to the peak over the warmup. From ``decay_step`` on it falls to the minimum at ``num_steps``: along
     a line, as in `transformers.get_linear_schedule_with_warmup`, or half a cosine (Loshchilov and Hutter 2017).
     """
     peak, least = config.learning_rate, config.min_learning_rate
@@ -126,7 +126,7 @@ def train_step(
     precision: str = "fp32",
     world: World | None = None,
 ) -> StepResult:
-    """Make one step of the optimizer on the mean loss over all predicted tokens of all micro-batches of all ranks.
+    """Make one optimizer step on the mean loss over all predicted tokens, of all micro-batches and all ranks.
 
     Each micro-batch has "input_ids" and "labels", both (batch, sequence) int64, and "position_ids" if documents are
     isolated. A step that is not finite, or has nothing to predict, changes neither weights nor moments.
@@ -134,7 +134,7 @@ def train_step(
     world, device = world or World(), next(model.parameters()).device
     first_scale = scaler.get_scale()
     while True:
-        # Gradients are of the summed loss, so that 4 x 2 micro-batches equal 1 x 8, also if blocks differ in length.
+        # Gradients are of the summed loss. So 4 x 2 micro-batches equal 1 x 8, even if blocks differ in length.
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, dtype=sum_dtype(device), device=device)  # the loss, predicted tokens, labeled tokens
         for number, batch in enumerate(micro_batches, 1):
@@ -159,7 +159,7 @@ def train_step(
                 group["lr"] = learning_rate
             update_if_finite(optimizer, scaler, torch.isfinite(loss + grad_norm) & (num_predicted > 0), num_predicted)
 
-        # After an fp16 overflow, repeat the same blocks with the smaller scale. If none helps, restore the first.
+        # After an fp16 overflow, repeat the same blocks with a smaller scale. If none helps, restore the first scale.
         overflowed = scaler.get_scale() < scale
         if overflowed and scale * divisor <= 1:
             scaler.update(first_scale)
@@ -175,11 +175,11 @@ def update_if_finite(
     if scaler.is_enabled():  # fp16: the scaler itself skips gradients that overflowed
         if num_predicted > 0:
             scaler.step(optimizer)
-        scaler.update(None if num_predicted > 0 else scaler.get_scale())  # ends a step, also one without tokens
+        scaler.update(None if num_predicted > 0 else scaler.get_scale())  # ends the step, even without tokens
     elif optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~is_finite).float()
         optimizer.step()
-    elif is_finite:  # the host waits for its device; for a fused optimizer at its first step alone, without moments yet
+    elif is_finite:  # the host waits for the device: with a fused optimizer only until it has moments
         optimizer.step()
 
 
@@ -208,7 +208,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     device = select_device()
     precision = world.on_main(partial(resolve_precision, config.precision, device, world.shards))
 
-    # Text -> tokens -> blocks. The first rank of each node fills the caches, and the others read them.
+    # Text -> tokens -> blocks. The first rank of each node fills the caches, and the other ranks read them.
     with world.local_main_first():
         train_documents, eval_documents = load_documents(config, config.seed)
         tokenizer = load_tokenizer(config, train_documents)
@@ -223,12 +223,12 @@ def train(config: Config, world: World, signals: Signals) -> None:
     if run.is_finished(saved, num_steps):
         return
 
-    # Seeded before the model, as its new weights are random. Later, each step is seeded by itself.
+    # Seed before the model is built, because new weights are random. Later, each step is seeded separately.
     transformers.set_seed(config.seed)
     model = build_model(config, model_config, tokenizer, world, device, precision, num_steps, saved.compiled)
     optimizer = make_optimizer(model, config.weight_decay, config.adam_beta2)
     run.require_same_model(saved, model.frozen_sha256, type(optimizer).__name__)
-    # Gradients are of a sum over the tokens of a step: with its usual scale, for a mean, fp16 would overflow at first.
+    # Gradients are of a sum over a step's tokens. The usual scale is for a mean, so fp16 would overflow at first.
     scale = 2.0 ** (16 - round(math.log2(config.batch_size * config.block_size)))
     scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16")
     sampling = SamplingConfig(max_new_tokens=min(60, (position_limit(model) or math.inf) // 2))
