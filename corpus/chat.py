@@ -25,14 +25,14 @@ CHAT_TEMPLATE = (
     "{{ (message.tool_calls | tojson if message.tool_calls else '') + end }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-# Tokens must not depend on the day: templates get Llama 3.1's default. A template takes no function, so it is a macro.
+# Tokens must not depend on the day, so templates get Llama 3.1's default date. `strftime_now` becomes a macro.
 DAY = datetime.datetime(2024, 7, 26)
 DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 DIRECTIVES = ["%" + flag + letter for letter in "aAbBcdDeFHIjmMpSTxXyY" for flag in ("", "-")]
 DATES = "".join(f" | replace('{directive}', '{DAY.strftime(directive)}')" for directive in DIRECTIVES)
 DATE_MACRO = f"{{% macro strftime_now(format) %}}{{{{ format{DATES} }}}}{{% endmacro %}}\n"
 GENERATION = re.compile(r"\{%([-+]?)\s*((?:end)?generation)\s*([-+]?)%\}")
-MARK = "\ufdd0"  # a code point that is no character. Texts with it are left to _locate_with_prefix.
+MARK = "\ufdd0"  # a code point that is no character. _locate_with_prefix handles texts that contain it.
 MARKS = re.compile(f"{MARK}(\\d+){MARK}")
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _warn_once = cache(warn)
@@ -47,9 +47,9 @@ def render(
 ) -> list[Piece]:
     """Return the conversation as (text, has_loss) pieces, without the end-of-text token at its end.
 
-    Loss is on the turns of the assistant from message ``first`` on, or on the whole text if ``loss_on`` is "all". A
-    turn starts after the generation prompt and includes its end of turn. Blocks of {% generation %} in the template
-    narrow it. ``tools`` are a list or its JSON. Raise RenderError if a turn cannot be located exactly.
+    The turns of the assistant have loss from message ``first`` on, or the whole text if ``loss_on`` is "all". A turn
+    starts after the generation prompt and includes its end of turn. Blocks of {% generation %} in the template narrow
+    it. ``tools`` are a list or its JSON. Raise RenderError if a turn cannot be located exactly.
     """
 
     def apply(conversations: list[Messages], prompt: bool = False) -> list[str]:
@@ -69,7 +69,7 @@ def render(
         reason = root_cause(error).rstrip(".")
         raise RenderError(f"does not fit the chat template ({reason}). Remove or change the record.") from error
     end, spans = tokenizer.eos_token or tokenizer.sep_token or "", [(0, len(text))]
-    if loss_on == "all" and any("tool_calls" in message for message in messages):  # many templates know no tools
+    if loss_on == "all" and any("tool_calls" in message for message in messages):  # many templates have no tool calls
         (layout,) = apply([[_mark(message, i) for i, message in enumerate(messages)]])
         for i, message in enumerate(messages):
             if any(f"{name}{MARK}{i}{MARK}" not in layout for name in _said(message)[1:]):
@@ -81,17 +81,17 @@ def render(
         if GENERATION.search(template):
             template = GENERATION.sub(rf"{{%\1 if true %}}{MARK}b{MARK}{{% endif %}}{{% \2 \3%}}", template)
             spans = _narrow(turns, text, apply([messages])[0].split(f"{MARK}b{MARK}"))
-    stop = len(_without(text, end))  # tokenize() appends end-of-text; two of them would be one too many
+    stop = len(_without(text, end))  # without end-of-text, because tokenize() appends it
     bounds = [0, *(min(bound, stop) for span in spans for bound in span), stop]
     return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str]]:
-    """Return the id of the token, or else the text, that ends an answer in the chat template, each as a list.
+    """Return the id of the token that ends an answer in the chat template, or else the text, each as a list.
 
-    The token is the first added one, such as <|im_end|>, between an answer and the next question. If there is none, the
-    text is what the template puts behind an answer. If that is white space alone, it is all before the next question,
-    such as "\\n### User:". Without a template, or if it has no place for these turns, both lists are empty.
+    The token is the first added one, such as <|im_end|>, between an answer and the next question. The text is all that
+    the template puts after an answer. If this is white space alone, it extends to the next question, such as
+    "\\n### User:". Both lists are empty without a template, or if it has no place for these turns.
     """
     turns = [{"role": role, "content": f"{MARK}{i}{MARK}"} for i, role in enumerate(("user", "assistant", "user"))]
     try:
@@ -134,7 +134,7 @@ def _turns(messages: Messages, text: str, apply: Callable, end: str, first: int)
 
 
 def _mark(message: dict[str, Any], i: int, stand_in: str | None = None) -> dict[str, Any]:
-    """Put marks around the content and behind names. White space stays outside, so that a template strips it."""
+    """Put marks around the content and after names. White space stays outside, so that a template strips it."""
     marked, mark, (said, *names) = dict(message), f"{MARK}{i}{MARK}", _said(message)
     if said or not names:
         content = message.get("content") or ""
@@ -148,7 +148,7 @@ def _mark(message: dict[str, Any], i: int, stand_in: str | None = None) -> dict[
 def _locate_with_marks(messages: Messages, wanted: list[int], text: str, apply: Callable, end: str) -> dict[int, Turn]:
     """Locate turns in linear time, with marks in the contents. Leave out turns without the usual text around them.
 
-    A question and the answer, rendered alone, show it. Equal questions get equal marks: some templates compare them.
+    A rendered question with the answer shows that text. Equal questions get equal marks: some templates compare them.
     """
     question, turns = _mark({"role": "user", "content": "x"}, 0), {}
     answers = {i: _mark(messages[i], 1, "x") for i in wanted}  # most are equal, and rendered once
@@ -159,7 +159,7 @@ def _locate_with_marks(messages: Messages, wanted: list[int], text: str, apply: 
     except TEMPLATE_ERRORS:
         return {}
     prompted, asked = MARKS.split(prompted)[-1], _without(MARKS.split(asked)[-1], end)
-    frames = {}  # of each answer: the generation prompt, the text between it and the content, the text after it
+    frames = {}  # for each answer: the generation prompt, the text between it and the content, the text after that
     for key, parts in zip(pairs, (MARKS.split(rendered)[::2] for rendered in shown), strict=True):
         head = parts[min(2, len(parts) - 1)]
         common = commonprefix([prompted, head])  # noqa: RUF071
@@ -193,7 +193,7 @@ def _locate_with_prefix(messages: Messages, i: int, text: str, apply: Callable, 
 
 
 def _end_of_turn(after: str, alone: str, end: str) -> int:
-    """Return how many characters after an answer end its turn, or -1. ``alone`` follows an answer that is last."""
+    """Return how many characters after an answer end its turn, or -1. ``alone`` is the text after a last answer."""
     bare = _without(alone, end)  # some templates write end-of-text only after the last message
     candidates = [bare if bare.strip() else alone] if after == alone else [alone, bare]
     for own in (candidate.rstrip() or candidate for candidate in candidates):
@@ -203,7 +203,7 @@ def _end_of_turn(after: str, alone: str, end: str) -> int:
 
 
 def _narrow(turns: list[Turn], text: str, parts: list[str]) -> list[tuple[int, int]]:
-    """Return the parts of turns in blocks of {% generation %}: every second of ``parts``. Add the ends of turns."""
+    """Return the parts of turns in blocks of {% generation %}: every second one of ``parts``. Add the ends of turns."""
     if "".join(parts) != text:
         raise RenderError("the blocks {% generation %} of the chat template cannot be located. Use --loss_on all.")
     edges, spans = [0, *accumulate(map(len, parts))], []

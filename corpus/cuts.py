@@ -1,4 +1,4 @@
-"""Cut long documents into parts whose tokens, one part after the other, are exactly those of the whole document.
+"""Cut long documents into parts. The tokens of all parts, in order, are exactly the tokens of the whole document.
 
 A cut is at a single space or newline and needs a proof: no added token and no match of a pattern holds both characters
 there, normalizers do not join them, no prefix space is added, and the pre-tokenizer splits. If in doubt, do not cut.
@@ -20,13 +20,13 @@ _LETTER = r"[^\W\u0e33\u0eb3\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\ud7b0-\ud7ff
 _BEFORE = rf"(?<={_LETTER}[ \n]|[!-/:-@\[-`{{-~\u3001-\u301f\uff01-\uff1f][ \n])"
 _CANDIDATE = re.compile(rf"[ \n]{_BEFORE}(?={_LETTER}(?:{_LETTER}|\s))")
 _EXAMPLE = "no 10 20\nno。\n一二"  # a tokenizer that cannot be cut here is never cut
-# Normalizers that change a character together with its marks, and nothing else. The proof itself applies Strip.
+# Normalizers that change only a character together with its marks. The proof itself applies Strip.
 _LOCAL = {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "BertNormalizer", "Precompiled", "Strip"}
-# Pre-tokenizers that split as their pattern does, or more often. Split brings its own.
+# Pre-tokenizers that split at least where their pattern does. Split has its own pattern.
 _PATTERNS = dict.fromkeys(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"), r"\s+")
 _PATTERNS |= {"Digits": r"\p{N}+", "Punctuation": r"[\p{P}!-/:-@\[-`{-~]+"}
 _PATTERNS["ByteLevel"] = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_TOKEN = re.compile(  # of a regular expression; all else is unknown
+_TOKEN = re.compile(  # of a regular expression; other syntax is unknown
     r"(?P<atom>\\[pP]\{\^?\w+\}|\\[sSdDwWrnt]|\\\W|[^\\\[\](){}|?*+^$]"
     r"|\[\^?(?!\])(?:\\.|[^\\\[\]]|\[\^?(?!\])(?:\\.|[^\\\[\]])+\])+\])"
     r"|(?P<repeat>(?:[?*+]|\{\d+(?:,\d*)?\})(?![?*+{]))|(?P<open>\((?:\?i?:|(?!\?)))|(?P<close>\))|(?P<alternative>\|)"
@@ -49,7 +49,7 @@ class _Atom(NamedTuple):
 
 
 class _Step:
-    """A step of a normalizer or pre-tokenizer, with the pairs of characters that matches of its pattern may hold."""
+    """A step of a normalizer or pre-tokenizer, with the pairs of characters that a match of its pattern may hold."""
 
     def __init__(self, settings: dict[str, Any], component: Any) -> None:
         self.settings, self.component = settings, component
@@ -57,7 +57,7 @@ class _Step:
         default = r"[^\s\S]" if no_split else _PATTERNS.get(settings["type"], "^")  # matches nothing, or is unknown
         pattern = settings.get("pattern", {"Regex": default})
         text = pattern.get("Regex") or re.escape(pattern["String"])
-        # Single white space at a cut is matched by the last alternative if the look-ahead of the one before fails.
+        # The last alternative matches single white space at a cut if the look-ahead of the alternative before fails.
         text = re.sub(r"\|\\s\+\(\?!\\S\)\|\\s\+?\Z", lambda _: r"|\s+", text)
         tokens = [(token.lastgroup, token[0]) for token in _TOKEN.finditer(text)]
         self._outside, self._atoms = Split(Regex(text), "removed").pre_tokenize_str, []
@@ -73,7 +73,7 @@ class _Step:
             place += not depth
 
     def at(self, char: str) -> list["_Atom"]:
-        """Return the atoms that match a character. In a group, which may ignore case, each may match any letter."""
+        """Return the atoms that match a character. A group may ignore case, so in it each may match any letter."""
         may_be_any = not char.isspace()
         return [a for a in self._atoms if (a.in_group and may_be_any) or not a.pattern.pre_tokenize_str(char)]
 
@@ -120,7 +120,7 @@ class Cutter:
         self._can_cut = self._last_cut(_EXAMPLE) > 0
 
     def cut(self, texts: Iterable[str], size: int) -> Iterator[str]:
-        """Cut a document, given as consecutive strings, into parts of about ``size`` characters; if short, into one."""
+        """Cut a document, given as consecutive strings, into parts of about ``size`` characters. Keep a short one."""
         searched, new, length = [], [], 0  # strings of the next part, and the number of characters not yet searched
         for text in texts:
             for start in range(0, len(text), size // 2 + 1):
@@ -135,7 +135,7 @@ class Cutter:
         yield "".join((*searched, *new))
 
     def _last_cut(self, block: str) -> int:
-        near = max(0, len(block) - 4096)  # nearly always there is a cut after it; the last 64 spaces are enough
+        near = max(0, len(block) - 4096)  # nearly always a cut comes after it; the last 64 spaces are enough
         spaces = (match.start() for i in (near, 0) for match in [*_CANDIDATE.finditer(block, i)][:-65:-1])
         ends = ((space, end) for space in spaces for end in (space, space + 1))
         return next((e for s, e in ends if self._is_exact(block[s - 1 : e], block[e : s + 2])), 0)
@@ -145,7 +145,7 @@ class Cutter:
         is_before, chars, pair = len(left) < len(right), {*left, *right}, left[-1] + right[0]
         for step in self._normalizers:
             others = left + right[1:] if is_before else left[:-1] + right
-            # Replace may change the space or newline if its matches hold nothing else.
+            # Replace may change the space or newline if its matches hold no other character.
             is_local = step.settings["type"] in _LOCAL or (step.is_known and not any(map(step.at, others)))
             whole, left, right = map(step.component.normalize_str, (left + right, left, right))
             if not is_local or whole != left + right or not left or not right:

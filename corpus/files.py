@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cli.errors import UserError, require, root_cause, warn, without_credentials
 from corpus.readers import PIECE, READERS, ContentError, open_file, read_text, reading
 
-Place = dict[str, Any]  # JSON: where reading goes on
+Place = dict[str, Any]  # JSON: the place at which reading continues
 RETRIES = 5  # to open a URL after a lost connection, after 2, 4, ... seconds
 
 
@@ -53,7 +53,7 @@ class Files:
 
     @property
     def fingerprint(self) -> str:
-        """Return size, times and inode of each file, for the key of the cache. Times alone may survive a rewrite."""
+        """Return size, times and inode of each file, for the key of the cache. A rewrite may keep the times."""
         stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
         return str([(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats])
 
@@ -78,8 +78,8 @@ class Files:
     ) -> Iterator[tuple[Any, Place]]:
         """Yield (record, place) of shard ``index`` of ``count``, from ``place`` on.
 
-        A shard is whole files if they divide evenly, or if there are at least ten per shard, and else every
-        ``count``-th record. ``columns`` of Parquet and Arrow files are read; None is all.
+        A shard is whole files if they divide evenly, or if there are at least ten per shard. Otherwise it is every
+        ``count``-th record. Only ``columns`` of Parquet and Arrow files are read; None reads all.
         """
         are_whole = len(self.paths) % count == 0 or len(self.paths) >= 10 * count
         start = place or {"file": 0, "record": 0, "at": None}
@@ -99,7 +99,7 @@ class Files:
                     yield record, {"file": number, "record": record_number + 1, "at": at}
 
     def _read_file(self, number: int, read: Callable, place: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield (record, place in the file). After a lost connection, reading goes on at the same record."""
+        """Yield (record, place in the file). After a lost connection, continue at the same record."""
         path, failures, has_read = self.paths[number], 0, place is not None
         with reading(self.name({"file": number})):
             while True:
@@ -142,7 +142,7 @@ def find_files(flag_name: str, patterns: list[str], allow_urls: bool = False) ->
 
 
 def _files_below(flag_name: str, directory: str) -> list[str]:
-    """Return the files of known formats below a directory. Print how many others are skipped."""
+    """Return the files of known formats below a directory. Print how many other files are skipped."""
     found, skipped = [], Counter()
     for path in sorted(Path(directory).rglob("*")):
         if path.is_symlink() and path.is_dir():

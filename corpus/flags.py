@@ -59,7 +59,7 @@ class TextConfig:
         ]
 
     def changed_columns(self) -> list[str]:
-        """Return the flags, with their values, that select the text of a record and differ from their default."""
+        """Return the flags that select the text of a record, with values, if these differ from their defaults."""
         names = ("text_column", "prompt_column")
         return [f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) != getattr(TextConfig, name)]
 
@@ -105,7 +105,7 @@ class DataConfig(TextConfig):
         ]
 
     def _streaming_rules(self) -> list[tuple[bool, str]]:
-        """Return the rules of --streaming. ``max_steps`` and ``tokenizer`` are of the other groups of train.py."""
+        """Return the rules of --streaming. ``max_steps`` and ``tokenizer`` belong to other groups of train.py."""
         slices = "--streaming reads whole splits"
         has_evaluation = bool(self.eval_files or self.dataset_eval_split)
         held_out = "--streaming: cannot hold out evaluation text. Pass --eval_files or --dataset_eval_split."

@@ -27,7 +27,7 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
     given = {key: value for key, value in message.items() if value is not None}
     keys, roles = ", ".join(map(str, given)) or "none", SHARE_GPT_ROLES if given.keys() & {"from", "value"} else ROLES
     role, content = given.pop("role", given.pop("from", None)), given.pop("content", given.pop("value", None))
-    calls = given.pop("tool_calls", None) or []  # some templates take an empty list for a call
+    calls = given.pop("tool_calls", None) or []  # some templates render an empty list as a call
     if isinstance(content, list):
         kinds = [str(part.get("type") if isinstance(part, dict) else part)[:40] for part in content]
         others = ", ".join({kind: 0 for kind in kinds if kind != "text"})

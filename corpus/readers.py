@@ -1,4 +1,4 @@
-"""Read the records of one file, and go on reading exactly after any record.
+"""Read the records of one file, and resume exactly after any record.
 
     for record, place in read_json(file, None): ...
     for record, place in read_json(file, place): ...      # the records after that place
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn any error inside the block into a UserError that says that ``name`` cannot be read."""
+    """Turn any error in the context into a UserError: ``name`` cannot be read."""
     try:
         yield
     except (UserError, MemoryError):
@@ -43,7 +43,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 class ContentError(ValueError):
-    """The content of a file is wrong: to read it again would not help."""
+    """The content of a file is wrong, so reading it again would not help."""
 
 
 def open_file(path: str, has_ranges: bool = True) -> BinaryIO:
@@ -66,7 +66,7 @@ def skip_to(file: BinaryIO, offset: int) -> None:
 
 
 def read_text(file: BinaryIO, place: int | None) -> Iterator[tuple[str, int]]:
-    """Yield the text of a file in pieces, with its line ends and without a byte order mark. A place is characters."""
+    """Yield the text of a file in pieces, with its line ends, without a byte order mark. A place counts characters."""
     text, num_read = io.TextIOWrapper(file, "utf-8-sig", newline=""), 0
     while piece := text.read(PIECE):
         if num_read == 0 and 10 * piece.count("\0") > len(piece):
@@ -139,7 +139,7 @@ def read_parquet(file: BinaryIO, place: list[int] | None, columns: set[str] | No
     names = [name for name in table.schema_arrow.names if columns is None or name in columns]
 
     def batches(group: int) -> Iterator[pa.RecordBatch]:
-        some = next(table.iter_batches(1, [group], names), None)  # what is on the disk may be smaller
+        some = next(table.iter_batches(1, [group], names), None)  # its size on the disk may be smaller
         return table.iter_batches(rows_at_once(some.nbytes, 1), [group], names) if some else iter([])
 
     return _rows(map(batches, range(first, table.num_row_groups)), place or [0, 0], columns)
@@ -167,7 +167,7 @@ def _slices(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
 
 
 def _rows(groups: Iterator[Iterable[pa.RecordBatch]], place: list[int], columns: set[str] | None) -> Iterator:
-    """Yield the rows behind ``place``."""
+    """Yield the rows after ``place``."""
     first, num_read = place
     for group, batches in enumerate(groups, first):
         row = 0
@@ -182,7 +182,7 @@ def _rows(groups: Iterator[Iterable[pa.RecordBatch]], place: list[int], columns:
 
 
 def without_nulls(value: Any, is_record: bool = True) -> Any:
-    """Return the value without null keys below its columns: an Arrow table fills in the keys of all other rows."""
+    """Return the value without null keys below its columns. An Arrow table fills in the keys of all other rows."""
     if isinstance(value, list):
         return [without_nulls(item, False) for item in value]
     if isinstance(value, dict):

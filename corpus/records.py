@@ -25,7 +25,7 @@ SHAPES = {  # common columns, and the flags that read them
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a document as (text, has_loss) pieces, its name for messages, and the place behind it."""
+    """The text of a document as (text, has_loss) pieces, its name for messages, and the place after it."""
 
     pieces: Iterator[Piece]
     name: str
@@ -55,7 +55,7 @@ class Documents:
             self._check_columns()
 
     def _check_columns(self) -> None:
-        """Find the columns of the text in the first records. The first one that the filters keep decides the shape."""
+        """Find the columns of the text in the first records. The first record that the filters keep sets the shape."""
         missing, first, shape = set(self._columns), None, None
         for record, place in islice(self.records.read(), FIRST_RECORDS):
             name = f"{self.records.name(place)}: record {place['record']}"
@@ -87,7 +87,7 @@ class Documents:
         return min(self.records.max_shards, self._config.max_documents or self.records.max_shards)
 
     def __iter__(self) -> Iterator[Iterator[str]]:
-        """Yield each document as an iterator over strings. A conversation is its bare contents."""
+        """Yield each document as an iterator over strings. A conversation gives its contents without a template."""
         return ((text for text, _ in document.pieces) for document in self.read())
 
     def read(
@@ -100,7 +100,7 @@ class Documents:
         """Yield the documents of one shard of ``count``, from ``place`` on."""
         place, limit = place or {"documents": 0, "records": None}, self._config.max_documents
         num_documents, shard = place["documents"], (index, count)
-        if limit:  # of all documents, so each shard reads them all
+        if limit:  # counts all documents, so each shard reads them all
             shard, (index, count) = (0, 1), shard
         else:
             index, count = 0, 1
@@ -120,7 +120,7 @@ class Documents:
             self._check_filters(num_records, num_documents, first, unseen)
 
     def _check_filters(self, num_records: int, num_documents: int, first: Any, unseen: set[str]) -> None:
-        """Raise UserError if a filter names a column of no record, or if no record passes."""
+        """Raise UserError if a filter names a column that no record has, or if no record passes."""
         rules = " ".join(f"--filter {rule}" for rule in self._config.filter)
         if num_records and unseen:
             raise UserError(

@@ -23,7 +23,7 @@ class TrainingDocuments:
     """The sources of the training text. An iteration leaves out the held-out part."""
 
     sources: list[Documents]
-    held_out_fraction: float  # 0 if there is evaluation text of its own
+    held_out_fraction: float  # 0 if there is separate evaluation text
     seed: int
 
     @property
@@ -43,13 +43,13 @@ class TrainingDocuments:
 
 
 def held_out_numbers(num_documents: int, fraction: float, seed: int) -> np.ndarray:
-    """Return the numbers of the documents to evaluate on, in order. Of a single document there are none."""
+    """Return the numbers of the documents to evaluate on, in order. A single document gives none."""
     order = np.random.default_rng(seed).permutation(num_documents)
     return np.sort(order[: min(max(1, round(num_documents * fraction)), num_documents - 1)])
 
 
 def hold_out(stream: TokenStream, fraction: float, seed: int, end: list[int]) -> tuple[TokenStream, TokenStream]:
-    """Return the documents to train on and those to evaluate on. A single document is divided.
+    """Return the documents to train on and the documents to evaluate on. A single document is divided.
 
     ``end`` are the tokens that end the first part of a divided document: none, or one if other documents follow it.
     """
@@ -61,7 +61,7 @@ def hold_out(stream: TokenStream, fraction: float, seed: int, end: list[int]) ->
 
 
 def _part(stream: TokenStream, start: int, stop: int, end: list[int]) -> TokenStream:
-    """Return the tokens [start, stop) of a stream, and ``end``, as a document of its own in the cache."""
+    """Return the tokens [start, stop) of a stream, and ``end``, as a new document in the cache."""
     cuts = [*range(start, stop, PIECE_TOKENS), stop]
     parts = (TokenPart(stream[i:j].astype(np.int32), 0, False, None) for i, j in pairwise(cuts))
     last = TokenPart(np.array(end, np.int32), 0, True, None)
@@ -71,8 +71,8 @@ def _part(stream: TokenStream, start: int, stop: int, end: list[int]) -> TokenSt
 def mixture(mix: list[str], sources: np.ndarray, seed: int) -> np.ndarray:
     """Return document indices in random order, with each source repeated in proportion to its weight.
 
-    ``sources`` is the source of each document, (documents,) int. One source is used exactly once: the one with the
-    most documents for its weight. The others repeat; each document of a source is used before any is used again.
+    ``sources`` is the source of each document, (documents,) int. The source with the most documents for its weight is
+    used exactly once. Other sources repeat; each document of a source is used before any is used again.
     """
     names, weights = zip(*map(parse_source, mix), strict=True)
     sizes, shares = np.bincount(sources, minlength=len(mix)), np.array(weights) / sum(weights)

@@ -14,7 +14,7 @@ from corpus.templates import parse_source
 
 
 def load_documents(config: DataConfig) -> tuple[list[Documents], Documents | None]:
-    """Return the sources of the training text, and the evaluation text if there is one of its own."""
+    """Return the sources of the training text, and the evaluation text if it is separate."""
     if config.mix:
         training = [_open_source(parse_source(item)[0], config) for item in config.mix]
     else:
@@ -42,7 +42,7 @@ def read_documents(config: TextConfig, flag_name: str, files: list[str], streami
 
 
 def _open_source(name: str, config: DataConfig) -> Documents:
-    """Return one source of a mixture: files if the name is a path or has the suffix of one, else a dataset."""
+    """Return one source of a mixture: files if the name is a path or has a file's suffix, else a dataset."""
     is_saved = any(os.path.exists(f"{name}/{file}") for file in ("state.json", "dataset_dict.json"))
     is_file = glob.has_magic(name) or suffix(name) in READERS or (os.path.exists(name) and not is_saved)
     try:
@@ -54,7 +54,7 @@ def _open_source(name: str, config: DataConfig) -> Documents:
 
 
 def _open_dataset(flag_name: str, name: str, config: TextConfig, split: str, streaming: bool = False) -> Documents:
-    """Return the documents of a dataset. `datasets` takes a second to import, which files do without."""
+    """Return the documents of a dataset. `datasets` takes a second to import, so files do not import it."""
     from corpus.tables import open_table
 
     return Documents(open_table(flag_name, name, config, split, streaming), config)

@@ -1,4 +1,4 @@
-"""Blocks of text that is read during training, in random order, and the state from which reading resumes exactly.
+"""Read blocks of text during training, in random order, and keep the state from which reading resumes exactly.
 
 The blocks of a shard form chunks of --shuffle_buffer blocks. The order of each chunk depends on seed, shard, epoch and
 chunk alone. So the state of a shard is a place in the text and a few numbers.
@@ -27,8 +27,8 @@ START = {"epoch": 0, "chunk": 0, "used": 0, "place": None, "skip": 0}
 class Shard:
     """One shard of the text, or all of it. It yields its blocks in random order, epoch after epoch.
 
-    ``state`` is that of the newest step, in JSON's terms: ``used`` blocks of a chunk of an epoch are used. The chunk
-    begins ``skip`` tokens behind the start of the document at ``place``.
+    ``state`` is JSON and belongs to the newest step: ``used`` blocks of a chunk of an epoch are used. The chunk begins
+    ``skip`` tokens after the start of the document at ``place``.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Shard:
         self._order = np.random.default_rng(key).permutation(len(self._chunk)).tolist()
 
     def chunks(self) -> Iterator[tuple[list[Block], dict[str, Any]]]:
-        """Yield the chunks of the epoch, from that of the state on, each with the state before its first block."""
+        """Yield the chunks of the epoch from the state's chunk on, each with the state before its first block."""
         size, state = self._config.block_size, self.state
         chunk_size = size * self._config.shuffle_buffer
         begin, skip = state["chunk"] * chunk_size, state["skip"]  # the first token of the chunk, in the epoch
@@ -122,11 +122,10 @@ class Shard:
 
 
 class StreamedBlocks:
-    """The blocks of all shards of the text, of which each rank reads its own.
+    """The blocks of all shards of the text. Each rank reads its own shards.
 
     Rank r of N reads the shards s of S with s % N = r. If there are more ranks than shards, the ranks with r % S = s
-    read the same shard s. Each of them takes a part of its blocks. So a step uses the same blocks on any number of
-    ranks.
+    read the same shard s, and each takes a part of its blocks. So a step uses the same blocks on any number of ranks.
     """
 
     def __init__(self, config: DataConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, seed: int):
@@ -159,7 +158,7 @@ class StreamedBlocks:
         return {"training text": self._documents.records.identity, "text settings": settings}
 
     def first_documents(self, count: int, most: int) -> list[np.ndarray]:
-        """Return the first documents, and of each about the first ``most`` tokens."""
+        """Return about the first ``most`` tokens of each of the first documents."""
         documents: list[np.ndarray] = []
         for part, is_first, _ in self._shard(0, 1)._parts(None):
             if is_first and len(documents) == count:
@@ -178,9 +177,9 @@ class StreamedBlocks:
     ) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray | None]], int, Position, list[int]]]:
         """Yield the steps of a rank, without end: (its blocks, most blocks of any rank, position, block numbers).
 
-        The position is that of the rank's first shard, so rank 0 gives the position of shard 0. The numbers are those
-        of all blocks drawn from the rank's shards. Number n is block n // S of shard n % S in its epoch. Raise
-        UserError if the text cannot be read.
+        The position belongs to the rank's first shard, so rank 0 gives the position of shard 0. The numbers count all
+        blocks drawn from the rank's shards. Number n is block n // S of shard n % S in its epoch. Raise UserError if
+        the text cannot be read.
         """
         num_shards = len(self._states or ()) or min(ranks, batch_size, self._documents.max_shards)
         blocks_per_shard = [len(range(s, batch_size, num_shards)) for s in range(num_shards)]
@@ -211,7 +210,7 @@ class StreamedBlocks:
             )
 
     def state(self, rank: int = 0, ranks: int = 1) -> dict[int, dict[str, Any]]:
-        """Return the states, after the newest step, of the shards whose first reader this rank is."""
+        """Return the states after the newest step, of the shards that this rank is the first to read."""
         states = dict(enumerate(self._states or ())) | self._own
         return {s: state for s, state in states.items() if s % ranks == rank}
 
@@ -224,5 +223,5 @@ class StreamedBlocks:
 
     def _item(self, block: Block) -> tuple[np.ndarray, np.ndarray | None]:
         ids, positions = block.astype(np.int64)
-        # A document that began in the block before has its positions from the start of this one.
+        # If a document began in an earlier block, its positions count from the start of this block.
         return ids, np.minimum(positions, np.arange(len(ids))) if self.isolate_documents else None

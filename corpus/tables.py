@@ -24,7 +24,7 @@ from corpus.readers import reading, rows_at_once, without_nulls
 
 @dataclass(frozen=True)
 class Table:
-    """The records of a Hub dataset or of one made by save_to_disk, which may be streamed."""
+    """The records of a dataset, from the Hub or made by save_to_disk. They may be streamed."""
 
     flag_text: str
     table: datasets.Dataset | datasets.IterableDataset
@@ -71,7 +71,7 @@ def _rows(batch: dict[str, list]) -> Iterator[dict[str, Any]]:
 def open_table(flag_name: str, name: str, config: TextConfig, split: str, streaming: bool = False) -> Table:
     """Return a Hub dataset, ``ID`` or ``ID@REVISION``, or one made by save_to_disk. Raise UserError if it fails.
 
-    A dataset that is streamed is that of one commit, even if the Hub has a newer one by then.
+    A streamed dataset keeps its commit, even if the Hub gets a newer one.
     """
     datasets.logging.set_verbosity(logging.CRITICAL)  # a message would hide the one line that matters
     if not sys.stdout.isatty():
@@ -92,7 +92,7 @@ def open_table(flag_name: str, name: str, config: TextConfig, split: str, stream
             files = Files(flag_name, tuple(sorted(str(file) for file in path.rglob("*") if file.is_file())))
             fingerprint, identity = f"{part} {files.fingerprint}", f"{config.dataset_config} {split} {files.identity}"
             # `datasets` takes the old text if a file is rewritten and keeps its time of modification. So each state of
-            # the files has a cache of its own.
+            # the files has its own cache.
             state = hashlib.sha256(files.fingerprint.encode()).hexdigest()[:16]
             cache_dir = os.path.join(datasets.config.HF_DATASETS_CACHE, "directories", state)
         else:

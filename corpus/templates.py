@@ -55,7 +55,7 @@ def parse_source(item: str) -> tuple[str, float]:
 
 
 def value_at(value: Any, column: str) -> Any:
-    """Return the value of a column such as answers.text, a list of values for a list; None if there is none."""
+    """Return the value of a column such as answers.text, or None. A list gives a list of values."""
     if isinstance(value, list):
         items = [value_at(item, column) for item in value]
         return items if not items or any(item is not None for item in items) else None

@@ -1,4 +1,4 @@
-"""Tokenize documents: each document's own tokens, however long it is, and which of them carry loss."""
+"""Tokenize documents of any length, and mark the tokens that carry loss."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ from corpus.tokens import TokenPart, TokenStream, cached_stream, token_ids
 
 RULES = 2  # version of the rules here and in chat.py and cuts.py; a new number makes cached tokens invalid
 PART_CHARACTERS = 1 << 16  # a longer document is tokenized in parts, so that memory stays flat
-# Characters to tokenize at once: enough for the tokenizer's threads, little enough for memory.
+# Characters to tokenize at once: enough for the tokenizer's threads, and small in memory.
 BATCH_CHARACTERS = 1 << 20
 PLAIN_TEMPLATE = "the tokenizer has no chat template; a plain one is used and saved with the model"
 SPACES = np.array([i for i in range(0x3001) if chr(i).isspace()], np.uint32)
@@ -59,7 +59,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a generated text: the end of a document, and that of a turn in the chat template."""
+    """Return the ids that end a generated text: the end of a document, and the end of a turn in the chat template."""
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return list(dict.fromkeys(id for id in (end, *end_of_turn(tokenizer)[0]) if id is not None))
 
@@ -69,7 +69,7 @@ def set_special_tokens(
 ) -> None:
     """Add the ids that end texts to the model's generation config, which is saved with it.
 
-    If the tokenizer ``is_new`` to the model, its special tokens replace those of both configs, but for the settings
+    If the tokenizer ``is_new`` to the model, its special tokens replace the ids of both configs, except for settings
     named in ``kept``. The padding id of the model's config stays, because some architectures count positions from it.
     """
     generation, ends = model.generation_config, end_ids(tokenizer)
@@ -82,7 +82,7 @@ def set_special_tokens(
     generation.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     try:
         generation.validate(strict=True)
-    except ValueError:  # a temperature, but no do_sample: published so, it could not be saved after a change
+    except ValueError:  # published with a temperature but no do_sample, it cannot be saved after a change
         generation.do_sample = True
 
 
@@ -94,10 +94,10 @@ def begin_of_text_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def num_text_bytes(tokenizer: PreTrainedTokenizerBase, token: int, previous: int | None = None) -> int:
-    """Return the UTF-8 bytes of text that a token stands for after ``previous``. An end of turn stands for its name.
+    """Return how many UTF-8 bytes of text a token stands for after ``previous``. An end of turn stands for its name.
 
-    They are exact for byte-level tokens and for byte fallback. Of another token they are the characters that it adds to
-    a decoded text, a space before it included.
+    The number is exact for byte-level tokens and for byte fallback. For other tokens it counts the characters that the
+    token adds to a decoded text, with a space before it.
     """
     name = tokenizer.convert_ids_to_tokens(token)
     if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
@@ -110,7 +110,7 @@ def num_text_bytes(tokenizer: PreTrainedTokenizerBase, token: int, previous: int
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of all that decides the ids.
+    """Return the SHA-256 of everything that decides the ids.
 
     That is a whole fast tokenizer, or the class, settings and vocabulary of a slow one.
     """
@@ -132,7 +132,7 @@ class _Part:
     is_first: bool
     is_last: bool
     num_bytes: int  # UTF-8 bytes with loss that no earlier part has counted
-    bounds: list[int]  # characters of the document at which text without loss begins, ends, begins, ...
+    bounds: list[int]  # places in the document, in characters, at which text without loss begins, ends, begins, ...
     document: Document
 
 
@@ -212,8 +212,8 @@ def _encode(parts: list[_Part], tokenizer: PreTrainedTokenizerBase) -> Iterator[
 def _has_loss(part: _Part, offsets: list[tuple[int, int]]) -> np.ndarray:
     """Return whether each token carries loss. Its last character that is no white space decides.
 
-    Many tokens begin with the space before the text that carries loss. A special token such as Phi-3's <|end|> takes
-    the line break behind it along.
+    Many tokens begin with the space before the text that carries loss. A special token such as Phi-3's <|end|> also
+    takes the line break after it.
     """
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     last = np.maximum(ends - 1, 0)

@@ -1,6 +1,6 @@
 """The token stream: the tokens of all documents, one document after another.
 
-A token without loss, such as one of a question, is stored as its bitwise complement: ~id instead of id.
+A token without loss, such as a question's token, is stored as its bitwise complement: ~id instead of id.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ import numpy as np
 from cli.errors import SaveError, root_cause
 from cli.hub import datasets_cache
 
-# A document: 128 bits of the SHA-256 of its ids, 64 bits of that of its ids with loss mask, its number of tokens, how
-# many of them carry loss, and the UTF-8 bytes of the text with loss.
+# A document: 128 bits of the SHA-256 of its ids, 64 bits of the SHA-256 of its ids with loss mask, its number of
+# tokens, the number of tokens with loss, and the UTF-8 bytes of the text with loss.
 DOCUMENT = np.dtype([("hash", "S16"), ("mask", "S8"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
 
 
@@ -73,7 +73,7 @@ class TokenStream:
         return indices - np.maximum(begins, start)
 
     def first_documents(self, count: int, most: int) -> list[np.ndarray]:
-        """Return the first documents, and of each at most the first ``most`` tokens."""
+        """Return at most the first ``most`` tokens of each of the first documents."""
         bounds = self._document_starts[: count + 1].tolist()
         return [self[start : min(stop, start + most)] for start, stop in pairwise(bounds)]
 
@@ -99,7 +99,7 @@ def token_ids(ids: np.ndarray) -> np.ndarray:
 def with_prefix(
     prefix: np.ndarray, ids: np.ndarray, positions: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return ids and positions with ``prefix`` before them, unless it is there. It belongs to the first document."""
+    """Return ids and positions with ``prefix`` before them, unless they begin with it. The first document gets it."""
     if not len(prefix) or np.array_equal(ids[: len(prefix)], prefix):
         return ids, positions
     if positions is not None:
@@ -109,7 +109,7 @@ def with_prefix(
 
 
 class TokenPart(NamedTuple):
-    """Consecutive tokens of one document, with ~id for a token without loss. The last part has the place behind it."""
+    """Consecutive tokens of one document, with ~id for a token without loss. The last part has the place after it."""
 
     ids: np.ndarray
     num_bytes: int
@@ -118,7 +118,7 @@ class TokenPart(NamedTuple):
 
 
 def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
-    """Return the tokens that the cache holds for ``key``. If there are none, write those of ``parts`` first.
+    """Return the tokens that the cache holds for ``key``. If there are none, write the tokens of ``parts`` first.
 
     The cache is the folder HF_DATASETS_CACHE/tokens. It holds a flat file of int32 tokens and a file of DOCUMENT
     records. Each is written under another name, locked, and renamed. A second process waits for the first one. Raise
