@@ -1,7 +1,7 @@
 """Adapters, through peft: attach, load, save and merge them.
 
-peft replaces layers of the model in place, so the model keeps its class and the names of its weights. Its wrapper,
-which saves and merges adapters, is kept beside the model.
+peft replaces layers of the model in place, so the model keeps its class and the names of its weights. peft's wrapper
+saves and merges adapters. It is an attribute of the model.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cli.errors import UserError, root_cause
 
-PREFIX = "base_model.model."  # before the names of a model's weights in an adapter
+PREFIX = "base_model.model."  # the start of the names of weights in an adapter
 
 
 def import_peft(source: str) -> Any:
@@ -31,9 +31,9 @@ def import_peft(source: str) -> Any:
 def attach(model: PreTrainedModel, config: Any) -> Any:
     """Add the adapter that a peft config describes to the layers of ``model``, in place. Return peft's wrapper."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on what peft sets right by itself, such as GPT-2's transposed weights
+        warnings.simplefilter("ignore")  # peft itself corrects the faults, such as GPT-2's transposed weights
         wrapper = import_peft("an adapter").get_peft_model(model, config)
-    vars(model)["adapter"] = wrapper  # an attribute, and no submodule of its own part
+    vars(model)["adapter"] = wrapper  # an attribute: the wrapper contains the model, so it is no submodule
     return wrapper
 
 
@@ -45,8 +45,8 @@ def adapter_of(model: PreTrainedModel) -> Any | None:
 def load_adapter(model: PreTrainedModel, directory: Path, weights: dict[str, torch.Tensor]) -> None:
     """Add the adapter of a directory, with its weights, to its base model, in place.
 
-    The embeddings are resized if the adapter was made for another number of tokens. Raise ValueError if the adapter is
-    not in layers alone, or if weights are missing or left over.
+    The embeddings are resized if the adapter was made for another number of tokens. Raise ValueError if the adapter
+    has parts outside of layers, or if weights are missing or left over.
     """
     peft = import_peft("an adapter")
     config = peft.PeftConfig.from_pretrained(directory, inference_mode=True)
@@ -56,7 +56,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, weights: dict[str, tor
     saved, held = weights.get(f"{PREFIX}{embedding}.weight"), len(model.get_input_embeddings().weight)
     num_rows = max(held, 1 + max(chain(*tokens), default=0)) if saved is None else len(saved)
     if num_rows != held:
-        model.resize_token_embeddings(num_rows, mean_resizing=False)  # the new rows are the adapter's
+        model.resize_token_embeddings(num_rows, mean_resizing=False)  # the adapter has the new rows
     # With a resized embedding peft saves some layers three times.
     twice = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
     weights = {key: t for key, t in weights.items() if twice.sub("", key) == key or twice.sub("", key) not in weights}
@@ -67,7 +67,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, weights: dict[str, tor
         raise ValueError(f"an adapter of type {_type_of(config)} changes more than layers")
     new = {name: parameter for name, parameter in wrapper.named_parameters() if parameter not in ours}
     for parameter in new.values() if model.dtype == torch.float32 else ():
-        parameter.data = parameter.data.float()  # a layer that is trained as a whole began as a copy in bfloat16
+        parameter.data = parameter.data.float()  # a layer that is trained as a whole is a copy, perhaps in bfloat16
     result = peft.set_peft_model_state_dict(wrapper, weights)
     if wrong := [*result.unexpected_keys, *(new.keys() & {*result.missing_keys})]:
         raise ValueError(f"weights of the adapter are missing or left over: {', '.join(sorted(wrong)[:3])}")
@@ -77,7 +77,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, trained: dict[str, tor
     """Save the adapter of ``model`` in the format of peft.
 
     ``trained`` maps the names of the trained weights to whole tensors. It is needed if the model is sharded. If base
-    and adapter are below the working directory, the base's path is ./relative, which is never taken for a Hub id.
+    and adapter are below the working directory, the base's path is ./relative. Such a path is never read as a Hub id.
     """
     config, here = adapter_of(model).active_peft_config, Path.cwd()
     base = Path(config.base_model_name_or_path).absolute()
@@ -86,7 +86,7 @@ def save_adapter(model: PreTrainedModel, directory: Path, trained: dict[str, tor
         config.base_model_name_or_path = f"./{base.relative_to(here)}" if is_below else str(base)
     state = trained and {PREFIX + name: tensor for name, tensor in trained.items()}
     adapter_of(model).save_pretrained(directory, state_dict=state, save_embedding_layers=False)
-    model.generation_config.save_pretrained(directory)  # it may end texts with other tokens than the base model
+    model.generation_config.save_pretrained(directory)  # its end-of-text tokens may differ from the base model's
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Properties of an architecture: how it becomes causal, its positions, its layers, its arithmetic."""
+"""Properties of an architecture: its switches to become causal, its positions, its layers, its arithmetic."""
 
 import math
 import re
@@ -15,12 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from cli.errors import require, warn
 
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # decoders only if their config says so
-# The architectures that transformers 5 has dropped. 4.57.6 was the last release with them.
+# transformers 5 has dropped these architectures. 4.57.6 was the last release with them.
 DROPPED = ("mega", "open-llama", "qdqbert", "speech_to_text_2", "transfo-xl", "xlm-prophetnet")
 WINDOW = re.compile(r"(window(_size|_len)?|att(entio)?n_chunk_(size|length)|local_attention)$")
 
 Checkpointing = Literal["off", "full", "selective"]
-# Most of a layer's arithmetic. Batched products are left out: in eager attention they make the scores.
+# Most of a layer's arithmetic. Batched products are left out, because eager attention computes its scores with them.
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 PRODUCTS += [
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
@@ -39,13 +39,13 @@ def needs_padding(settings: PreTrainedConfig) -> bool:
             AutoModelForCausalLM.from_config(settings, **options)(input_ids=torch.zeros(1, 2).long())
     except (TypeError, AttributeError):
         return True
-    except Exception:  # another fault, which loading the real model reports, or an operation that needs data
+    except Exception:  # an operation needs data, or there is another fault: loading the real model reports it
         return False
     return False
 
 
 def make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_block_size: int | None = None) -> list[str]:
-    """Change the settings that let a token attend to later ones, in place, and return their names.
+    """Change the settings that let a token attend to later tokens, in place, and return their names.
 
     The settings named in ``kept`` do not change. ``new_block_size`` is the block size in tokens of a model from
     scratch, or None for a pretrained model.
@@ -80,14 +80,14 @@ def make_causal(settings: PreTrainedConfig, kept: Collection[str] = (), new_bloc
 def generate_as_trained(model: PreTrainedModel) -> None:
     """Make XLNet and XLM predict from the last token, as in training. Their own code appends a mask token.
 
-    They get no attention mask, because XLNet cannot batch it. So prompts of one length alone share a batch.
+    They get no attention mask, because XLNet cannot batch it. So only prompts of one length share a batch.
     """
     if model.config.model_type in ("xlnet", "xlm"):
         model.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {"input_ids": input_ids}
 
 
 def recompute_activations(model: PreTrainedModel, choice: str = "full") -> None:
-    """Switch gradient checkpointing on: layers keep only their inputs, with "selective" also their PRODUCTS.
+    """Switch gradient checkpointing on. Layers keep only their inputs, and with "selective" also their PRODUCTS.
 
     Raise UserError if the model does not support it.
     """
@@ -120,16 +120,16 @@ def num_weights(module: torch.nn.Module) -> int:
 
 
 def num_rows(model: PreTrainedModel) -> int:
-    """Return the number of tokens that the embedding holds, also if peft wraps it."""
+    """Return the number of tokens that the embedding holds, even if peft wraps it."""
     return len(model.get_input_embeddings().weight)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the largest sequence length in tokens, or None if the architecture sets no limit."""
     config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter is MPT's
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # max_seq_len: MPT
     for name, module in model.named_modules():
-        # RoBERTa's family counts positions from the padding id on. ProphetNet also embeds the position after the last.
+        # RoBERTa's family counts positions from the padding id on. ProphetNet embeds one position after the last one.
         if isinstance(module, torch.nn.Embedding) and "position" in name and module.padding_idx is not None:
             unused = module.padding_idx + 1 + (config.model_type == "prophetnet")
             limit = min(limit or module.num_embeddings, module.num_embeddings - unused)

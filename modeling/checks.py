@@ -79,11 +79,11 @@ def check_causal(model: PreTrainedModel, block_size: int, precision: str = "fp32
 
 
 def leak(model: PreTrainedModel, length: int, cuts: Sequence[int]) -> torch.Tensor:
-    """Return how far the logits before a cut move if all tokens from the cut on change, relative to their size."""
+    """Return how far logits before a cut move, relative to their size, if all tokens from the cut on change."""
     draw, rows = torch.Generator().manual_seed(0), num_rows(model)
     ids = torch.randint(rows, (length,), generator=draw)
     other = (ids + torch.randint(1, rows, (length,), generator=draw)) % rows
-    leaks = []  # each batch also holds the unchanged tokens, so that all rows meet the same kernels and experts
+    leaks = []  # each batch has a row of unchanged tokens, so that all rows run on the same kernels and experts
     for some in torch.tensor(cuts).split(max(1, PROBE_BYTES // (4 * length * rows) - 1)):
         probes = torch.where(torch.arange(length) < some[:, None], ids, other)
         first, *others = model(input_ids=torch.cat([ids[None], probes]).to(model.device), use_cache=False).logits
@@ -99,8 +99,8 @@ def check_isolated(
     """Find the attention and the inputs that isolate the documents of a block, and use them (see `ways_to_isolate`).
 
     The names of the inputs become ``model.isolated_by``: position ids that restart at 0, a block-diagonal attention
-    mask, or both; flash attention takes bounds. Raise UserError if a change of one document moves the logits of the
-    next one in every way, or if the logits of the first one change.
+    mask, or both; flash attention takes bounds. Raise UserError if every way fails. A way fails if a change of one
+    document moves the logits of the next one, or if the way itself moves the logits of the first one.
     """
     half, rows = probe_lengths(model, block_size)[-1] // 2, num_rows(model)
     ids = torch.randint(rows, (2, 2 * half), generator=torch.Generator().manual_seed(0))
@@ -112,21 +112,21 @@ def check_isolated(
         whole = model(input_ids=ids, use_cache=False).logits
         for attention, names in ways_to_isolate(model, keep_attention):
             if "attention_mask" in names and (smallest_window(model) or math.inf) < block_size:
-                break  # the mask would replace those of the windows, which may be too long for a probe
+                break  # the mask would replace the masks of the windows, which may be too long for a probe
             if not signature(model.forward).parameters.keys() >= {*names} - {"cu_seq_lens"}:
-                continue  # Marian ignores what it does not know, and if it ignores its tokens, too, no probe shows that
+                continue  # Marian ignores unknown inputs, and no probe shows that if it ignores its tokens, too
             try:
                 isolate_with(model, attention, names)
                 logits = isolated_output(model, ids, positions).logits.view(*ids.shape, -1)
                 if attention != plain:
                     check_backward(model, ids, positions)
-            except Exception as error:  # the model takes no such input, or a compiler fails, which raises anything
+            except Exception as error:  # the model takes no such input, or a compiler fails, with any exception
                 if attention != plain:
                     warn(f"--pack documents: {kind} does not train with {attention} ({root_cause(error)})")
                 continue
             move = (logits[0] - logits[1]).abs()
             largest = tolerance(model, precision) * size(whole, move[:half])
-            is_same = (logits - whole)[:, :half].abs().max() <= 4 * largest  # other kernels round otherwise
+            is_same = (logits - whole)[:, :half].abs().max() <= 4 * largest  # other kernels round differently
             if is_same and move[half:].max() <= largest:
                 model.attentions = plain, attention
                 return
@@ -134,8 +134,8 @@ def check_isolated(
 
 
 def check_backward(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> None:
-    """Raise an error if a pass of training fails: some kernels have no dropout, or no backward pass on a device."""
-    embedded: list[torch.Tensor] = []  # gradients of weights would take memory
+    """Raise an error if a training pass fails. Some kernels have no dropout, or no backward pass on a device."""
+    embedded: list[torch.Tensor] = []  # gradients of these alone, because gradients of weights take memory
     embed = model.get_input_embeddings().register_forward_hook(
         lambda layer, inputs, output: embedded.append(output.detach().requires_grad_()) or embedded[-1]
     )
@@ -149,7 +149,7 @@ def check_backward(model: PreTrainedModel, ids: torch.Tensor, positions: torch.T
 
 
 def probe_lengths(model: PreTrainedModel, block_size: int) -> list[int]:
-    """Return the numbers of tokens to probe: 32, and up to 256 if blocks are longer than a window of attention."""
+    """Return the numbers of tokens to probe: 32, and up to 256 if blocks are longer than an attention window."""
     limit, rows = position_limit(model) or math.inf, num_rows(model)
     short, window = min(SHORT_PROBE, limit), smallest_window(model) or math.inf
     long = min(LONG_PROBE, block_size, limit, PROBE_BYTES // (8 * rows))  # two rows fit
@@ -158,10 +158,10 @@ def probe_lengths(model: PreTrainedModel, block_size: int) -> list[int]:
 
 @contextmanager
 def probing(model: PreTrainedModel, precision: str) -> Iterator[None]:
-    """Compute as in evaluation, with small weights amplified. Fresh weights hide which token attends to which.
+    """Compute as in evaluation, with small weights amplified. With fresh weights, attention hardly moves the logits.
 
-    Powers of two bring the output of each matrix up to the size of its input, and leave the same bits at the end. More
-    would make deep models chaotic.
+    Powers of two scale the output of each matrix up to the size of its input. At the end, weights have the same bits.
+    Larger factors would make deep models chaotic.
     """
     head = model.get_output_embeddings()
     tables = {id(getattr(m, "weight", None)) for m in model.modules() if m is head or isinstance(m, torch.nn.Embedding)}
@@ -169,14 +169,14 @@ def probing(model: PreTrainedModel, precision: str) -> Iterator[None]:
         for weight in model.parameters():
             if weight.ndim > 1 and id(weight) not in tables and type(weight) is torch.nn.Parameter:  # no shard
                 scale = (weight.norm() / math.sqrt(len(weight))).log2().round().clamp(-10, 0).exp2().nan_to_num(1)
-                if scale != 1:  # not to write the weights of most pretrained models
+                if scale != 1:  # leave the weights of most pretrained models untouched
                     stack.callback(weight.mul_, scale)
                     weight.div_(scale)
         yield
 
 
 def size(logits: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
-    """Return the size of logits to compare a move with: that of a wanted one, if rounding does not exceed it."""
+    """Return the size to compare a move with: the largest expected ``move``, at least a quarter of the logits."""
     return torch.maximum(move.max(), logits.abs().max() / 4).clamp_min(1e-6)
 
 

@@ -1,4 +1,4 @@
-"""torch.compile: when it pays, and how the layers are compiled."""
+"""torch.compile: decide whether it pays, and compile the layers."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def should_compile(choice: str, model: PreTrainedModel, flops: float) -> bool:
     needed = f"{compilers[0]}, {python_headers}{'' if on_cpu else ' and a GPU that Triton supports'}"
     require(choice != "on" or can_compile, f"--compile on: needs {needed}. Use --compile off, or install them.")
     # The decision must not depend on a measured time, or two runs with one seed could differ.
-    # On a CPU compiling takes half a minute. Steps then take 2% (DistilGPT2) to 15% (SmolLM2) less time.
+    # On a CPU, compiling takes half a minute. Steps then take 2% (DistilGPT2) to 15% (SmolLM2) less time.
     seconds, rate = (1800, torch.get_num_threads() * 2.5e11) if on_cpu else (600, 1e14)
     is_long = flops > seconds * rate
     return choice == "on" or (
@@ -37,7 +37,7 @@ def should_compile(choice: str, model: PreTrainedModel, flops: float) -> bool:
 
 
 def compile_layers(model: PreTrainedModel, block_size: int) -> None:
-    """Compile the layers of ``model`` in place. Equal layers share one compiled code, which is cached on disk.
+    """Compile the layers of ``model`` in place. Equal layers share compiled code, which is cached on disk.
 
     Compiling the whole model would take longer in proportion to its layers, and would make it no faster.
     """
@@ -49,9 +49,9 @@ def compile_layers(model: PreTrainedModel, block_size: int) -> None:
     linear_head(model)  # runs the model once, on a shape that must not be compiled
     layers = transformer_layers(model)
     torch._dynamo.config.recompile_limit = 8 + 2 * len(layers)  # for models whose layers all differ
-    torch._dynamo.config.optimize_ddp = False  # it would split each layer; DDP's hooks run between the layers anyway
-    # On a CPU, Inductor draws dropout's random numbers slower than eager mode, and a second time in the backward pass.
-    # In long blocks the attention dropout masks are too large to keep, so Inductor's own random numbers remain.
+    torch._dynamo.config.optimize_ddp = False  # would split each layer; DDP's hooks run between the layers anyway
+    # On a CPU, Inductor draws dropout's random numbers slower than eager mode, and again in the backward pass. For
+    # long blocks it still draws them, because the dropout masks of attention are too large to keep.
     use_eager_random = model.device.type == "cpu" and block_size <= SHORT_BLOCK
     for layer in layers:
         layer.compile(dynamic=False, options={"fallback_random": True} if use_eager_random else None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100  # the label that F.cross_entropy and every Hugging Face model skip
+IGNORED_LABEL = -100  # F.cross_entropy and every Hugging Face model skip this label
 ALIGNMENT = 64  # columns of logits on a GPU
 CACHED_ROWS = 64  # of a tile, for each thread of a CPU: 2 MB of float32
 
@@ -59,16 +59,16 @@ def linear_cross_entropy(
     The logits are `transform_logits` of ``hidden @ weight.T + bias``. hidden is (tokens, width), weight (vocabulary,
     width), bias (vocabulary,) or None, targets (tokens,) int64. The cross-entropy is (tokens,) float32 in nats; it is
     0 for targets of -100. Other targets outside of the vocabulary raise IndexError, or on a GPU a device-side assert.
-    The gradients are of hidden, weight and bias, times ``loss_scale``. They are None if ``needs_grad`` says so.
+    The gradients are of hidden, weight and bias, times ``loss_scale``. One is None if its ``needs_grad`` is false.
 
     Logits exist for ``chunk`` tokens at a time. Between the products with the weight, compiled code reads them twice.
-    In eager mode, a CPU computes them ``tile`` columns at a time, which are still in its cache when their exponentials
-    are taken. The softmax over the vocabulary is the softmax over a tile times exp(tile_logsumexp - logsumexp). This
-    factor is applied to the narrow operands of the products.
+    In eager mode, a CPU computes them in tiles of ``tile`` columns. A tile is still in the cache for its exponentials.
+    The softmax over the vocabulary is the softmax over a tile times exp(tile_logsumexp - logsumexp). This factor is
+    applied to the narrow operands of the products.
     """
     device, vocabulary = hidden.device.type, len(weight)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    # In float16 a small gradient would be rounded to 0 before its factor is applied.
+    # In float16, a small gradient would become 0 before its factor is applied.
     has_tiles = device == "cpu" and dtype is not torch.half and not compiled
     tile = tile if has_tiles else vocabulary
     chunk = chunk or (4096 if device == "cuda" and compiled else 1024)
@@ -107,7 +107,7 @@ def _add_product(
     total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor, is_first: bool, device: str
 ) -> None:
     """Add ``gradient.T @ states`` to ``total``, which is float32, or overwrite it if ``is_first``."""
-    if device == "cuda":  # the product is not rounded before it is added
+    if device == "cuda":  # addmm does not round the product before it is added
         torch.addmm(total, gradient.T, states, out_dtype=torch.float32, beta=0 if is_first else 1, out=total)
     else:
         (total.copy_ if is_first else total.add_)(gradient.T @ states)
@@ -149,7 +149,7 @@ def _replace_by_gradient(
     logsumexp = values.logsumexp(1, keepdim=True)
     log_probability = values.gather(1, target) - logsumexp
     if keeps_gradient:
-        # If the model is sure, probability - 1 is tiny. It has to be computed before anything is rounded.
+        # If the model is sure, probability - 1 is tiny. So compute it before rounding.
         is_target = torch.arange(logits.shape[1], device=logits.device) == target
         gradient = torch.where(is_target, torch.expm1(log_probability), (values - logsumexp).exp())
         logits.copy_(_scale_gradient(gradient, values, cap, loss_scale))
@@ -174,9 +174,9 @@ def _by_tiles(
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Return the log-probability of the targets of one chunk, and the gradient of its negative tile by tile.
 
-    states is (chunk, width), each tile (columns, width), target (chunk, 1) int64. Returned are log_probability
-    (chunk, 1) float32, for each tile the gradient of its logits (chunk, columns), and factors (chunk, number of tiles)
-    that each gradient still has to be multiplied by. Without ``keeps_gradient`` there are no gradients.
+    states is (chunk, width), each tile (columns, width), target (chunk, 1) int64. Return log_probability (chunk, 1)
+    float32, for each tile the gradient of its logits (chunk, columns), and factors (chunk, number of tiles). The
+    caller must multiply each gradient by its factor. Without ``keeps_gradient`` there are no gradients.
     """
     tile, target_logit = len(tiles[0]), torch.zeros((), device=states.device)
     gradients, targets_in_tiles, maxima, sums = [], [], [], []
@@ -189,7 +189,7 @@ def _by_tiles(
         targets_in_tiles.append((place, is_here))
         at_target = transform_logits(logits.gather(1, place), scale, cap).float()
         target_logit = torch.where(is_here, at_target, target_logit)
-        for part in logits.split(CACHED_ROWS * torch.get_num_threads()):  # whose float32 numbers stay in the cache
+        for part in logits.split(CACHED_ROWS * torch.get_num_threads()):  # a part's float32 numbers fit in the cache
             values = transform_logits(part, scale, cap).float()
             softmax = values.softmax(1)
             maxima.append(values.amax(1, keepdim=True))
@@ -204,7 +204,7 @@ def _by_tiles(
     logsumexp = tile_logsumexp.logsumexp(1, keepdim=True)
     factors = (tile_logsumexp - logsumexp).clamp_min(-60).exp()  # a divisor too; below exp(-60) nothing counts
     log_probability = target_logit - maximum - logsumexp
-    # If the model is sure, probability - 1 is tiny. It has to be computed before anything is rounded.
+    # If the model is sure, probability - 1 is tiny. So compute it before rounding.
     error = _scale_gradient(torch.expm1(log_probability), target_logit, cap, loss_scale)
     for i, (gradient, (place, is_here)) in enumerate(zip(gradients, targets_in_tiles, strict=False)):
         corrected = (error / factors[:, i : i + 1]).to(gradient.dtype)

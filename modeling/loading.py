@@ -41,7 +41,7 @@ ADAPTER_FIX = "Use an adapter of layers, such as LoRA, with adapter_config.json 
 def loading(source: str, what: str, fix: str) -> Iterator[None]:
     """Turn the errors of the libraries into a UserError of one line.
 
-    ``source`` is a flag and its value, ``what`` is loaded from it, and ``fix`` is a sentence that says what to do.
+    ``source`` is a flag and its value, ``what`` is loaded from it, and the sentence ``fix`` names the remedy.
     """
     flag_name, _, name = source.partition(" ")
     name, _ = split_revision(name, flag_name)
@@ -54,7 +54,7 @@ def loading(source: str, what: str, fix: str) -> Iterator[None]:
         find_hub()
     try:
         yield
-    except Exception as error:  # for a broken file the libraries raise anything, the plain Exception included
+    except Exception as error:  # for a broken file the libraries raise any class, even a plain Exception
         reason = root_cause(error)
         kind = re.search(r"model type `([\w-]+)`", reason)
         if kind and kind[1] in DROPPED:
@@ -107,11 +107,11 @@ def read_config(name: str, flag_name: str, overrides: dict[str, Any]) -> PreTrai
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """Put the weights of models that are made here on device meta, without memory. Buffers keep their values."""
+    """Put the weights of models made in this context on device meta, without memory. Buffers keep their values."""
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
         if parameter is None or parameter.is_meta:
-            return None  # registered as it is, so that tied weights stay one
+            return None  # registered unchanged, so that tied weights stay one tensor
         return torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(on_meta)
@@ -147,7 +147,7 @@ def stored_dtype(name: str) -> torch.dtype:
 def find_adapter(name: str) -> tuple[Path | None, str]:
     """Return the adapter_config.json of an adapter and the name of its base model, or (None, "") for another model.
 
-    A base model of the form ./path is found from a directory above the adapter's, or else from the working directory.
+    A base model ./path is relative to a directory above the adapter's, or else to the working directory.
     """
     repo_id, revision = split_revision(name)
     with loading(f"--model {name}", "causal language model", WEIGHTS_FIX):
@@ -177,9 +177,9 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """Return the model of a Hub id (with an optional @revision) or a directory, on the CPU in ``dtype``.
 
-    ``settings`` replaces its config. With ``linear``, which is its `stored_dtype`, the weights of linear layers keep
-    that dtype, and all else is float32. For an adapter that peft saved, the base model is loaded first. Only
-    safetensors are read, because a pickle can run code. Raise UserError if there is no such model.
+    ``settings`` replaces its config. With ``linear``, its `stored_dtype`, the weights of linear layers keep that dtype,
+    and all other tensors are float32. For an adapter that peft saved, the base model is loaded first. Only safetensors
+    are read, because a pickle can run code. Raise UserError if there is no such model.
     """
     repo_id, revision = split_revision(name)
     adapter, base = find_adapter(name)
@@ -188,7 +188,7 @@ def load_pretrained(
         with loading(f"--model {name}", "adapter", ADAPTER_FIX):
             weights = load_file(cached_file(repo_id, "adapter_model.safetensors", revision=revision))
             load_adapter(model, adapter.parent, weights)
-            with suppress(OSError):  # an adapter may end texts with other tokens than its base model
+            with suppress(OSError):  # an adapter's end-of-text tokens may differ from its base model's
                 model.generation_config = GenerationConfig.from_pretrained(repo_id, revision=revision)
         return model
     if settings is None:
@@ -204,7 +204,7 @@ def load_pretrained(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     for key, held, expected in report["mismatched_keys"]:
         shapes = f"{list(held)} in the weights, but {list(expected)} by config.json"
@@ -220,8 +220,8 @@ def load_pretrained(
 
 
 def _make_buffers_again(model: PreTrainedModel) -> None:
-    """Give the buffers that no file holds, such as scales of embeddings, the values that they have in float32."""
-    with torch.random.fork_rng(devices=[]), weights_on_meta():  # adapters draw the same numbers with it and without
+    """Give buffers that no file holds, such as scales of embeddings, their float32 values."""
+    with torch.random.fork_rng(devices=[]), weights_on_meta():  # so that adapters draw the same numbers
         fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
     stored = model.state_dict()
     for name, buffer in fresh.named_buffers():

@@ -33,28 +33,28 @@ def next_token_nll(
     """Return the negative log-likelihood in nats of each label given the tokens before it, in float32.
 
     input_ids and labels are (batch, sequence) int64, not shifted; labels of -100 are skipped. With reduction "sum" the
-    result is a scalar, with "none" a vector. position_ids has the same shape. Each 0 in it begins a document, which
-    attends to none before it (see `check_isolated`). cu_seq_lens is `document_bounds` of them; without it, flash
-    attention waits for the device.
+    result is a scalar, with "none" a vector. position_ids has the same shape. Each 0 in it begins a document. Tokens
+    attend to their own document alone (see `check_isolated`). cu_seq_lens is `document_bounds` of position_ids;
+    without it, flash attention waits for the device.
 
     The model's own ``labels=`` loss is never used. It is a mean, which gradient accumulation cannot add up, and ten
     architectures forget the shift. The logits are computed in chunks if `linear_head` finds the head. For float16,
-    ``loss_scale`` is the scale that the GradScaler multiplies the result by; without it the logits are whole. In
-    training, a mixture of experts with output_router_logits in its config adds its router loss.
+    ``loss_scale`` is the factor of the GradScaler. Without it, the logits are computed at once. In training, a mixture
+    of experts with output_router_logits in its config adds its router loss.
     """
     device, has_gradient = input_ids.device.type, torch.is_grad_enabled()
     is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.half
-    # A chunk's gradients are computed in the forward pass. float16 would round them to 0 if they were not scaled yet.
+    # A chunk's gradients are computed in the forward pass. float16 would round unscaled gradients to 0.
     loss_scale = loss_scale if is_half else None
     in_chunks = not has_gradient or (reduction == "sum" and is_half == (loss_scale is not None))
     head = linear_head(model) if in_chunks else None
-    seen: list[torch.Tensor] = []  # by the head: its input, which it returns as it is
+    seen: list[torch.Tensor] = []  # the input of the head, which returns it unchanged
     bare_head = replace_forward(head, lambda hidden: seen.append(hidden) or hidden) if head else nullcontext()
     with attention_kernel(model, input_ids), bare_head:
         output = isolated_output(model, input_ids, position_ids, cu_seq_lens)
     logits = output.logits  # (batch, sequence, vocabulary); with a bare head the hidden states (batch, sequence, width)
     if head and model.logit_transform != IDENTITY:
-        (logits,) = seen  # not as the model has scaled and capped them
+        (logits,) = seen  # before the model's own scale and cap
     logits = logits.view(*input_ids.shape, -1)  # flash attention takes all blocks as one row
     if head is None:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # shifting the labels saves a copy of the logits
@@ -105,7 +105,7 @@ def attention_kernel(model: PreTrainedModel, input_ids: torch.Tensor) -> Abstrac
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off, and set the model back to its mode at the end, after an exception too."""
+    """Switch dropout off. Set the model back to its mode at the end, even after an exception."""
     training = model.training
     model.eval()
     try:
@@ -116,7 +116,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replace_forward(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Replace the forward pass of ``head`` for the time of the context."""
+    """Replace the forward pass of ``head`` in this context."""
     head.forward = forward
     try:
         yield

@@ -1,4 +1,4 @@
-"""Several documents in one block: which attention keeps them apart, and its inputs."""
+"""Several documents in one block: the attention that isolates them, and its inputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,17 +12,17 @@ FLEX = "flex_attention"
 
 
 def ways_to_isolate(model: PreTrainedModel, keep_attention: bool) -> Iterator[tuple[str, list[str]]]:
-    """Yield (attention implementation, names of inputs) of the ways that may isolate documents, the fastest first.
+    """Yield (attention implementation, names of inputs) for each way that may isolate documents, the fastest first.
 
     Flash attention takes all documents as one row. FlexAttention skips the empty parts of a mask, and has no backward
-    pass on a CPU. All others get a dense mask. If ``keep_attention`` is true, the implementation does not change.
+    pass on a CPU. All other kinds get a dense mask. If ``keep_attention`` is true, the implementation does not change.
     """
     plain, masks = model.config._attn_implementation, AttentionMaskInterface()
-    if masks.get(plain) is masks["flash_attention_2"]:  # any version of flash attention, also one of the Hub
+    if masks.get(plain) is masks["flash_attention_2"]:  # any version of flash attention, even one from the Hub
         yield plain, ["cu_seq_lens", "position_ids"]
     elif not keep_attention and model._supports_flex_attn and model.device.type == "cuda":
         yield FLEX, ["position_ids"]
-    # Both come last, because RoBERTa's positions do not begin with 0.
+    # Both inputs together come last, because RoBERTa's positions do not begin with 0.
     for names in (["position_ids"], ["attention_mask"], ["attention_mask", "position_ids"]):
         yield plain, names
 
@@ -35,7 +35,7 @@ def isolate_with(model: PreTrainedModel, attention: str, names: list[str]) -> No
 
 
 def describe_isolation(model: PreTrainedModel) -> str:
-    """Return in a few words how the documents of a block are isolated."""
+    """Return a few words on how the documents of a block are isolated."""
     attention, names = model.config._attn_implementation, model.isolated_by
     if "cu_seq_lens" in names:
         return f"{attention} with cu_seq_lens"
@@ -45,8 +45,8 @@ def describe_isolation(model: PreTrainedModel) -> str:
 def document_bounds(position_ids: torch.Tensor) -> torch.Tensor:
     """Return the starts of all documents in the flattened batch and its end, int32, on the CPU.
 
-    position_ids is (batch, sequence) int64. A row, and each 0 in it, begins a document. The number of bounds is a power
-    of two, so that compiled code meets few shapes. So the last documents may be empty.
+    position_ids is (batch, sequence) int64. Each row and each 0 in it begin a document. The number of bounds is a power
+    of two, so that compiled code meets few shapes. For that, the last documents may be empty.
     """
     begins = (position_ids == 0).cpu().numpy()
     begins[:, 0] = True
@@ -57,7 +57,7 @@ def document_bounds(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def with_document_bounds(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add the bounds of documents to a batch on the CPU. On a device, counting them would make the host wait."""
+    """Add the bounds of documents to a batch on the CPU. Counting them on a device would make the host wait."""
     return batch | ({"cu_seq_lens": document_bounds(batch["position_ids"])} if "position_ids" in batch else {})
 
 
@@ -67,13 +67,13 @@ def isolation_inputs(
     """Return the keyword arguments with which no document of a block attends to another.
 
     position_ids is (batch, sequence) int64, with a 0 at the start of each document. None returns no arguments. For
-    flash attention the arguments are those of one row with all blocks.
+    flash attention the arguments describe one row with all blocks.
     """
     if position_ids is None:
         return {}
     if "cu_seq_lens" in model.isolated_by:
         bounds = document_bounds(position_ids).to(position_ids.device) if cu_seq_lens is None else cu_seq_lens
-        longest = position_ids.shape[1]  # an upper limit, so that no host waits for the longest document
+        longest = position_ids.shape[1]  # an upper limit, so that the host does not wait for the longest document
         lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
         return {"position_ids": position_ids.reshape(1, -1), **lengths}
     positions = {"position_ids": position_ids} if "position_ids" in model.isolated_by else {}
@@ -90,11 +90,11 @@ def isolated_output(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
 ) -> Any:
-    """Return the model's output for (batch, sequence) ids. With flash attention it is one row with all blocks."""
+    """Return the model's output for (batch, sequence) ids. With flash attention the output is one row of all blocks."""
     inputs = isolation_inputs(model, position_ids, cu_seq_lens)
     ids = input_ids.reshape(1, -1) if "cu_seq_lens_q" in inputs else input_ids
     document = None if position_ids is None or ids is not input_ids else (position_ids == 0).cumsum(-1)
-    # On a CPU the search of transformers is cheap, and it leaves out the mask of blocks that hold one document.
+    # On a CPU the search of transformers is cheap, and a block that holds one document then needs no mask.
     is_searched = document is not None and document.device.type == "cpu"
     with nullcontext() if is_searched else packed_as(document):
         return model(input_ids=ids, use_cache=False, **inputs)
@@ -118,8 +118,8 @@ def packed_as(document: torch.Tensor | None) -> Iterator[None]:
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use the attention that the model was loaded with. FlexAttention would compile each new length of a text.
 
-    The model has ``attentions``, the implementation that it was loaded with and the one that isolates documents, if
-    `check_isolated` has chosen one.
+    If `check_isolated` has chosen an implementation, the model has ``attentions``: the implementation that it was
+    loaded with, and the one that isolates documents.
     """
     plain, packed = vars(model).get("attentions", ("", ""))
     if plain == packed:

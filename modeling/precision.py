@@ -18,7 +18,7 @@ NVIDIA_DEVICE = Path("/dev/nvidia0")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@functools.cache  # so that it warns once
+@functools.cache  # warns only once
 def select_device() -> torch.device:
     """Return the accelerator, such as CUDA, XPU or MPS. If there is none, return the CPU.
 
@@ -58,17 +58,17 @@ def keep_freed_memory(device_type: str = "cpu") -> None:
     take longer than most operations.
     """
     if device_type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets its own mapping
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
 
 
 def prepare_device(deterministic: str, device: torch.device, precision: str) -> None:
     """Set up memory and arithmetic, before text or a model is loaded.
 
-    Sums run in one order if ``deterministic`` is on, or if it is auto and the device is a CPU. Compiled code and CUDA
-    kernels otherwise add up gradients in thread order. An operation that has no deterministic version raises
+    Sums have a fixed order if ``deterministic`` is on, or if it is auto and the device is a CPU. Otherwise compiled
+    code and CUDA kernels add up gradients in thread order. If an operation has no deterministic version, it raises
     RuntimeError. In bf16 and fp16, float32 products outside of autocast use TF32 on a GPU. On a CPU, attention with
-    dropout computes its scores in bfloat16 under autocast, as a model's own eager attention does. That halves the
+    dropout computes its scores in bfloat16 under autocast, as a model's own eager attention does. This halves the
     memory of its activations.
     """
     keep_freed_memory(device.type)
@@ -107,10 +107,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 @torch.no_grad()
 def set_dtypes(model: PreTrainedModel, linear: torch.dtype, only_frozen: bool = False) -> None:
-    """Make the weights of linear layers ``linear``, and all other weights and buffers float32.
+    """Cast the weights of linear layers to ``linear``, and all other weights and buffers to float32.
 
-    With ``only_frozen``, linear weights that are trained are float32, too. Autocast casts linear weights to bfloat16 in
-    each forward pass. If they hold bfloat16 numbers already, loss and gradients are the same bits without that cast. A
+    With ``only_frozen``, trained linear weights become float32, too. Autocast casts linear weights to bfloat16 in each
+    forward pass. If they hold bfloat16 numbers already, loss and gradients have the same bits without that cast. A
     tied weight stays float32, because the embedding is not cast.
     """
     kinds: dict[torch.nn.Parameter, set[tuple[type, str]]] = {}

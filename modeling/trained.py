@@ -77,7 +77,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, added_tokens: Sequence[
         plain = isinstance(head, torch.nn.Linear) and head.bias is None
         more = f"the head of {model.config.model_type} is more than a matrix, so --lora_rank cannot train its tokens"
         require(plain, f"--add_tokens: {more}. Remove one of them.")
-        trained = {embedding} if is_tied else {embedding, head}  # peft follows the tie by itself
+        trained = {embedding} if is_tied else {embedding, head}  # peft itself keeps the tie
         rows = {name: list(added_tokens) for name, module in model.named_modules() if module in trained}
     adapter = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -88,7 +88,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, added_tokens: Sequence[
         exclude_modules=None if config.lora_targets else _incompatible_layers(model),
         trainable_token_indices=rows,
     )
-    # peft would round the first values of the adapters to the dtype of the weights. So it sees float32 weights.
+    # peft would round the first values of the adapters to the dtype of the weights. So show it float32 weights.
     held = {p: p.data for p in model.parameters() if p.dtype != torch.float32}
     for parameter in held:
         parameter.data = torch.zeros((), device=parameter.device).expand(parameter.shape)  # takes no memory
