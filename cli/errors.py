@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 
-# What to do before the next try, by the number of the error that kept a file from being written.
+# The remedy before the next try, by the number of the error in writing a file.
 REPAIRS = {ENOSPC: "making room", EDQUOT: "making room", EFBIG: "making room", EROFS: "making the disk writable"}
 REPAIRS |= {EACCES: "changing its permissions", EPERM: "changing its permissions"}
 
@@ -59,14 +59,14 @@ def without_credentials(value: Any) -> Any:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost cause of an error as one line: libraries wrap it, except the Hub's."""
+    """Return the innermost cause of an error as one line. Libraries wrap it, except the Hub's libraries."""
     while (cause := error.__cause__) is not None and not any(isinstance(e, HfHubHTTPError) for e in (error, cause)):
         error = cause
     return without_credentials(" ".join(str(error).split()))[:300]
 
 
 def save_advice(error: BaseException) -> str:
-    """Return what to do about an error in writing a file."""
+    """Return the remedy for an error in writing a file."""
     in_rust = re.search(r"os error (\d+)", str(error))  # the text of an error in safetensors or tokenizers
     number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
     return f"Run again after {REPAIRS.get(number, 'checking the disk')}; train.py goes on with --resume."
@@ -76,7 +76,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's ``main``. Turn a UserError into plain lines on stderr and its exit code."""
     for name in ("stdin", "stdout", "stderr", "__stderr__"):  # a closed stream, as after `>&-`, is None
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # a letter that its encoding lacks must not end a run
+    sys.stdout.reconfigure(errors="backslashreplace")  # a character that its encoding lacks must not end a run
     # Messages of libraries would hide the one line that matters.
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
@@ -97,7 +97,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if known is None:
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # if rank 0 fails as well, it reports the error, and torchrun ends this rank meanwhile
+            time.sleep(2)  # if rank 0 fails as well, it reports the error, and torchrun ends this rank
         with suppress(OSError):
             for line in without_credentials(str(known)).splitlines():
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -107,11 +107,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             stream.flush()
         except OSError:
             drop_output(stream)
-    # Python takes a while to exit, and a signal would print a traceback meanwhile: exit at once instead.
+    # While Python exits, a signal would print a traceback. So exit at once instead.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        os._exit(code)  # at its exit Python would wait for Gloo's threads, which may wait for Python
+        os._exit(code)  # a normal exit waits for Gloo's threads, which may wait for Python
     sys.exit(code)
 
 
@@ -121,7 +121,7 @@ def drop_output(stream: TextIO) -> None:
 
 
 def _thread_failed(failure: Any) -> None:
-    """Print no traceback for a full disk in TensorBoard's thread: the main thread reports it, too."""
+    """Print no traceback for a full disk in TensorBoard's thread, because the main thread reports it, too."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 
@@ -135,7 +135,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Return an error that the user can act on, whoever raised it, or None for a bug."""
+    """Return an error that the user can act on, from any library, or None for a bug."""
     if isinstance(error, UserError):
         return error
     if out_of_memory(error):

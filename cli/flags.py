@@ -30,10 +30,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number may have. ``above`` and ``below`` are themselves excluded."""
+    """The values that a number may have. ``above`` and ``below`` are excluded, ``least`` and ``most`` included."""
 
     least: float | None = None
-    most: float | None = 10**9  # nobody means more
+    most: float | None = 10**9  # a larger value is a mistake
     above: float | None = None
     below: float | None = None
 
@@ -53,14 +53,14 @@ class Range:
 
 Count = Annotated[int, Range(least=1)]
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # the seeds that NumPy takes
-AnyPath = Annotated[str, "path"]  # or a Hub id; ~ is the home directory, also in YAML and in --model=~/x
+AnyPath = Annotated[str, "path"]  # or a Hub id; ~ is the home directory, even in YAML and in --model=~/x
 METAVARS = {AnyPath: "PATH", int: "N", float: "X", str: "TEXT"}
 
 
 def flag(default: Any, help: str, bare: str | None = None) -> Any:
     """Return a dataclass field that is also a flag. ``default`` is written here and nowhere else.
 
-    ``bare`` is the value of a flag that is given without one. In YAML that is `true`, and `false` is the default.
+    ``bare`` is the value of a flag without an argument. In YAML, `true` stands for it, and `false` for the default.
     """
     # argparse formats help texts with %, so a literal per cent sign must be doubled.
     metadata = {"help": help.replace("%", "%%")} | ({"nargs": "?", "const": bare} if bare else {})
@@ -72,12 +72,12 @@ def flag(default: Any, help: str, bare: str | None = None) -> Any:
 def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tuple[T, Path | None]:
     """Return a filled ``kind`` and the path given with ``--config``, if any.
 
-    Precedence: defaults < ``--config FILE.yaml`` < flags. Raise UserError for a value of the wrong type. Raise it, all
-    faults at once, for unknown flags, values out of their `Range`, and broken ``rules`` of any base class. A rule is a
-    pair: whether it holds, and the message if it does not.
+    Precedence: defaults < ``--config FILE.yaml`` < flags. Raise UserError for a value of the wrong type. Raise one for
+    all other faults together: unknown flags, values out of their `Range`, and broken ``rules`` of any base class. A
+    rule is a pair: whether it holds, and the message if it does not.
     """
     argv = sys.argv[1:] if argv is None else argv
-    usage = "%(prog)s [--flag value ...]"  # the whole list would be a screen of brackets
+    usage = "%(prog)s [--flag value ...]"  # the list of all flags would fill a screen
     parser = _Parser(groups(kind), usage=usage, description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the flags below; flags beside it win")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -86,7 +86,7 @@ def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tup
     *parts, _, unknown = parser.parse_args_into_dataclasses(
         flags + argv, look_for_args_file=False, return_remaining_strings=True
     )
-    # Only the names are shown: a value may be a secret.
+    # Show only the names, because a value may be a secret.
     unknown = [given.partition("=")[0] for given in unknown if given.startswith("--")] or unknown[:1]
     config = kind(**{name: value for part in parts for name, value in vars(part).items()})
     for name, hint in get_type_hints(kind, include_extras=True).items():
@@ -104,7 +104,7 @@ def parse(kind: type[T], description: str, argv: list[str] | None = None) -> tup
 def groups(kind: type) -> list[type]:
     """Return one dataclass per group of flags. Base classes with the same ``title`` form one group.
 
-    The flags that ``kind.needed_most`` names, if it has that, form a group before the others.
+    If ``kind`` has ``needed_most``, the flags that it names form the first group.
     """
     hints, fields = get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
     first = getattr(kind, "needed_most", ())
@@ -152,7 +152,7 @@ class _Formatter(RawDescriptionHelpFormatter):
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse would print the whole usage first. One line is enough to act on.
+        # argparse would print the whole usage first. One line is enough.
         message = re.sub(r"argument (--\w+)(/--[\w-]+)?", r"\1", message)
         if found := re.fullmatch(r"(--\w+): invalid (int|float) value: '(.*)'", message, re.DOTALL):
             kind = "a whole number" if found[2] == "int" else "a number"
@@ -173,7 +173,7 @@ def _ranges(config: Any) -> Iterator[tuple[bool, str]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; everyone else reads a number."""
+    """A YAML loader that reads 1e-4 as a number. YAML 1.1 reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -186,11 +186,11 @@ def _yaml_flags(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         typed = yaml.load(text, _Loader) or {}
-        raw = yaml.load(text, yaml.BaseLoader) or {}  # every scalar as written: `compile: on` stays "on", not True
+        raw = yaml.load(text, yaml.BaseLoader) or {}  # every scalar is text: `compile: on` stays "on", not True
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}. Pass an existing YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)  # the whole message would quote the line, which may be a secret
+        mark = getattr(error, "problem_mark", None)  # the whole message quotes the line, which may be a secret
         fault = f"line {mark.line + 1}, {error.problem}" if mark else root_cause(error)
         raise UserError(f"--config {path}: not valid YAML ({fault}). Pass a valid file.") from error
     if not isinstance(typed, dict):

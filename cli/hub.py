@@ -1,4 +1,4 @@
-"""Hub ids with a revision, whether the Hub answers, and the upload to it."""
+"""Parse Hub ids with a revision, test whether the Hub answers, and upload to it."""
 
 import functools
 import os
@@ -36,7 +36,7 @@ def datasets_cache() -> Path:
 
 @functools.cache
 def find_hub() -> None:
-    """Switch the Hub's libraries to their cache if the Hub does not answer; else each file would take half a minute."""
+    """Switch the Hub's libraries to their cache if the Hub does not answer. A try takes half a minute per file."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # the class depends on the HTTP library that the Hub's client uses
@@ -44,14 +44,14 @@ def find_hub() -> None:
 
 
 def check_login(repo_id: str) -> None:
-    """Raise UserError if `push` would fail: if the id is invalid, or nobody is logged in. Called before training."""
+    """Raise UserError if `push` would fail: the id is invalid, or nobody is logged in. Called before training."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"--push_to_hub {repo_id}: is no Hub id ({root_cause(error)}). Use user/name.") from error
     try:
         HfApi().whoami()
-    except Exception as error:  # no login, no network: which ones, depends on the HTTP library of the Hub's client
+    except Exception as error:  # no login or no network; the class depends on the HTTP library of the Hub's client
         raise UserError(
             f"--push_to_hub {repo_id}: not logged in to the Hub ({root_cause(error)}). "
             f"Run `hf auth login`, set HF_TOKEN, or remove the flag and upload later."
@@ -61,8 +61,8 @@ def check_login(repo_id: str) -> None:
 def push(model_dir: Path, repo_id: str) -> str:
     """Upload model, tokenizer and card. Return the address and, if the repository is private, how to publish it.
 
-    A new repository is private. The token is that of the environment or of the saved login. The card names the
-    repository on the Hub alone.
+    A new repository is private. The token comes from the environment or from the saved login. Only the card on the Hub
+    names the repository.
     """
     try:
         api = HfApi()

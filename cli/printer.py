@@ -13,7 +13,7 @@ class Printer(BaseStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()):
         self._tokenizer, self._ids, self._num_printed = tokenizer, [], 0  # the prompt counts as printed
         self._stops, parts = stops, [stop[:length] for stop in stops for length in range(1, len(stop))]
-        self._unfinished = ("\N{REPLACEMENT CHARACTER}", *parts)  # a part of a character, or of a stop
+        self._unfinished = ("\N{REPLACEMENT CHARACTER}", *parts)  # part of a character, or of a stop
 
     def put(self, value: torch.Tensor) -> None:
         is_prompt = not self._ids  # transformers sends the prompt first, and then each token
@@ -27,7 +27,7 @@ class Printer(BaseStreamer):
         self._print(cut(self._decode_new(), self._stops) + "\n")
 
     def _decode_new(self) -> str:
-        """Return the text that is not printed yet. Some tokenizers drop a leading space, so decode 16 tokens more."""
+        """Return the text that is not printed yet. Decode 16 more tokens, as some tokenizers drop a leading space."""
         start = max(0, self._num_printed - 16)
         before = decode(self._tokenizer, self._ids[start : self._num_printed])
         return decode(self._tokenizer, self._ids[start:])[len(before) :]

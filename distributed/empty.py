@@ -19,7 +19,7 @@ from modeling.loading import WEIGHTS_FIX, find_adapter, loading, stored_tensors
 
 
 def materialize(module: torch.nn.Module, device: torch.device) -> None:
-    """Move a module to ``device``. What is on device meta gets uninitialized memory, a tied weight only once."""
+    """Move a module to ``device``. Tensors on device meta get uninitialized memory; tied weights share it."""
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
@@ -34,10 +34,10 @@ def materialize(module: torch.nn.Module, device: torch.device) -> None:
 
 
 def find_rows(model: PreTrainedModel, name: str) -> Callable[[], None] | None:
-    """Return a function that fills the weights of ``model``, when it is sharded, with the rows that each rank holds.
+    """Return a function that fills each rank's rows of the weights, after ``model`` is sharded.
 
-    ``model`` is empty, and ``name`` a Hub id or a directory. Return None if its files do not hold the weights as they
-    are: if transformers would convert, initialize, tie or untie some of them.
+    ``model`` is empty, and ``name`` is a Hub id or a directory. Return None if transformers would convert, initialize,
+    tie or untie weights from its files.
     """
     if find_adapter(name)[0]:
         return None
@@ -63,16 +63,16 @@ def _read(model: PreTrainedModel, name: str, places: dict[str, tuple[str, str]])
             with safe_open(file, "pt") as content:
                 whole = content.get_slice(stored)
                 rows.copy_(whole[first : first + len(rows)] if rows.ndim else whole[...])
-        with suppress(OSError):  # most models on the Hub have one
+        with suppress(OSError):  # some models have no generation config
             repo_id, revision = split_revision(name)
             model.generation_config = GenerationConfig.from_pretrained(repo_id, revision=revision)
     generate_as_trained(model)
 
 
 def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return this rank's rows of a tensor, and the number of the first of them.
+    """Return this rank's rows of a tensor, and the number of the first row.
 
-    The tensor is sharded in dimension 0, or not sharded: then all its rows are returned.
+    The tensor is sharded in dimension 0. If it is not sharded, return all rows.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -85,8 +85,8 @@ def frozen_digest(model: torch.nn.Module) -> int:
     """Return a digest of this rank's rows of the frozen weights, or 0 if all weights are trained.
 
     Each row is hashed in float32, with its parameter's name and its number. The digest is the sum of these hashes
-    modulo 2^256, as in AdHash (Bellare and Micciancio 1997). So the digests of all ranks have the same sum for any
-    number of shards.
+    modulo 2^256, as in AdHash (Bellare and Micciancio 1997). So the sum over all ranks does not depend on the number
+    of shards.
     """
     total = 0
     for name, parameter in model.named_parameters():

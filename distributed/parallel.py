@@ -30,7 +30,7 @@ class NextTokenLoss(torch.nn.Module):
 
 
 def has_unused_weights(model: PreTrainedModel, ids: torch.Tensor, precision: str) -> bool:
-    """Return whether a backward pass leaves a trained weight without a gradient. DDP would wait for it."""
+    """Return whether a backward pass leaves a trained weight without a gradient. DDP would wait for that gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with autocast(ids.device, precision):
         nll = next_token_nll(model, ids, ids)
@@ -46,15 +46,15 @@ def wrap_in_ddp(model: PreTrainedModel, has_unused_weights: bool) -> Distributed
 def shard(model: PreTrainedModel, device: torch.device, precision: str, sends: bool = True) -> None:
     """Keep one shard of weights, gradients and optimizer state on each rank.
 
-    If ``sends``, they are rank 0's weights. Else the weights of the shards are not initialized.
+    With ``sends``, rank 0 sends its weights to the shards. Otherwise their weights are not initialized.
     """
-    # FSDP2 warns about in-place changes of a returned view. Nothing here changes one.
+    # FSDP2 warns about in-place changes of a returned view. This code changes none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     full = {name: parameter.detach() for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(DTYPES[precision] if precision != "fp32" else None, torch.float32)
-    # Materialize and shard one layer after the other: no device ever holds the whole model. An embedding that no other
-    # module shares is freed after its use. The head is not: the loss reads its weights after its forward pass.
+    # Materialize and shard one layer at a time, so that no device ever holds the whole model. An embedding that no
+    # other module shares is freed after its use. The head is kept, because the loss reads its weights later.
     embedding, weights = model.get_input_embeddings(), [p for _, p in model.named_parameters(remove_duplicate=False)]
     is_apart = isinstance(embedding, torch.nn.Embedding) and sum(p is embedding.weight for p in weights) == 1
     for module in [*chain(*layer_stacks(model)), *[embedding] * is_apart, model]:
@@ -79,10 +79,10 @@ def _load(target: DTensor, full: torch.Tensor) -> None:
 
 
 def delayed_parts(model: PreTrainedModel, memory: float | None = None) -> tuple[list[FSDPModule], str]:
-    """Return the sharded modules whose gradients wait for the last micro-batch, and the note of the plan.
+    """Return the sharded modules that keep gradients until the last micro-batch, and the note of the plan.
 
-    Only those that got gradients count: an image encoder that never runs has none. The gradients that wait take 4 bytes
-    per trained parameter on each device. If that is more than a quarter of its ``memory`` in bytes, none wait.
+    Only modules with gradients count: an image encoder that never runs has none. Kept gradients take 4 bytes per
+    trained parameter on each device. If that is more than a quarter of its ``memory`` in bytes, none are kept.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if memory is None:
@@ -95,13 +95,13 @@ def delayed_parts(model: PreTrainedModel, memory: float | None = None) -> tuple[
 
 
 def reshard(model: PreTrainedModel) -> None:
-    """Free the weights of other ranks' shards, which a forward pass leaves in memory."""
+    """Free the weights of other ranks' shards, which stay in memory after a forward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor with all its shards on rank 0's CPU, None on the other ranks. All ranks must call this."""
+    """Return the whole tensor on rank 0's CPU, and None on the other ranks. All ranks must call this."""
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None

@@ -1,4 +1,4 @@
-"""Save a model whose weights are shards on several ranks, one layer at a time."""
+"""Save a model that is sharded over several ranks, one layer at a time."""
 
 import json
 import re
@@ -21,8 +21,8 @@ FILE_SIZE = "2GB"  # at most, unless one tensor is larger
 def save_sharded(model: PreTrainedModel, directory: Path, full_tensor: Callable, writes: bool) -> None:
     """Write the files that ``model.save_pretrained`` writes in one process. All ranks must call this; one ``writes``.
 
-    ``full_tensor`` returns a whole tensor on the rank that writes, and None on the others. The rank that writes holds
-    one file and one layer at a time. An error of its disk is raised after the last tensor, for which the others wait.
+    ``full_tensor`` returns a whole tensor on the rank that writes, and None on the other ranks. The rank that writes
+    holds one file and one layer at a time. It raises a disk error only after all ranks have sent the last tensor.
     """
     if adapter_of(model):
         trained = {name: full_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -66,7 +66,7 @@ def save_sharded(model: PreTrainedModel, directory: Path, full_tensor: Callable,
 def _independent_parts(
     model: PreTrainedModel, empty: dict[str, torch.Tensor], converted: dict[str, torch.Tensor]
 ) -> list[list[str]]:
-    """Return the names layer by layer, or all at once if a saved tensor is made of the weights of several layers."""
+    """Return the names layer by layer, or in one part if a saved tensor is made of weights of several layers."""
     layers: dict[str, list[str]] = {}
     for name in empty:
         layer = re.match(r".*?\.\d+\.", name)

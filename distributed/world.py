@@ -9,8 +9,8 @@ with World(config) as world:                         # without torchrun, a world
         world.next_token_nll(model, **batch).backward()
     saved = world.on_main(lambda: save(...))         # runs on rank 0, returns on all ranks
 
-Gradients, weights and sums travel between devices. Python objects, such as a signal's number, travel between CPUs, so
-that no host waits for its device.
+Gradients, weights and sums are sent between devices. Python objects, such as a signal's number, are sent between CPUs,
+so that no host waits for its device.
 """
 
 import os
@@ -84,12 +84,12 @@ class World:
             dist.init_process_group(dist.get_default_backend_for_device(gpu or "cpu"), timeout=limit, **_meet(limit))
             self.hosts, self._alone = (dist.new_group(backend="gloo", timeout=t) for t in (limit, timedelta(days=1)))
         except RuntimeError as error:
-            sys.stderr = sys.__stderr__  # the lost rank may be the one that would report this
+            sys.stderr = sys.__stderr__  # the lost rank may be the rank that prints
             fix = "Run again with --resume after you fix the errors of the other ranks."
             raise RankError(f"the ranks did not connect ({headline(error)}). {fix}") from error
         self.rank, self.size, self.strategy = dist.get_rank(), dist.get_world_size(), config.strategy
         if self.rank:
-            sys.stderr = sys.stdout  # from here on rank 0 reports the errors that all ranks have
+            sys.stderr = sys.stdout  # from here on rank 0 reports errors for all ranks
 
     @property
     def shards(self) -> bool:
@@ -105,7 +105,7 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Report an error of this rank. Its exit closes the connections, which ends the other ranks."""
+        """Report an error of this rank. Its exit closes the connections, so the other ranks end, too."""
         if self.size == 1 or not isinstance(error, Exception):
             return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
@@ -119,7 +119,7 @@ class World:
         raise type(known)(f"rank {self.rank}: {known}" if self.rank else str(known)) from error
 
     def __str__(self) -> str:
-        """Return the text before the device's name in the summary of a run."""
+        """Return the text before the device's name in the plan of a run."""
         return f"{self.size} ranks ({self.strategy}{self._note}), each on " if self.strategy else ""
 
     # Collectives
@@ -145,10 +145,10 @@ class World:
         return self.on_all(lambda: value)[0]
 
     def on_all(self, work: Callable[[], T], alone: bool = False) -> list[T]:
-        """Call ``work`` on all ranks, and return the results of all ranks on each one.
+        """Call ``work`` on all ranks, and return the results of all ranks on each rank.
 
-        If it raises an error that a user can act on, on any rank, rank 0 raises the first one, and the other ranks
-        exit with its exit code. A rank waits for --rank_timeout seconds; with ``alone``, before training, for a day.
+        If it raises errors that a user can act on, rank 0 raises the first one, and the other ranks exit with its exit
+        code. A rank waits for --rank_timeout seconds, or with ``alone``, before training, for a day.
         """
         if self.size == 1:
             return [work()]
@@ -168,7 +168,7 @@ class World:
         return [result for result, _ in outcomes]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on rank 0, for as long as it takes, and return its result on all ranks."""
+        """Call ``work`` on rank 0, and return its result on all ranks. Before training it may take a day."""
         return self.on_all(lambda: work() if self.is_main else None, alone=True)[0]
 
     @contextmanager
@@ -181,7 +181,7 @@ class World:
             dist.barrier(self._alone)
         try:
             yield
-        finally:  # after an error, too: the other ranks find it themselves
+        finally:  # even after an error: the other ranks meet it themselves
             if self.size > 1 and not self.local_rank:
                 dist.barrier(self._alone)
         if self.size > 1:
@@ -199,8 +199,8 @@ class World:
     ) -> PreTrainedModel:
         """Bring rank 0's weights to ``device`` on all ranks, and run the passes of one step.
 
-        On the other ranks, ``model`` may be on device meta. With FSDP2 it may be so on all ranks: then the functions in
-        ``fill`` fill the shards. Raise UserError if the strategy does not support the model.
+        On the other ranks, ``model`` may be on device meta. With FSDP2 it may be there on all ranks. The functions in
+        ``fill`` then fill the shards. Raise UserError if the strategy does not support the model.
         """
         if not self.strategy:
             return model.to(device)
@@ -208,7 +208,7 @@ class World:
         drops = [name for name, value in model.config.to_dict().items() if name.endswith("layerdrop") and value]
         wrong = f"--strategy {self.strategy}: each rank would drop different layers"
         require(not drops, f"{wrong}. Set {', '.join(drops)} to 0 with --model_overrides, or use one process.")
-        # Loading and checking leave these attributes on rank 0 alone.
+        # Loading and checking set these attributes on rank 0 alone.
         vars(model).update(self.broadcast({name: x for name, x in vars(model).items() if name in PROBED_ATTRIBUTES}))
         ids = torch.zeros(1, block_size, dtype=torch.int64, device=device)
         if self.shards:
@@ -226,8 +226,8 @@ class World:
     def _warm_up(self, model: PreTrainedModel, ids: torch.Tensor, precision: str) -> None:
         """Run the forward and backward passes of a step, and drop the gradients.
 
-        In its first backward pass DDP reorders its buckets, which changes the order of sums. Done before step 0, this
-        leaves the bits of a resumed run as they are.
+        DDP reorders its buckets in its first backward pass, which changes the order of sums. If this happens before
+        step 0, a resumed run has the same bits.
         """
         try:
             for is_last in (True, False, True):
@@ -259,8 +259,8 @@ class World:
 def _meet(limit: timedelta) -> dict[str, Any]:
     """Return the arguments of `init_process_group`. Raise RuntimeError if a rank does not come within ``limit``.
 
-    torchrun keeps its store when it starts the ranks again, with the addresses of those that died. So each start gets a
-    prefix of its own: rank 0's name. Each rank asks for it under a new name, and rank 0 answers until all have come.
+    torchrun keeps its store when it restarts the ranks, with the addresses of the old processes. So each start uses a
+    new prefix: rank 0's name. Each rank asks for it under a new name, and rank 0 answers until all have come.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     me, deadline = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
@@ -296,5 +296,5 @@ def is_connection_error(error: Exception) -> bool:
 
 
 def headline(error: Exception) -> str:
-    """Return the first sentence of a C++ error message. Its stack trace and source file are left out."""
+    """Return the first sentence of a C++ error message, without its stack trace and source file."""
     return re.split(r"[.:]?\n|\. |\.$", re.sub(r"\[/\S+:\d+\] *", "", str(error)))[0]

