@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, whatever happens while they are written.
+"""Files and directories that are complete or absent, even if the process dies while it writes them.
 
 write_directory(run_dir / "model", lambda directory: model.save_pretrained(directory), num_bytes)
 """
@@ -25,9 +25,9 @@ _warn_once = functools.cache(warn)
 
 
 def write_directory(path: Path, write: Callable[[Path], None], num_bytes: int) -> None:
-    """Call ``write`` with a temporary directory, and then replace ``path`` and all its old content by it.
+    """Call ``write`` with a temporary directory. Then replace ``path`` and all its old content by this directory.
 
-    Raise SaveError, and leave ``path`` as it was, if writing fails; ``num_bytes`` is the approximate size.
+    If writing fails, raise SaveError and leave ``path`` unchanged. ``num_bytes`` is the approximate size.
     """
     path, temporary = real_paths(path)
     try:
@@ -64,7 +64,7 @@ def put(temporary: Path, path: Path) -> None:
     """Put a complete temporary directory in the place of ``path``.
 
     Each file, the directory and its parent are synced in this order, so a crash leaves the old directory or the new
-    one. File modes follow the umask, also if a library creates private files.
+    one. File modes follow the umask, even if a library creates private files.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -78,7 +78,7 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def clean(path: Path) -> None:
-    """Remove what an interrupted or failed save of ``path`` left, and its old content after a successful one."""
+    """Remove the remains of an interrupted or failed save of ``path``, and its old content after a successful save."""
     remove_partial_writes(path.parent, glob.escape(path.name))
 
 
@@ -111,7 +111,7 @@ def saving(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a directory in one step if it can be renamed, or a symbolic link but not its target."""
+    """Delete a file, a symbolic link but not its target, or a directory, in one step if it can be renamed."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -153,7 +153,7 @@ def swap_into_place(temporary: Path, path: Path) -> None:
     """Exchange ``temporary`` and ``path`` in one step, so that ``path`` always exists.
 
     NFS cannot exchange names, and overlayfs cannot rename a directory of a lower layer. There a marker file says that
-    ``temporary`` is complete, so that `remove_partial_writes` replaces ``path``, if need be after a crash.
+    ``temporary`` is complete. `remove_partial_writes` then replaces ``path``, even after a crash.
     """
     try:
         if path.exists():
@@ -181,7 +181,7 @@ def _exchange(first: Path, second: Path) -> None:
 
 @contextmanager
 def _if_supported() -> Iterator[None]:
-    """Let a change of modes, or a sync of a directory, fail on file systems without it: CIFS, and some of FUSE."""
+    """Let a change of modes, or a sync of a directory, fail on file systems without it: CIFS, and some on FUSE."""
     try:
         yield
     except OSError as error:
@@ -206,7 +206,7 @@ def sync(path: Path) -> None:
 
 
 def lock_directory(run_dir: Path) -> None:
-    """Keep other processes out of a run for as long as this one lives. Raise UserError if one is there already."""
+    """Keep other processes out of a run until this process ends. Raise UserError if one is there already."""
     try:
         fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -6,7 +6,7 @@
     load_tensors(path / "weights", weights, world)
 
 `torch.distributed.checkpoint` (DCP) writes and reads the shards of all ranks. A checkpoint holds safetensors and JSON
-only, so that loading one can run no code. Its manifest holds size and SHA-256 of each file, so that damage is noticed.
+only, so that loading it can run no code. Its manifest holds size and SHA-256 of each file, so that damage is noticed.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class NoCheckpointError(UserError):
 
 
 def require_shared_directory(path: Path, world: World) -> None:
-    """Raise UserError if a rank does not see a file that rank 0 writes where ``path`` is, or will be."""
+    """Raise UserError if a rank does not see a file that rank 0 writes at the place of ``path``."""
     if world.size > 1:
         there = next(parent for parent in (path, *path.parents) if parent.is_dir())
         probe = there / world.broadcast(f".probe-{uuid.uuid4().hex}")
@@ -67,8 +67,8 @@ def require_shared_directory(path: Path, world: World) -> None:
 def save(path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], world: World) -> None:
     """Write each group of ``tensors`` as safetensors files, and ``state`` as JSON. Afterwards ``path`` is complete.
 
-    All ranks must call this. Each writes and hashes its own shards; rank 0 alone writes ``state``. Raise
-    SaveError, and leave no trace, if writing fails on a rank.
+    All ranks must call this. Each writes and hashes its own shards; rank 0 alone writes ``state``. If writing fails
+    on a rank, raise SaveError and leave no files.
     """
     for _ in start_save(path, tensors, state, world):
         pass
@@ -81,11 +81,11 @@ def start_save(
     world: World,
     in_background: bool = False,
 ) -> Iterator[Future]:
-    """Save as `save` does, and with ``in_background`` yield once, with the future of this rank's files.
+    """Save as `save` does. With ``in_background`` yield once: the future of this rank's files.
 
-    This rank's shards are then in host memory, and a thread writes them. So tensors and state may change. The thread
-    calls no collective. Hashes, manifest and the final name come after the yield, when the threads of all ranks are
-    done.
+    At the yield, this rank's shards are in host memory, and a thread writes them. So tensors and state may change. The
+    thread calls no collective. Hashes, manifest and the final name come after the yield. The threads of all ranks must
+    have ended by then.
     """
     path, temporary = atomic.real_paths(path)
     num_bytes = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
@@ -142,7 +142,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
-    """Fill ``tensors`` in place from the shards in ``directory``, whatever the number of ranks that wrote them."""
+    """Fill ``tensors`` in place from the shards in ``directory``. Any number of ranks may have written them."""
     if tensors:
         reader = HuggingFaceStorageReader(str(directory))
         try:
@@ -153,9 +153,9 @@ def load_tensors(directory: Path, tensors: dict[str, torch.Tensor], world: World
 
 
 class _Shards(DefaultSavePlanner):
-    """The shards of a group of tensors that this rank writes, with the calls of `torch.distributed.checkpoint.save`.
+    """The shards of a group of tensors that this rank writes. Its calls replace `torch.distributed.checkpoint.save`.
 
-    That function calls collectives while it writes, which a thread beside the training must not.
+    That function calls collectives while it writes. A thread beside the training must not call any.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], directory: Path):
@@ -166,11 +166,11 @@ class _Shards(DefaultSavePlanner):
         self.set_up_planner({name: tensors[name] for name in files})
 
     def plan_alone(self) -> SavePlan:
-        """Make the directory, and return what this rank could write: with DDP all tensors, with FSDP2 its shards."""
+        """Make the directory. Return the items that this rank could write: with DDP all tensors, with FSDP2 shards."""
         return self._writer.prepare_local_plan(self.create_local_plan())
 
     def plan_together(self, plans: Sequence[SavePlan], rank: int) -> None:
-        """Choose what this rank writes, given the plans of all ranks. They divide what several could write."""
+        """Choose the items that this rank writes, given the plans of all ranks. The ranks divide common items."""
         chosen, _ = self.create_global_plan(list(plans))
         self._chosen = self.finish_plan(self._writer.prepare_global_plan(chosen)[rank])
 
@@ -189,7 +189,7 @@ class _Shards(DefaultSavePlanner):
 def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """Return the number of each tensor's file, counted from 1. The writer holds two copies of each file in memory.
 
-    The largest tensors are written first, so later files fit into the memory that they leave.
+    The largest tensors are written first, so later files fit into the memory that is free again.
     """
     sizes = sorted(((tensor.nbytes, name) for name, tensor in tensors.items()), reverse=True)
     limit, number, held, files = max(sum(size for size, _ in sizes) // FILES, FILE_BYTES), 0, 0, {}
@@ -218,11 +218,11 @@ def newest(directory: Path, world: World, until: float = math.inf) -> Path | Non
 
 
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Return the damage of a checkpoint, or None. A rank looks at its part of the files."""
+    """Return the damage of a checkpoint, or None. A rank checks its part of the files."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         present = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
-        if foreign := sorted(present - manifest.keys()):  # which would be loaded as well
+        if foreign := sorted(present - manifest.keys()):  # these would be loaded as well
             return f"{foreign[0]} is not in {MANIFEST}"
         files = {"state.json": {}, **manifest}
         for name, entry in sorted(files.items(), key=lambda file: file[1]["bytes"])[rank::ranks]:
@@ -240,7 +240,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
 def prune(directory: Path, keep: int, newest: Path, kept_step: int | None = None) -> None:
     """Delete all checkpoints except ``newest``, which was just saved, the ``keep - 1`` before it and ``kept_step``.
 
-    Later ones are damaged, or the run would have resumed from them. So they must not count among those to keep.
+    Later checkpoints are damaged, or the run would have resumed from them. So they are deleted and do not count.
     """
     paths = _checkpoints(directory)
     until = paths.index(newest) + 1
@@ -255,7 +255,7 @@ def step_of(path: Path) -> int:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """Return all checkpoints, oldest first, ordered by number: names of a million steps are longer."""
+    """Return all checkpoints, oldest first. Order them by number, because names from a million steps on are longer."""
     return sorted((path for path in directory.glob("step-*/") if path.name[5:].isdecimal()), key=step_of)
 
 

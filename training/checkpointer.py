@@ -28,11 +28,11 @@ SAVE_MEMORY = memory_advice("out of memory in a save", "Run again with --resume 
 class Checkpointer:
     """Save checkpoints/step-N: tensors, state, and the settings that `--resume` compares. All ranks call its methods.
 
-    ``in_background`` is on with CUDA: `start_save` then returns when the tensors are copied to host memory, and a
+    ``in_background`` is on with CUDA. `start_save` then returns after it has copied the tensors to host memory, and a
     thread writes them. A CPU has neither the memory nor the idle cores for that.
     """
 
-    _path: Path | None = None  # of the save that is under way
+    _path: Path | None = None  # of the current save
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Checkpointer:
     def is_due(self, save_every: int) -> bool:
         """Return whether a save is due: not at the step at which this process began.
 
-        With --schedule wsd one is due before the learning rate falls. It is kept, so that the run can be made longer.
+        With --schedule wsd a save is due before the learning rate falls. It is kept, so that the run can be extended.
         """
         is_due = self.state.step % save_every == 0 or self.state.step == self._decay_step
         return is_due and self.state.step > self._first_step
@@ -64,12 +64,12 @@ class Checkpointer:
     def saving_if_text_fails(self) -> Iterator[None]:
         """Save before an error of streamed text, such as a lost connection, ends a run of one process.
 
-        The text may be mended before the run resumes, so its identity is left out.
+        The user may correct the text before the run resumes, so its identity is left out.
         """
         try:
             yield
         except UserError:
-            if self._run.world.size == 1:  # other ranks would not come to save
+            if self._run.world.size == 1:  # other ranks do not know of the error and would not save
                 self._run.identity.pop("training text")
                 self.save()
             raise
@@ -114,7 +114,7 @@ class Checkpointer:
 
     @SAVE_MEMORY
     def wait(self) -> None:
-        """Complete the save that is under way, if there is one. Raise SaveError if it failed."""
+        """Complete the current save, if there is one. Raise SaveError if it failed."""
         path, self._path = self._path, None
         if path:
             next(self._steps, None)
@@ -123,7 +123,7 @@ class Checkpointer:
 
 
 class BestModel:
-    """Keep in model/ the weights with the best evaluation loss, or with --keep last those of the last evaluation.
+    """Keep in model/ the weights with the best evaluation loss, or with --keep last the weights of the last evaluation.
 
     evaluation.json holds their step and loss.
     """
@@ -132,7 +132,7 @@ class BestModel:
         self._run, self._model, self._tokenizer, self._facts = run, model, tokenizer, facts
 
     def save_if_better(self, state: TrainState, loss: float) -> None:
-        """Save the model, but never at step 0: it would be the one that training started from."""
+        """Save the model, but never at step 0: that is the model that training started from."""
         if not state.step:
             return
         is_better = self._run.config.keep == "last" or state.best_step is None or loss < state.best_loss

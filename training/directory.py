@@ -1,4 +1,4 @@
-"""The directory of a run: whether one may go there, and how it is deleted."""
+"""The directory of a run: check that a run may go there, and delete it."""
 
 import glob
 import os
@@ -12,7 +12,7 @@ RUN_CONTENT = ("checkpoints", "model", "tensorboard", "config.yaml", "metrics.js
 
 
 def check_directory(path: Path, may_exist: bool, sources: dict[str, Any]) -> bool:
-    """Return whether the directory holds a run. Raise UserError if a new one must not go there.
+    """Return whether the directory holds a run. Raise UserError if a new run must not go there.
 
     With --overwrite, ``sources`` are the settings: none of the files that they name may lie in the directory.
     """
@@ -23,7 +23,7 @@ def check_directory(path: Path, may_exist: bool, sources: dict[str, Any]) -> boo
     require(os.access(there, os.W_OK), f"--output_dir {path}: {there} is read-only. Pass another directory.")
     present = [name for name in RUN_CONTENT if os.path.lexists(path / name)]
     is_run = "metrics.jsonl" in present or any((path / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}"))
-    if present and not is_run:  # --overwrite must never delete the files of others
+    if present and not is_run:  # --overwrite must never delete other files
         raise UserError(f"--output_dir {path}: holds {', '.join(present)}, but no run. Pass another directory.")
     if present and not may_exist:
         fix = "Pass --resume to go on, --overwrite to delete it, or another directory"

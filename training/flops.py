@@ -1,8 +1,8 @@
-"""The arithmetic of a token, and what a device can compute in a second."""
+"""The arithmetic of a token, and the peak arithmetic of a device."""
 
 from transformers import PreTrainedModel
 
-# Dense bfloat16 FLOP/s from the datasheets, by the words in a device's name. The first that fits counts.
+# Dense bfloat16 FLOP/s from the datasheets, by the words in a device's name. The first match counts.
 PEAK_FLOPS = {
     "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,

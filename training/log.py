@@ -27,7 +27,7 @@ EVALUATION = "evaluation.json"  # in model/: the step and the loss of its weight
 
 
 class TensorBoard:
-    """Scalars, samples and hyperparameters for TensorBoard. From ``first_step`` on, older files do not count."""
+    """Write scalars, samples and hyperparameters for TensorBoard. Older files do not count from ``first_step`` on."""
 
     def __init__(self, run_dir: Path, first_step: int):
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
@@ -45,7 +45,7 @@ class TensorBoard:
         self._writer.flush()
 
     def summary(self, hyperparameters: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Add the hyperparameters with the final metrics, under the tags of the curves that they end."""
+        """Add the hyperparameters with the final metrics, under the tags of the curves."""
         for summary in hparams(hyperparameters, {f"eval/{key}": value for key, value in metrics.items()}):
             self._writer.file_writer.add_summary(summary)
         self._writer.flush()
@@ -60,7 +60,7 @@ TRACKERS = {"tensorboard": TensorBoard}
 class RunLog:
     """Write each record to metrics.jsonl, the trackers and stdout: a bar on a terminal, else plain lines.
 
-    Records that an interrupted run wrote after ``state`` are removed, so that a resumed run shows one curve. Raise
+    Remove records that an interrupted run wrote after ``state``, so that a resumed run shows one curve. Raise
     SaveError if the disk is full.
     """
 
@@ -68,7 +68,7 @@ class RunLog:
         step, evaluated = state.step, state.last_eval_step == state.step
         records = [record for record in read_metrics(run_dir) if record["step"] <= step]
         records = [r for r in records if r["step"] < step or r["split"] != "eval" or evaluated]
-        for record in records:  # a finished run that goes on is not finished
+        for record in records:  # a finished run that continues is not finished
             record.pop("final", None)
         _rewrite(run_dir, records)
         self._run_dir, self._num_steps = run_dir, num_steps
@@ -76,7 +76,7 @@ class RunLog:
         with self._saving():
             self._trackers = [tracker(run_dir, step + evaluated) for tracker in TRACKERS.values()]
             for record in records:
-                if record["step"] == step and not evaluated:  # void in the older files, and not made again
+                if record["step"] == step and not evaluated:  # void in the older files, and not evaluated again
                     self._track(**record)
         self._is_read, self._terminal = True, sys.stdout.isatty()
         self._bar = tqdm(total=num_steps, initial=step, unit="step", file=sys.stdout, disable=not self._terminal)
@@ -88,7 +88,7 @@ class RunLog:
         self, state: TrainState, result: Any, learning_rate: float, epoch: float, speed: dict[str, float]
     ) -> None:
         """Log the `StepResult` of the last step. ``speed`` comes from `Throughput.since_last_log`."""
-        if state.skipped_in_a_row:  # a step that was not finite is logged as such
+        if state.skipped_in_a_row:  # `nonfinite` has logged this step
             return
         speed, seconds_left = dict(speed), speed["seconds_left"]
         del speed["seconds_left"]
@@ -118,7 +118,7 @@ class RunLog:
         self.say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
 
     def nonfinite(self, step: int, **values: Any) -> None:
-        """Log a step that changed nothing. ``loss`` and ``grad_norm`` are texts: JSON and curves have no NaN."""
+        """Log a step that changed nothing. ``loss`` and ``grad_norm`` are text, because JSON and curves have no NaN."""
         self._write(step, "nonfinite", values)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -135,14 +135,14 @@ class RunLog:
                 tracker.summary(plain, metrics)
 
     def say(self, text: str, is_last: bool = False) -> None:
-        """Print a line. If nobody reads stdout any more, only the last line of a run is printed, on stderr."""
+        """Print a line. If nobody reads stdout any more, print only the last line of a run, on stderr."""
         with self._saving():
             try:
                 if self._terminal:
                     tqdm.write(text, file=sys.stdout)
                 else:
                     print(text, flush=True)
-            except BrokenPipeError:  # a long run goes on
+            except BrokenPipeError:  # must not end a long run
                 drop_output(sys.stdout)
                 self._is_read = False
         if is_last and not self._is_read:
@@ -163,7 +163,7 @@ class RunLog:
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
         line = (json.dumps({"step": step, "split": split, **values}) + "\n").encode()
         with self._saving():
-            while line:  # a nearly full disk takes a part of a line, and then raises
+            while line:  # a nearly full disk takes part of a line, and then raises
                 line = line[self._file.write(line) :]
             self._track(step, split, **values)
 
@@ -182,7 +182,7 @@ class RunLog:
 
 
 class NoLog:
-    """The log of ranks other than 0, whose methods do nothing."""
+    """The log of ranks other than 0. Its methods do nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values, **named: None
@@ -208,14 +208,14 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def mark_finished(run_dir: Path) -> None:
-    """Add ``"final": true`` to the last evaluation, when everything that belongs to the run is written."""
+    """Add ``"final": true`` to the last evaluation, after all files of the run are written."""
     records = read_metrics(run_dir)
-    if records and records[-1]["split"] == "eval" and not records[-1].get("final"):  # its date tells the newest run
+    if records and records[-1]["split"] == "eval" and not records[-1].get("final"):  # the file dates the run
         _rewrite(run_dir, [*records[:-1], {**records[-1], "final": True}])
 
 
 def finished_step(run_dir: Path) -> int:
-    """Return the last step of a finished run that has its model, and 0 for any other run."""
+    """Return the last step of a finished run that has its model, or 0 for any other run."""
     records = read_metrics(run_dir)
     return records[-1]["step"] if records and records[-1].get("final") and (run_dir / "model").is_dir() else 0
 
@@ -243,7 +243,7 @@ def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
 
 
 def print_paths(directory: Path) -> None:
-    """Print where the model and the curves of a run are, and the commands that use them."""
+    """Print the paths of a run's model and curves, and the commands that use them."""
     python, model = Path(sys.executable), directory / "model"
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     python, logs, quoted = (shlex.quote(str(path)) for path in (python, directory.parent, model))

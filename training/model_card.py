@@ -38,7 +38,7 @@ model = PeftModel.from_pretrained(model, "{MODEL_NAME}")"""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide the numbers."""
+    """Return the versions of the libraries that influence the numbers."""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "datasets": version("datasets")}
 
 
@@ -73,8 +73,8 @@ def model_card(
 ) -> ModelCard:
     """Return the README.md of a trained model: how to use it, data, metrics, and how to repeat the run.
 
-    ``changed`` are the settings that differ from the defaults, ``weights`` the SHA-256 of the files in model/. No local
-    path is in it, since the card may be published. Files are hashed only if ``weights`` are given, at the end of a run.
+    ``changed`` are the settings that differ from the defaults, ``weights`` the SHA-256 of the files in model/. The card
+    may be published, so it names no local path. Files are hashed only if ``weights`` are given, at the end of a run.
     """
     base, data = settings["model"], settings["dataset"]
     use = PIPELINE
@@ -173,7 +173,7 @@ def _without_paths(key: str, value: Any) -> Any:
 
 
 def _digests(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return name and SHA-256 of the first local files of text and of the model that training began with."""
+    """Return name and SHA-256 of the first local files of the text and of the initial model."""
     values = [item for key in PATHS for item in np.atleast_1d(settings[key] or []).tolist()]
     paths = [path for value in values for path in local_paths(value)]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]

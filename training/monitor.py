@@ -1,4 +1,4 @@
-"""Watch a run: whether its steps are finite, its throughput, its memory, and what to do if memory runs out."""
+"""Watch a run: check that its steps are finite, measure throughput and memory, and give advice if memory runs out."""
 
 import math
 import resource
@@ -29,8 +29,8 @@ class StepResult(NamedTuple):
 
     loss: torch.Tensor  # nats per predicted token, `sum_dtype`
     grad_norm: torch.Tensor  # before clipping, float32
-    num_predicted: torch.Tensor  # tokens that the loss is over
-    num_tokens: torch.Tensor  # the same, plus the first token of each block, which nothing predicts
+    num_predicted: torch.Tensor  # tokens in the mean of the loss
+    num_tokens: torch.Tensor  # tokens with a label: the same, plus first tokens of blocks, which nothing predicts
 
 
 class StepMonitor:
@@ -40,14 +40,14 @@ class StepMonitor:
         self._state, self._log, self._world = state, log, world
         self._max_skipped, self._learning_rate = max_skipped_steps, learning_rate
         self._pending: list[tuple[int, int, list[int], StepResult]] = []
-        self.before_error: Callable[[], None] = lambda: None  # completes a save that is under way
+        self.before_error: Callable[[], None] = lambda: None  # completes the current save
 
     def add(self, epoch: int, blocks: list[int], result: StepResult) -> None:
-        """Keep the result of step ``state.step``, which was made of these ``blocks`` of the epoch."""
+        """Keep the result of step ``state.step``, which used these ``blocks`` of the epoch."""
         self._pending.append((self._state.step, epoch, blocks, result))
 
     def check(self) -> None:
-        """Wait for the device and look at all results since the last call: the one deliberate host sync.
+        """Wait for the device and check all results since the last call. This is the one deliberate host sync.
 
         Raise NonFiniteError if more than ``max_skipped_steps`` in a row were not finite.
         """
@@ -93,12 +93,12 @@ class StepMonitor:
 
 @dataclass
 class Throughput:
-    """Measure training alone: evaluations and saves do not count."""
+    """Measure training alone. Evaluations and saves do not count."""
 
     state: TrainState
     num_steps: int
     device: torch.device
-    peak_seconds: float | None = None  # that all devices need per token at their peak; None if unknown
+    peak_seconds: float | None = None  # the time of all devices per token at their peak; None if unknown
     loss_fraction: float = 1.0  # the part of all tokens that ``tokens_seen`` counts
 
     def __post_init__(self):
@@ -114,7 +114,7 @@ class Throughput:
         self._since += time.perf_counter() - paused
 
     def since_last_log(self) -> dict[str, float]:
-        """Return tokens per second, model FLOPs utilization if known, peak memory, and the seconds that are left."""
+        """Return tokens per second, model FLOPs utilization if known, peak memory, and the remaining seconds."""
         seconds, steps = time.perf_counter() - self._since, self.state.step - self._step
         speed = (self.state.tokens_seen - self._tokens) / seconds
         values = {"tokens_per_second": speed, "memory_gib": peak_memory_gib(self.device)}
@@ -127,7 +127,7 @@ class Throughput:
 
 @contextmanager
 def memory_advice(problem: str, fix: str) -> Iterator[None]:
-    """Turn "out of memory", whoever raises it, into a UserError with a remedy."""
+    """Turn "out of memory" from any library into a UserError with a remedy."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, UserError) as error:

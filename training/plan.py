@@ -20,7 +20,7 @@ from training.flops import flops_per_token, peak_flops
 from training.monitor import Throughput
 from training.state import TrainState
 
-# Settings that must not change when a run resumes: with another value it would be another run.
+# Settings that must not change when a run resumes. With another value it would be another run.
 SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
 SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer", "max_eval_blocks")
 
@@ -59,7 +59,7 @@ def count_steps(config: Any, train_data: Any) -> tuple[int, int, int]:
 def identity(
     config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
 ) -> dict[str, Any]:
-    """Return the values that must not change when a run resumes: with another one it would be another run."""
+    """Return the values that must not change when a run resumes. With another value it would be another run."""
     base = Path(config.model or config.model_config)
     return {
         "model": base.name if base.exists() else str(base),  # a directory may have moved

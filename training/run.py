@@ -1,4 +1,4 @@
-"""The directory of a run: its owner, its checkpoint to resume from, its first write and its last words."""
+"""The directory of a run: its lock, its checkpoint to resume from, its first write and its last output."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from training.log import NoLog, RunLog, evaluations, finished_step, last_step, m
 from training.model_card import versions
 from training.state import TrainState, make_moments, trained_weights
 
-# Settings that may change, and change the numbers from there on.
+# Settings that may change when a run resumes. They change the numbers from that step on.
 SHAPING = ("attn_implementation", "compile", "gradient_checkpointing", "keep", "learning_rate", "lora_dropout")
 SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_steps", "weight_decay")
 SHAPING += ("adam_beta2", "min_learning_rate", "schedule")
@@ -44,7 +44,7 @@ class RunConfig:
 
 @dataclass
 class Saved:
-    """A checkpoint, or nothing: then the state is that of a new run."""
+    """A checkpoint, or none. Without one, the state is that of a new run."""
 
     path: Path | None = None
     state: TrainState = field(default_factory=TrainState)
@@ -52,7 +52,7 @@ class Saved:
 
     @property
     def compiled(self) -> bool | None:
-        """Whether the run was compiled, or None for a new run."""
+        """Return whether the run was compiled, or None for a new run."""
         return self.content.get("compiled")
 
 
@@ -70,7 +70,7 @@ class Run:
         self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
         self.changed = {key: value for key, value in self.settings.items() if value != defaults[key]}
-        self.is_one_command = True  # or was it resumed with other settings?
+        self.is_one_command = True  # False if it was resumed with other settings
         self._require_same_on_all_ranks(vars(config))
         self._exists = world.on_main(self._find)
         if not config.dry_run:
@@ -79,10 +79,10 @@ class Run:
         if config.push_to_hub and not config.dry_run:
             world.on_main(lambda: check_login(config.push_to_hub))
 
-    # The run that is there already
+    # The run that exists already
 
     def is_uploaded(self) -> bool:
-        """Upload a finished run with the same settings, if asked to: that needs no text."""
+        """Upload a finished run with the same settings, if --push_to_hub is given. This needs no text."""
         if not (self._resumes and self.config.push_to_hub and self.world.on_main(self._is_done)):
             return False
         if self.world.is_main:
@@ -93,7 +93,7 @@ class Run:
     def find_checkpoint(self, identity: dict[str, Any], num_steps: int, decay_step: int) -> Saved:
         """Return the newest intact checkpoint with --resume, or an empty one.
 
-        A run with --schedule wsd that is made longer goes on from before its learning rate fell. Raise UserError if the
+        If a run with --schedule wsd is extended, it resumes from before its learning rate fell. Raise UserError if the
         checkpoint belongs to another run: if its ``identity`` differs.
         """
         self._require_same_on_all_ranks(identity)
@@ -102,7 +102,7 @@ class Run:
 
         def lock() -> int | None:
             atomic.lock_directory(self.directory)
-            for name in RUN_CONTENT:  # nothing else here is this run's
+            for name in RUN_CONTENT:  # other files here do not belong to this run
                 atomic.remove_partial_writes(self.directory, name)
             atomic.remove_partial_writes(self.directory / "checkpoints", "step-*")
             atomic.remove_partial_writes(self.directory / "model", "README.md")
@@ -129,9 +129,9 @@ class Run:
         return saved
 
     def is_finished(self, saved: Saved, num_steps: int) -> bool:
-        """Return whether nothing is left to train; say so, and upload if asked to.
+        """Return whether the run is finished or stopped early. If so, print it, and upload if --push_to_hub is given.
 
-        Raise NoCheckpointError if the run got so far that starting over would lose something.
+        Raise NoCheckpointError if the run got past its first checkpoint and has none left.
         """
         if not self._resumes:
             return False
@@ -165,10 +165,10 @@ class Run:
         if saved.path:
             self._require_same_run(saved.content["identity"])
 
-    # From the first write to the last word
+    # From the first write to the last output
 
     def start(self, saved: Saved, num_steps: int) -> RunLog:
-        """Make the directory this run's own and open its log. The first write of the run."""
+        """Claim the directory for this run and open its log. This is the first write of the run."""
         logs = [NoLog()]
         self.world.on_main(lambda: logs.append(self._start(saved, num_steps)))
         return logs[-1]
@@ -191,7 +191,7 @@ class Run:
             print(f"resuming from {saved.path} at step {saved.state.step}")
 
     def finish(self, state: TrainState, log: RunLog, signaled: int | None) -> None:
-        """Mark the run as finished and print the result. Exit with the code ``signaled`` if a signal came meanwhile."""
+        """Mark the run as finished and print the result. If a signal came, exit with its code ``signaled``."""
         if self.world.is_main:
             first, *_ = evaluations(self.directory)
             log.close()
@@ -222,13 +222,13 @@ class Run:
         return log
 
     def _finish(self) -> None:
-        """Upload if asked to, and print the paths of model and curves."""
+        """Upload if --push_to_hub is given, and print the paths of model and curves."""
         if self.config.push_to_hub:
             print(f"uploaded  {push(self.directory / 'model', self.config.push_to_hub)}")
         print_paths(self.directory)
 
     def _find(self) -> bool:
-        """Return whether the directory holds a run. Raise UserError if a new one must not go there."""
+        """Return whether the directory holds a run. Raise UserError if a new run must not go there."""
         config, given = self.config, self.settings if self.config.overwrite else {}
         return check_directory(self.directory, config.resume or config.overwrite or config.dry_run, given)
 
@@ -242,7 +242,7 @@ class Run:
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _is_done(self) -> bool:
-        """Return whether the run that is there is finished and has these settings. Its directory may have moved."""
+        """Return whether the run in the directory is finished and has these settings. The directory may have moved."""
         same = self._recorded() | {"output_dir": self.config.output_dir} == self._given()
         return same and finished_step(self.directory) > 0
 
@@ -252,7 +252,7 @@ class Run:
         self.world.on_all(lambda: require(not different, f"{', '.join(different)}: differs from rank 0. {fix}."))
 
     def _require_same_run(self, before: dict[str, Any]) -> None:
-        for name in [name for name in before if name in self.identity]:  # another transformers may know other settings
+        for name in [name for name in before if name in self.identity]:  # transformers versions differ in settings
             if before[name] != self.identity[name] and name not in ("model's transformers_version", "model's dtype"):
                 was, now = (str(value)[:60] for value in (before[name], self.identity[name]))
                 fix = f"Pass the value of {self.directory}/config.yaml, another --output_dir, or --overwrite"

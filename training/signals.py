@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGINT save and exit at the next step, SIGUSR1 saves and goes on."""
+"""Signals: SIGTERM and SIGINT save and exit at the next step, SIGUSR1 saves and continues."""
 
 import os
 import signal
@@ -29,8 +29,8 @@ class Signals:
     def handle(self, checkpointer: "Checkpointer") -> None:
         """Save if any rank received a signal, and exit unless it was SIGUSR1. All ranks must call this.
 
-        Called between steps, and between batches and samples of an evaluation, which change no state. A save in the
-        background is completed here.
+        Called between steps, and between batches and samples of an evaluation, because these change no state. A save in
+        the background is completed here.
         """
         checkpointer.complete_if_written()
         for number in map(signal.Signals, self.world.union(self._received)):
@@ -54,6 +54,6 @@ class Signals:
             if not self._deferred:
                 with suppress(Exception):
                     sys.stdout.flush()
-                os._exit(128 + number)  # an exception could be caught by the code that it interrupts
+                os._exit(128 + number)  # the interrupted code could catch an exception
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         self._received.append(number)

@@ -19,10 +19,10 @@ class TrainState:
 
     step: int = 0  # steps made
     position: Position = field(default_factory=Position)  # in the training text
-    tokens_seen: int = 0  # with a label: prompts without loss do not count
+    tokens_seen: int = 0  # only tokens with a label: prompts without loss do not count
     last_eval_step: int = -1
-    best_step: int | None = None  # whose weights are in model/
-    best_loss: float = 0.0  # and their evaluation loss
+    best_step: int | None = None  # the step of the weights in model/
+    best_loss: float = 0.0  # their evaluation loss
     skipped_in_a_row: int = 0  # steps that were not finite
     evaluations_since_best: int = 0  # without a better loss
     stopped_early: bool = False  # by --patience
@@ -35,11 +35,11 @@ class TrainState:
         return cls(**values | {"position": Position(**values["position"])})
 
     def is_out_of_patience(self, patience: int | None) -> bool:
-        """Return whether ``patience`` evaluations in a row brought no better loss. None is endless."""
+        """Return whether ``patience`` evaluations in a row brought no better loss. None has no limit."""
         return self.evaluations_since_best >= (patience or math.inf)
 
     def advance(self, position: Position) -> None:
-        """Count one step, after which the text is read up to ``position``."""
+        """Count one step. The text is now read up to ``position``."""
         self.step += 1
         self.position = position
 
@@ -50,7 +50,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def trained_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return trained parameters and persistent buffers by name; tied ones once, under their first name.
+    """Return trained parameters and persistent buffers by name. Tied tensors appear once, under their first name.
 
     With FSDP2 each rank gets its shards. Frozen weights are left out.
     """
@@ -79,9 +79,9 @@ def describe(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 def make_moments(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, described: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Give the optimizer zeros for moments that `describe` described, and return them by name.
+    """Give the optimizer zeros for the moments that `describe` returned, and return them by name.
 
-    A moment has the shape, and thus the shards, of its parameter, or it is a tensor of its own.
+    A moment has the shape, and thus the shards, of its parameter, or it is a separate tensor.
     """
     parameters, made = dict(model.named_parameters()), {}
     for key, (dtype, shape) in described.items():
