@@ -39,7 +39,7 @@ class Blocks(Dataset):
 
     With stride = block_size the blocks follow each other. With a smaller stride they overlap, and a token has a label
     only in its first block. So each token but the first is predicted once, with at least block_size - stride tokens
-    before it (as in the guide "Perplexity of fixed-length models" of transformers). Each overlapping block begins with
+    before it. See the guide "Perplexity of fixed-length models" of transformers. Each overlapping block begins with
     the tokens ``begin``, such as <s>, without labels. ``kept`` selects blocks.
     """
 

@@ -83,8 +83,8 @@ def generate(
 
     Prompts are padded on the left and masked, so that greedy decoding gives each the same text as alone. If an
     architecture does not ignore its padding, only prompts of one length share a batch. The model keeps its mode.
-    A text ends at an end-of-text token of model or tokenizer, at an end of turn of the chat template, or before one of
-    the texts ``stops``. Raise UserError if a prompt and its new tokens exceed the positions of the model.
+    A text ends at an end-of-text token of model or tokenizer, or at an end of turn of the chat template. It also ends
+    before one of the texts ``stops``. Raise UserError if a prompt and its new tokens exceed the model's positions.
     """
     encoded = [_encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     limit, longest = position_limit(model), max(map(len, encoded), default=0)

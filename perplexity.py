@@ -3,11 +3,11 @@
     python perplexity.py --model runs/quickstart/model --files notes.txt
     python perplexity.py --model distilgpt2 --files test.txt --block_size 1024 --stride 512
 
-Prints, one a line: `tokens` that were predicted, `loss` (their mean negative log-likelihood in nats), `perplexity`
-(its exponential) and `bits_per_byte` (the summed loss in bits, divided by the UTF-8 bytes of these tokens; end-of-text
-has none). Text is cut into blocks of --block_size tokens, and the first token of each is not predicted. With --stride
-N a window slides by N tokens: each token is predicted once, with at least block_size - N tokens before it. In
-conversations, and with prompts and completions, answers alone have a loss.
+It prints, one a line: `tokens` (the predicted ones), `loss` (their mean negative log-likelihood in nats), `perplexity`
+(its exponential) and `bits_per_byte`. The last is the summed loss in bits, divided by the UTF-8 bytes of these tokens;
+end-of-text has none. Text is cut into blocks of --block_size tokens. The first token of each is not predicted. With
+--stride N a window slides by N tokens: each token is predicted once, with at least block_size - N tokens before it.
+In conversations, and with prompts and completions, answers alone have a loss.
 """
 
 import math

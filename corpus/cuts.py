@@ -1,7 +1,7 @@
 """Cut long documents into parts. The tokens of all parts, in order, are exactly the tokens of the whole document.
 
-A cut is at a single space or newline and needs a proof: no added token and no match of a pattern holds both characters
-there, normalizers do not join them, no prefix space is added, and the pre-tokenizer splits. If in doubt, do not cut.
+A cut is at a single space or newline and needs a proof. No added token and no match of a pattern holds both characters.
+Normalizers do not join them, no prefix space is added, and the pre-tokenizer splits there. If in doubt, do not cut.
 """
 
 import json
@@ -22,7 +22,7 @@ _CANDIDATE = re.compile(rf"[ \n]{_BEFORE}(?={_LETTER}(?:{_LETTER}|\s))")
 _EXAMPLE = "no 10 20\nno。\n一二"  # a tokenizer that cannot be cut here is never cut
 # Normalizers that change only a character together with its marks. The proof itself applies Strip.
 _LOCAL = {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "BertNormalizer", "Precompiled", "Strip"}
-# Pre-tokenizers that split at least where their pattern does. Split has its own pattern.
+# Pre-tokenizers that split at each match of their pattern, or more often. Split has its own pattern.
 _PATTERNS = dict.fromkeys(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"), r"\s+")
 _PATTERNS |= {"Digits": r"\p{N}+", "Punctuation": r"[\p{P}!-/:-@\[-`{-~]+"}
 _PATTERNS["ByteLevel"] = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

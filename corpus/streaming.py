@@ -125,7 +125,7 @@ class StreamedBlocks:
     """The blocks of all shards of the text. Each rank reads its own shards.
 
     Rank r of N reads the shards s of S with s % N = r. If there are more ranks than shards, the ranks with r % S = s
-    read the same shard s, and each takes a part of its blocks. So a step uses the same blocks on any number of ranks.
+    read the same shard s. Each takes a part of its blocks. So a step uses the same blocks on any number of ranks.
     """
 
     def __init__(self, config: DataConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, seed: int):
@@ -177,7 +177,7 @@ class StreamedBlocks:
     ) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray | None]], int, Position, list[int]]]:
         """Yield the steps of a rank, without end: (its blocks, most blocks of any rank, position, block numbers).
 
-        The position belongs to the rank's first shard, so rank 0 gives the position of shard 0. The numbers count all
+        The position belongs to the rank's first shard, so rank 0 gives the position of shard 0. The numbers name all
         blocks drawn from the rank's shards. Number n is block n // S of shard n % S in its epoch. Raise UserError if
         the text cannot be read.
         """
@@ -185,7 +185,7 @@ class StreamedBlocks:
         blocks_per_shard = [len(range(s, batch_size, num_shards)) for s in range(num_shards)]
 
         def assigned(r: int) -> dict[int, range]:
-            """Return, for each shard that rank ``r`` reads, the indices of its own blocks among those drawn."""
+            """Return, for each shard that rank ``r`` reads, the indices of the rank's blocks among all drawn blocks."""
             readers = max(1, len(range(r % num_shards, ranks, num_shards)))
             shards_of_rank = range(r % num_shards, num_shards, ranks)
             return {s: range(blocks_per_shard[s])[r // num_shards :: readers] for s in shards_of_rank}

@@ -131,7 +131,7 @@ def cached_stream(key: str, parts: Iterator[TokenPart]) -> TokenStream:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
             with _new_file(tokens) as file, _new_file(documents) as index:
-                if not _is_whole(tokens, documents):  # another process may have written them meanwhile
+                if not _is_whole(tokens, documents):  # another process may have written them before the lock
                     _write(parts, file, index)
                     for written, path in ((file, tokens), (index, documents)):
                         written.flush()

@@ -99,8 +99,8 @@ def check_isolated(
     """Find the attention and the inputs that isolate the documents of a block, and use them (see `ways_to_isolate`).
 
     The names of the inputs become ``model.isolated_by``: position ids that restart at 0, a block-diagonal attention
-    mask, or both; flash attention takes bounds. Raise UserError if every way fails. A way fails if a change of one
-    document moves the logits of the next one, or if the way itself moves the logits of the first one.
+    mask, or both; flash attention takes bounds. Raise UserError if every way fails. A way fails if it moves the logits
+    of the first document, or if a change of the first document moves the logits of the second one.
     """
     half, rows = probe_lengths(model, block_size)[-1] // 2, num_rows(model)
     ids = torch.randint(rows, (2, 2 * half), generator=torch.Generator().manual_seed(0))

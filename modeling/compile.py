@@ -48,7 +48,7 @@ def compile_layers(model: PreTrainedModel, block_size: int) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     linear_head(model)  # runs the model once, on a shape that must not be compiled
     layers = transformer_layers(model)
-    torch._dynamo.config.recompile_limit = 8 + 2 * len(layers)  # for models whose layers all differ
+    torch._dynamo.config.recompile_limit = 8 + 2 * len(layers)  # for models in which all layers differ
     torch._dynamo.config.optimize_ddp = False  # would split each layer; DDP's hooks run between the layers anyway
     # On a CPU, Inductor draws dropout's random numbers slower than eager mode, and again in the backward pass. For
     # long blocks it still draws them, because the dropout masks of attention are too large to keep.

@@ -47,7 +47,7 @@ class LoraConfig:
 
 
 def freeze(model: torch.nn.Module, patterns: list[str]) -> None:
-    """Freeze the parameters of ``model`` whose names match one of ``patterns``.
+    """Freeze the parameters of ``model`` with names that match one of ``patterns``.
 
     Raise UserError if a pattern matches no parameter, or if no trainable parameter is left.
     """

@@ -23,7 +23,7 @@ class Signals:
             signal.signal(number, self._receive)
 
     def defer(self) -> None:
-        """From here on, keep signals until `handle` is called."""
+        """Keep signals from now on until `handle` is called."""
         self._deferred = True
 
     def handle(self, checkpointer: "Checkpointer") -> None:
