@@ -120,7 +120,7 @@ class Cutter:
         self._can_cut = self._last_cut(_EXAMPLE) > 0
 
     def cut(self, texts: Iterable[str], size: int) -> Iterator[str]:
-        """Cut a document, given as consecutive strings, into parts of about ``size`` characters. Keep a short one."""
+        """Cut a document, given as consecutive strings, into parts of about ``size`` characters, or keep it whole."""
         searched, new, length = [], [], 0  # strings of the next part, and the number of characters not yet searched
         for text in texts:
             for start in range(0, len(text), size // 2 + 1):

@@ -17,8 +17,8 @@ import numpy as np
 from cli.errors import SaveError, root_cause
 from cli.hub import datasets_cache
 
-# A document: 128 bits of the SHA-256 of its ids, 64 bits of the SHA-256 of its ids with loss mask, its number of
-# tokens, the number of tokens with loss, and the UTF-8 bytes of the text with loss.
+# A document: 128 bits of the SHA-256 of its ids; 64 bits of the SHA-256 of its ids with loss mask; its number of
+# tokens; the number of tokens with loss; the UTF-8 bytes of the text with loss.
 DOCUMENT = np.dtype([("hash", "S16"), ("mask", "S8"), ("tokens", "<i8"), ("loss_tokens", "<i8"), ("bytes", "<i8")])
 
 

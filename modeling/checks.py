@@ -100,7 +100,7 @@ def check_isolated(
 
     The names of the inputs become ``model.isolated_by``: position ids that restart at 0, a block-diagonal attention
     mask, or both; flash attention takes bounds. Raise UserError if every way fails. A way fails if it moves the logits
-    of the first document, or if a change of the first document moves the logits of the second one.
+    of the first document, or if a change of that document moves the next one's.
     """
     half, rows = probe_lengths(model, block_size)[-1] // 2, num_rows(model)
     ids = torch.randint(rows, (2, 2 * half), generator=torch.Generator().manual_seed(0))

@@ -221,7 +221,7 @@ def load_pretrained(
 
 def _make_buffers_again(model: PreTrainedModel) -> None:
     """Give buffers that no file holds, such as scales of embeddings, their float32 values."""
-    with torch.random.fork_rng(devices=[]), weights_on_meta():  # so that adapters draw the same numbers
+    with torch.random.fork_rng(devices=[]), weights_on_meta():  # so adapters draw the same random numbers
         fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=False)
     stored = model.state_dict()
     for name, buffer in fresh.named_buffers():

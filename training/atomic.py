@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, even if the process dies while it writes them.
+"""Files and directories that are complete or absent, even if a save fails or the process dies.
 
 write_directory(run_dir / "model", lambda directory: model.save_pretrained(directory), num_bytes)
 """
