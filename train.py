@@ -50,7 +50,7 @@ class TrainingConfig:
     num_epochs: Annotated[float, Range(above=0, below=1e6)] = flag(3.0, "passes over the training text")
     learning_rate: Annotated[float, Range(above=0, below=1)] = flag(2e-4, "the peak, reached after the warmup")
     schedule: Schedule = flag("linear", "how the learning rate falls after the warmup; wsd: in the last fifth of a run")
-    min_learning_rate: Annotated[float, Range(least=0, below=1)] = flag(0.0, "the learning rate at the last step")
+    min_learning_rate: Annotated[float, Range(least=0, below=1)] = flag(0.0, "the rate that the schedule falls to")
     warmup_steps: Annotated[float, Range(least=0)] = flag(0.0, "steps of warmup; below 1: a fraction of all steps")
     adam_beta2: Annotated[float, Range(least=0, below=1)] = flag(0.999, "decay of AdamW's mean of squared gradients")
     weight_decay: Annotated[float, Range(least=0, below=10)] = flag(0.01, "of matrices and embeddings alone")
@@ -218,7 +218,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
 
     # Resume from the newest checkpoint, unless the run is finished.
     same_run = identity(config, model_config, tokenizer, train_data, eval_blocks)
-    saved = run.find_checkpoint(same_run, num_steps, decay_step)
+    saved = run.find_checkpoint(same_run, (warmup_steps, decay_step, num_steps))
     state, num_steps = saved.state, max(num_steps, saved.state.step)  # a smaller --max_steps undoes no step
     if run.is_finished(saved, num_steps):
         return
@@ -254,7 +254,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     model.train()
     while True:
         # Evaluation on all ranks: the first, the periodic and the last one. Signals are handled between its batches.
-        is_last = state.step >= num_steps
+        is_last = state.step >= num_steps or state.is_out_of_patience(config.patience)
         with throughput.paused():
             if state.last_eval_step != state.step and (state.step % config.eval_every == 0 or is_last):
                 monitor.check()
@@ -267,8 +267,8 @@ def train(config: Config, world: World, signals: Signals) -> None:
                     log.sample(state.step, prompt, text)
                 best_model.save_if_better(state, loss)
                 state.last_eval_step = state.step
-            state.stopped_early = state.is_out_of_patience(config.patience)
-            if is_last or state.stopped_early:
+            state.stopped_early = state.step < num_steps and state.is_out_of_patience(config.patience)
+            if state.step >= num_steps or state.stopped_early:
                 break
 
             # Between two steps: the periodic checkpoint, in the background on a GPU, and SIGTERM, SIGINT and SIGUSR1.
@@ -295,11 +295,11 @@ def train(config: Config, world: World, signals: Signals) -> None:
             monitor.check()
             log.training(state, result, learning_rate, train_data.epochs(position), throughput.since_last_log())
 
-    # The card names all evaluations. The last checkpoint makes the run resumable with a larger --max_steps.
+    # The last checkpoint makes the run resumable with a larger --max_steps. The card names all evaluations.
     log.summary(run.settings, {"loss": state.best_loss, "perplexity": perplexity(state.best_loss)})
+    checkpointer.save()
     if world.is_main:
         best_model.write_card()
-    checkpointer.save()
     run.finish(state, log, signals.end())
 
 

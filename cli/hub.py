@@ -67,11 +67,12 @@ def push(model_dir: Path, repo_id: str) -> str:
     try:
         api = HfApi()
         repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
+        is_private = api.repo_info(repo_id).private
         card = (model_dir / "README.md").read_text(encoding="utf-8").replace(MODEL_NAME, repo_id).encode()
         api.upload_folder(repo_id=repo_id, folder_path=model_dir, ignore_patterns="README.md")
         api.upload_file(repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md")
         publish = f" (private; to publish it: hf repos settings {repo_id} --public)"
-        return f"{api.endpoint}/{repo_id}{publish if api.repo_info(repo_id).private else ''}"
+        return f"{api.endpoint}/{repo_id}{publish if is_private else ''}"
     except Exception as error:
         raise UserError(
             f"--push_to_hub {repo_id}: the upload failed ({root_cause(error)}). The model is safe in {model_dir}. "

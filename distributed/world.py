@@ -239,7 +239,7 @@ class World:
                     self._parts, self._note = parallel.delayed_parts(model)
                     model.zero_grad()
         except (RuntimeError, AttributeError, TypeError) as error:
-            if out_of_memory(error) or is_connection_error(error):
+            if as_user_error(error) or is_connection_error(error):
                 raise
             wrong = f"--strategy {self.strategy}: {model.config.model_type} fails with it ({headline(error)[:100]})"
             fix = "Use --strategy ddp." if self.shards else "Use one process."

@@ -121,6 +121,8 @@ def check_isolated(
                 if attention != plain:
                     check_backward(model, ids, positions)
             except Exception as error:  # the model takes no such input, or a compiler fails, with any exception
+                if attention == plain and as_user_error(error):
+                    raise  # such as memory that runs out
                 if attention != plain:
                     warn(f"--pack documents: {kind} does not train with {attention} ({root_cause(error)})")
                 continue

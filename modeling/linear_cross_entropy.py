@@ -98,7 +98,7 @@ def linear_cross_entropy(
                     _add_product(d_weight[columns], gradient, (states * factor).to(dtype), start == 0, device)
                 if d_bias is not None:
                     d_bias[columns] += (gradient * factor).sum(0)
-            d_logits.clear()  # free them before the next chunk makes its own
+            gradient = d_logits.clear()  # None: no reference is left, so that two chunks never exist at once
     gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), strict=True)
     return nll, *(None if gradient is None else gradient.to(of.dtype) for gradient, of in gradients)
 

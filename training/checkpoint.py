@@ -204,7 +204,8 @@ def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 def newest(directory: Path, world: World, until: float = math.inf) -> Path | None:
     """Return the newest checkpoint up to step ``until`` that verifies, or None if there is none at all.
 
-    The ranks divide the hashing. Warn about each newer one that is damaged. Raise NoCheckpointError if all are.
+    The ranks divide the hashing. Warn about each newer one that is damaged. Raise NoCheckpointError if all are, unless
+    ``until`` is given.
     """
     paths = [path for path in world.broadcast(_checkpoints(directory)) if step_of(path) <= until]
     for path in reversed(paths):
@@ -212,7 +213,7 @@ def newest(directory: Path, world: World, until: float = math.inf) -> Path | Non
         if damage is None:
             return path
         warn(f"{path}: {damage}; trying the checkpoint before it")
-    if paths:
+    if paths and until == math.inf:
         raise NoCheckpointError(f"{directory}: no checkpoint there is intact. Use --overwrite to start over.")
     return None
 

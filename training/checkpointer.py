@@ -49,7 +49,7 @@ class Checkpointer:
         self._run, self._model, self._optimizer, self._scaler = run, model, optimizer, scaler
         self._data, self._monitor, self._first_step = data, monitor, state.step
         self.in_background = model.device.type == "cuda"
-        self._decay_step = run.decay_step if run.config.schedule == "wsd" else None
+        self._decay_step = run.phases[1] if run.config.schedule == "wsd" else None
         monitor.before_error = self.wait
 
     def is_due(self, save_every: int) -> bool:
@@ -76,12 +76,12 @@ class Checkpointer:
 
     def save(self) -> None:
         """Save the state after the last step. Raise NonFiniteError or SaveError instead of a bad checkpoint."""
-        self.start_save()
+        self.start_save(in_background=False)
         self.wait()
 
     @SAVE_MEMORY
-    def start_save(self) -> None:
-        """Save, or start a save in the background. Complete an earlier save first."""
+    def start_save(self, in_background: bool = True) -> None:
+        """Save, or start a save in the background if `in_background` is on. Complete an earlier save first."""
         self.wait()
         self._monitor.check()
         self.log.sync()
@@ -96,12 +96,11 @@ class Checkpointer:
             "identity": self._run.identity,
             "settings": self._run.settings,
             "compiled": self._model.is_compiled,
-            "num_steps": self._run.num_steps,
-            "decay_step": self._run.decay_step,
-            "ranks": world.size,
+            "phases": self._run.phases,
+            "machine": self._run.machine,
             "is_one_command": self._run.is_one_command,
         }
-        steps = checkpoint.start_save(path, tensors, state, world, self.in_background)
+        steps = checkpoint.start_save(path, tensors, state, world, in_background and self.in_background)
         self._written = next(steps, None)
         self._path, self._steps = path, steps
         if not self._written:

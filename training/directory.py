@@ -30,16 +30,15 @@ def check_directory(path: Path, may_exist: bool, sources: dict[str, Any]) -> boo
         raise UserError(f"--output_dir {path}: holds another run. {fix}.")
     content = {(path / name).resolve() for name in present}
     for name, value in ((name, value) for name, given in sources.items() for value in _texts(given)):
-        for source in map(Path.resolve, local_paths(value)):
+        for source in map(Path.resolve, local_paths(value, has_weight=name == "mix")):
             inside = f"--{name} {value}: lies in --output_dir {path}, which --overwrite deletes"
             require(content.isdisjoint([source, *source.parents]), f"{inside}. Use another --output_dir.")
     return bool(present)
 
 
-def local_paths(value: str) -> list[Path]:
-    """Return the files and directories that a setting names: a path, a glob, or a source of --mix with its weight."""
-    found = glob.glob(value, recursive=True) or glob.glob(value.rpartition(":")[0], recursive=True)
-    return [Path(path) for path in found]
+def local_paths(value: str, has_weight: bool = False) -> list[Path]:
+    """Return the files and directories that a path or a glob names. A source of --mix has a weight after a colon."""
+    return [Path(path) for path in glob.glob(value.rpartition(":")[0] if has_weight else value, recursive=True)]
 
 
 def remove_run(run_dir: Path) -> None:

@@ -26,7 +26,7 @@ generator = pipeline("text-generation", model="{MODEL_NAME}")
 print(generator("Once upon a time")[0]["generated_text"])"""
 REPETITION = "## Repeat it"
 PATHS = ("model", "model_config", "tokenizer", "dataset", "train_files", "eval_files", "mix")  # settings
-MAX_FILES = 20  # with a SHA-256 in the card
+MAX_FILES, MAX_BYTES = 20, 10**9  # larger files, and files after these, get no SHA-256: it would take minutes
 ADAPTER_WITH_TOKENS = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,9 +84,7 @@ def model_card(
     shown = {key: _without_paths(key, value) for key, value in changed.items() if key != "output_dir"}
     table = "\n".join(f"| `{key}` | `{json.dumps(value)}` |" for key, value in shown.items())
     origin = f"fine-tuned from `{_without_paths('model', base)}`" if base else "trained from scratch"
-    text = facts["training_text"]
-    for path in settings["train_files"]:  # of a stream
-        text = text.replace(path, _without_paths("train_files", path))
+    text = re.sub(r"(?<!\S)/\S*/(?=\S)", "", facts["training_text"])  # streamed text names its files
     source = " ".join(_without_paths("mix", [data] if data else settings["train_files"] or settings["mix"]))
     return ModelCard(f"""---
 {_metadata(settings, facts["model_type"]).to_yaml()}
@@ -168,18 +166,19 @@ def _without_paths(key: str, value: Any) -> Any:
         return value
     if isinstance(value, list):
         return [_without_paths(key, item) for item in value]
-    is_local = local_paths(value) or Path(value).is_absolute()
+    is_local = local_paths(value, has_weight=key == "mix") or Path(value).is_absolute()
     return Path(value).name if is_local else value
 
 
 def _digests(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Return name and SHA-256 of the first local files of the text and of the initial model."""
-    values = [item for key in PATHS for item in np.atleast_1d(settings[key] or []).tolist()]
-    paths = [path for value in values for path in local_paths(value)]
+    values = [(key, item) for key in PATHS for item in np.atleast_1d(settings[key] or []).tolist()]
+    paths = [path for key, value in values for path in local_paths(value, has_weight=key == "mix")]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
     files = [file for file in files if file.is_file()]
-    more = [(f"and {len(files) - MAX_FILES:,} more", "")] if len(files) > MAX_FILES else []
-    return [(file.name, sha256(file)) for file in files[:MAX_FILES]] + more
+    hashed = [file for file in files if file.stat().st_size <= MAX_BYTES][:MAX_FILES]
+    more = [(f"and {len(files) - len(hashed):,} more", "")] if len(files) > len(hashed) else []
+    return [(file.name, sha256(file)) for file in hashed] + more
 
 
 def _table(digests: Iterable[tuple[str, str]]) -> str:

@@ -13,6 +13,7 @@ from cli.errors import UserError, require, warn, without_credentials
 from cli.flags import AnyPath, Count, flag
 from cli.hub import check_login, push
 from distributed.world import World
+from modeling.precision import device_name, select_device
 from training import atomic, checkpoint
 from training.directory import RUN_CONTENT, check_directory, remove_run
 from training.log import NoLog, RunLog, evaluations, finished_step, last_step, mark_finished, model_step, print_paths
@@ -25,6 +26,7 @@ SHAPING += ("max_grad_norm", "max_steps", "num_epochs", "precision", "warmup_ste
 SHAPING += ("adam_beta2", "min_learning_rate", "schedule")
 
 ONCE = ("resume", "overwrite", "dry_run", "push_to_hub")  # of a command, not settings of the run
+HARMLESS = ("output_dir", "log_every", "save_every", "keep_checkpoints", "rank_timeout")  # they change no weight
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Run:
         self.settings = {key: without_credentials(value) for key, value in vars(config).items() if key not in ONCE}
         defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
         self.changed = {key: value for key, value in self.settings.items() if value != defaults[key]}
+        self.machine = f"{world}{device_name(select_device())}"
         self.is_one_command = True  # False if it was resumed with other settings
         self._require_same_on_all_ranks(vars(config))
         self._exists = world.on_main(self._find)
@@ -90,14 +93,15 @@ class Run:
             self._finish()
         return True
 
-    def find_checkpoint(self, identity: dict[str, Any], num_steps: int, decay_step: int) -> Saved:
+    def find_checkpoint(self, identity: dict[str, Any], phases: tuple[int, int, int]) -> Saved:
         """Return the newest intact checkpoint with --resume, or an empty one.
 
-        If a run with --schedule wsd is extended, it resumes from before its learning rate fell. Raise UserError if the
+        ``phases`` are the steps at which the warmup ends, the learning rate begins to fall, and the run ends. If a run
+        with --schedule wsd is extended, it resumes from before its learning rate fell. Raise UserError if the
         checkpoint belongs to another run: if its ``identity`` differs.
         """
         self._require_same_on_all_ranks(identity)
-        self.identity, self.num_steps, self.decay_step = identity, num_steps, decay_step
+        self.identity, self.phases = identity, list(phases)
         saved, directory = Saved(), self.directory / "checkpoints"
 
         def lock() -> int | None:
@@ -113,8 +117,10 @@ class Run:
             saved.path = checkpoint.newest(directory, self.world)
         if saved.path:
             saved.content = checkpoint.load(saved.path)
-            if self.config.schedule == "wsd" and num_steps > saved.content.get("num_steps", num_steps):
-                saved.path = checkpoint.newest(directory, self.world, saved.content["decay_step"]) or saved.path
+            _, decay_step, num_steps = saved.content.get("phases", phases)
+            is_wsd = self.config.schedule == saved.content["settings"].get("schedule") == "wsd"
+            if is_wsd and phases[-1] > num_steps:
+                saved.path = checkpoint.newest(directory, self.world, until=decay_step) or saved.path
                 saved.content = checkpoint.load(saved.path)
             known = {"moments", "shards"} <= saved.content.keys()
             fix = "Use --overwrite, or another --output_dir"
@@ -126,6 +132,7 @@ class Run:
                 warn(f"{self.directory}/model: its weights are {held}, and the best up to the checkpoint are {best}. "
                      "The next evaluation replaces them.")  # fmt: skip
                 saved.state.best_step, saved.state.last_eval_step = None, -1
+                saved.state.evaluations_since_best, saved.state.stopped_early = 0, False
         return saved
 
     def is_finished(self, saved: Saved, num_steps: int) -> bool:
@@ -259,13 +266,15 @@ class Run:
                 raise UserError(f"--resume: {name} was {was} and is now {now}, so this is another run. {fix}.")
 
     def _note_changes(self, saved: dict[str, Any]) -> None:
-        self.is_one_command = saved.get("is_one_command", True) and saved.get("ranks") == self.world.size
-        for name in SHAPING:
-            was, now = saved["settings"].get(name, self.settings[name]), self.settings[name]
-            if was != now:
+        self.is_one_command = saved.get("is_one_command", True) and saved.get("machine") == self.machine
+        for name, now in self.settings.items():
+            was = saved["settings"].get(name, now)
+            if was != now and name in SHAPING:
                 print(f"note: --{name} was {was} and is {now} from here on")
-                self.is_one_command = False
-        was, now = saved.get("num_steps", self.num_steps), self.num_steps
-        if was != now and saved["decay_step"] < saved["train_state"]["step"] < now:
-            fix = "Use --schedule wsd from the start if a run may be made longer"
-            warn(f"--max_steps {now}: it was {was}, so the learning rate jumps at this step. {fix}.")
+            self.is_one_command &= was == now or name in HARMLESS
+        (warmup, decay, end), step = self.phases, saved["train_state"]["step"]
+        old_warmup, old_decay, old_end = saved.get("phases", self.phases)
+        at_peak = max(warmup, old_warmup) <= step <= min(decay, old_decay)
+        if (warmup, decay, end) != (old_warmup, old_decay, old_end) and not at_peak and 0 < step < end:
+            fix = "Use --schedule wsd and a whole number of --warmup_steps from the start if a run may be made longer"
+            warn(f"--max_steps {end}: it was {old_end}, so the learning rate jumps at this step. {fix}.")

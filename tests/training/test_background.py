@@ -99,7 +99,7 @@ def training(tmp_path):
     optimizer, scaler = make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
     monitor = StepMonitor(state, NoLog(), world, 0, 1e-3)
     run = SimpleNamespace(world=world, directory=tmp_path, identity={}, settings={}, is_one_command=True)
-    run.config, run.num_steps, run.decay_step = SimpleNamespace(keep_checkpoints=1, schedule="linear"), 9, 0
+    run.config, run.phases, run.machine = SimpleNamespace(keep_checkpoints=1, schedule="linear"), [0, 0, 9], "CPU"
     data = SimpleNamespace(state=lambda *_: {})
     checkpointer = Checkpointer(run, state, model, optimizer, scaler, data, NoLog(), monitor)
     assert not checkpointer.in_background  # on a CPU

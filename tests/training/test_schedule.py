@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ def test_with_another_schedule_a_longer_run_warns_that_the_rate_jumps(run):
     )
 
 
+def test_a_run_that_cannot_go_back_goes_on_and_warns(run, tmp_path):
+    assert run("run", schedule="linear", max_steps=6).returncode == 0
+    changed = run("run", "--resume", schedule="wsd", max_steps=10)  # there was no stable part to go back to
+    assert "resuming from run/checkpoints/step-000006" in changed.stdout and "jumps at this step" in changed.stderr
+    assert run("wsd", schedule="wsd", max_steps=10).returncode == 0
+    for file in (tmp_path / "wsd/checkpoints/step-000008/weights").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    longer = run("wsd", "--resume", schedule="wsd", max_steps=20)
+    assert longer.returncode == 0 and "resuming from wsd/checkpoints/step-000010" in longer.stdout, longer.stderr
+    assert "step-000008: " in longer.stderr and "jumps at this step" in longer.stderr
+    assert run("part", schedule="wsd", warmup_steps=0.2, max_steps=10).returncode == 0
+    assert "jumps at this step" in run("part", "--resume", schedule="wsd", warmup_steps=0.5, max_steps=20).stderr
+
+
 def test_patience_ends_a_run_until_it_is_raised(run, tmp_path):
     worse = {"learning_rate": 0.5, "warmup_steps": 0, "eval_every": 2, "max_steps": 60}  # the loss only grows
     first = run("run", patience=2, **worse)
@@ -67,6 +82,11 @@ def test_patience_ends_a_run_until_it_is_raised(run, tmp_path):
     assert f"; stopped early at step {step}" in first.stdout
     state = json.loads((tmp_path / f"run/checkpoints/step-{step:06}/state.json").read_text())["train_state"]
     assert state["stopped_early"] and state["evaluations_since_best"] == 2 and state["best_step"] == step - 4
+    shutil.rmtree(tmp_path / "run/model")  # a new evaluation makes it again, and counts anew
+    again = run("run", "--resume", patience=2, **worse | {"max_steps": step})
+    assert again.returncode == 0 and f"step {step}: evaluation loss" in again.stdout, again.stderr
+    again = run("run", "--overwrite", patience=2, **worse)
+    assert again.returncode == 0 and f"; stopped early at step {step}" in again.stdout
     again = run("run", "--resume", patience=2, **worse)
     assert again.returncode == 0 and "this run is finished" in again.stdout and "larger --patience" in again.stdout
     made = run_script("generate.py", "--prompt", "the", "--max_new_tokens", 2, "--model", "run/model", cwd=tmp_path)
