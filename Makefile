@@ -29,7 +29,7 @@ help:
 	@echo 'make test-all                          the slow tests as well: adapters on every architecture'
 	@echo 'make torture                           kills, lost ranks, damage, full disks, signals: the long tests, as a table'
 	@echo 'make bench                             speed and memory beside the peers, 3 minutes; ARGS=--full takes 30'
-	@echo 'make bench-gpu                         the same on one GPU, 10 minutes'
+	@echo 'make bench-gpu                         the same on one GPU'
 
 install: .venv/installed
 
