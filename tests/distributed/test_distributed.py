@@ -304,7 +304,7 @@ def copy_tree(directory, **changes):
     return directory / "train.py"
 
 
-ADAMW = 'torch.optim.AdamW([group for group in groups if group["params"]], fused=True)'
+ADAMW = 'torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, beta2), fused=True)'
 
 
 @pytest.mark.slow
