@@ -214,7 +214,7 @@ def build_model(
             if world.is_main:
                 check(model.to(torch.device("cpu") if world.shards else device))
 
-    # Train all weights, all weights but the frozen ones, or adapters.
+    # Train all weights, the weights that are not frozen, or adapters.
     freeze(model, config.freeze)
     if config.lora_rank:
         add_lora(model, config, tokenizer.convert_tokens_to_ids(config.add_tokens))

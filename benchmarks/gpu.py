@@ -1,4 +1,6 @@
-"""Measure on one GPU. This is planned for 10 minutes, and no GPU has run it yet. The table goes to benchmarks/results/<device>.md.
+"""Measure on one GPU. This is planned for 10 minutes, and no GPU has run it yet.
+
+The table goes to benchmarks/results/<device>.md.
 
     make bench-gpu
     python -m benchmarks.gpu --only gpt2 head         these parts; prints them and writes nothing

@@ -36,7 +36,8 @@ class LoraConfig:
             "lora_targets": self.lora_targets,
         }
         given = ", ".join(f"--{name}" for name, value in lora_only.items() if value)
-        changed = [f"--{name}" for name in ("model_config", "model_overrides") if getattr(self, name)]  # of ModelConfig
+        names = ("model_config", "model_overrides")  # of ModelConfig
+        changed = [f"--{name}" for name in names if getattr(self, name, None)]
         adapter = f"--lora_rank {self.lora_rank}: an adapter belongs to --model as it is. Remove {', '.join(changed)}."
         both = f"--freeze {' '.join(self.freeze)}: --lora_rank already freezes all weights. Remove --freeze."
         return [

@@ -249,7 +249,7 @@ def test_a_rank_that_stops_inside_a_save_is_noticed(cwd, undisturbed, strategy, 
 )
 def test_what_has_no_moments_is_resumed_to_the_bit(cwd, tmp_path, strategy, optimizer):
     """One weight has no gradients, and one save is before the first step. SGD's state holds no tensor."""
-    here = "    # Train all weights, all but"
+    here = "    freeze(model, config.freeze)\n"
     idle = f"    model.transformer.idle = torch.nn.Linear(2, 2, device=model.device)\n{here}"
     options = {"cwd": cwd, "script": copy_tree(tmp_path, train=(ADAMW, optimizer), model=(here, idle))}
     arguments = ("--max_steps", 4, "--save_every", 2, "--learning_rate", 1e-2, "--output_dir")

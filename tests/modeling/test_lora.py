@@ -89,8 +89,8 @@ def test_an_adapter_of_one_of_two_tied_matrices_is_refused():
 
 
 def test_rules():
-    assert [holds for holds, _ in LoraConfig(lora_rank=8, lora_alpha=8).rules()] == [True, True]
-    (holds, words), _ = LoraConfig(lora_alpha=8, lora_targets=["a"]).rules()
+    assert [holds for holds, _ in LoraConfig(lora_rank=8, lora_alpha=8).rules()] == [True, True, True]
+    (holds, words), *_ = LoraConfig(lora_alpha=8, lora_targets=["a"]).rules()
     assert not holds and words == "--lora_alpha, --lora_targets: no effect without --lora_rank. Pass --lora_rank 8."
     assert not LoraConfig(lora_rank=8, freeze=["*"]).rules()[1][0]
 
