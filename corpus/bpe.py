@@ -15,7 +15,7 @@ END_OF_TEXT = "<|endoftext|>"  # ends documents; GPT-2's name for it
 
 
 def train_tokenizer(size: int, documents: TrainingDocuments) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of ``size`` tokens. It covers any text, so there is no unknown token.
+    """Train a byte-level BPE of ``size`` tokens. Its bytes cover any text, so it needs no unknown token.
 
     It is cached by the fingerprint of the text.
     """

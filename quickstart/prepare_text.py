@@ -1,4 +1,4 @@
-"""Make about 1.9 MB of English text about Python from the documentation inside Python itself.
+"""Write about 1.9 MB of English text: the documentation that Python itself contains.
 
     python quickstart/prepare_text.py text.jsonl
 

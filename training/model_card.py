@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 def stored_card(name: str) -> ModelCard | None:
     """Return the model card of a Hub id (with an optional @revision) or a directory, or None.
 
-    The card of an adapter is changed to that of the whole model, and the section about its weights is left out.
+    Change the card of an adapter into a card of the whole model. Leave out the section about its weights.
     """
     repo_id, revision = split_revision(name)
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}

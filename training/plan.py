@@ -59,7 +59,7 @@ def count_steps(config: Any, train_data: Any) -> tuple[int, int, int]:
 def identity(
     config: Any, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, train_data: Any, eval_data: Any
 ) -> dict[str, Any]:
-    """Return the values that must not change when a run resumes. With another value it would be another run."""
+    """Return the values that identify a run: model, tokenizer, text and the settings of SAME_RUN."""
     base = Path(config.model or config.model_config)
     return {
         "model": base.name if base.exists() else str(base),  # a directory may have moved
