@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from cli.errors import UserError, require, run_script
 from cli.flags import AnyPath, Count, Range, Seed, flag, parse
 from cli.printer import Printer, cut, decode
-from corpus.chat import end_of_turn
+from corpus.chat import end_of_turn, render_prompt
 from corpus.tokenize import begin_of_text_ids, end_ids
-from modeling.architectures import num_rows, position_limit
+from modeling.architectures import position_limit
 from modeling.checks import check_model
 from modeling.compile import uncompiled
+from modeling.generation import generate_ids, ignores_padding
 from modeling.loading import load_pretrained, load_tokenizer_by_name
 from modeling.loss import evaluating
 from modeling.packing import plain_attention
@@ -105,54 +106,30 @@ def generate(
 
     texts, options = [], {"streamer": streamer, "stopping_criteria": [is_stopped] if stops else []}
     with evaluating(model), plain_attention(model):
-        is_one = len({*map(len, encoded)}) == 1 or _ignores_padding(model)
+        is_one = len({*map(len, encoded)}) == 1 or ignores_padding(model)
         for batch in [encoded] if is_one else (list(same_length) for _, same_length in groupby(encoded, len)):
             width = max(map(len, batch))
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch])  # (batch, width)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-            generated = _generate(model, ids, mask, settings, **options)  # (batch, length)
+            generated = generate_ids(model, ids, mask, settings, **options)  # (batch, length)
             for prompt, row in zip(batch, generated.tolist(), strict=True):
                 before, whole = (decode(tokenizer, tokens) for tokens in (prompt, prompt + row[width:]))
                 texts.append(cut(whole[len(before) :], stops))
     return texts
 
 
-def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict, **options: Any) -> Any:
-    """Call model.generate with ``settings`` alone; ids and mask are (batch, width).
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], flag_name: str = "--prompt") -> list[int]:
+    """Return the ids of a text or of messages, with the special tokens that belong before it, but none after it.
 
-    By default it adds settings of the model's files, such as penalties. A router loss would fail with a mask.
+    Raise UserError, which begins with ``flag_name``, if this is not possible.
     """
-    own, options = model.generation_config, options | {"attention_mask": mask.to(model.device)}
-    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
-        options["output_router_logits"] = False
-    model.generation_config = GenerationConfig(**settings)
-    try:
-        return model.generate(ids.to(model.device), generation_config=model.generation_config, **options)
-    finally:
-        model.generation_config = own
-
-
-def _ignores_padding(model: PreTrainedModel) -> bool:
-    """Return whether masked tokens on the left leave the logits of four steps unchanged. A model is probed once."""
-    if "ignores_padding" not in vars(model):
-        rows, tolerance = num_rows(model), max(1e-3, 4 * torch.finfo(model.dtype).eps)
-        ids = torch.randint(rows, (1, 4), generator=torch.Generator().manual_seed(0))
-        settings = {"max_new_tokens": 4, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
-        model.ignores_padding = True
-        for prompt in (ids, ids[:, :1]):  # some models differ only if the prompt is one token
-            inputs = prompt, torch.ones_like(prompt)
-            padded = (torch.nn.functional.pad(tensor, (3, 0)) for tensor in inputs)
-            alone, with_padding = (torch.stack(_generate(model, *each, settings).logits) for each in (inputs, padded))
-            model.ignores_padding &= bool((alone - with_padding).abs().max() <= tolerance * alone.abs().max())
-    return model.ignores_padding
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the ids of a prompt, with the special tokens that the tokenizer puts before it, but none after it."""
+    if not isinstance(prompt, str):
+        prompt = render_prompt(prompt, tokenizer, flag_name)
     ids, begin = tokenizer(prompt, add_special_tokens=False)["input_ids"], begin_of_text_ids(tokenizer)
     ids = ids if ids[: len(begin)] == begin else begin + ids  # a chat template may have written them
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    require(bool(ids) or start is not None, "--prompt: empty, and the tokenizer has no end-of-text token. Use a text.")
+    empty = f"{flag_name}: empty, and the tokenizer has no end-of-text token. Use a text."
+    require(bool(ids) or start is not None, empty)
     return ids or [start]  # an empty prompt is the start of a document
 
 
@@ -197,9 +174,9 @@ def respond(
         for prompt, text in [] if stream else zip(prompts, texts, strict=True):
             print(prompt + text + "\n", flush=True)
         return messages
-    messages, limit = [*messages, {"role": "user", "content": prompts[0]}], position_limit(model) or math.inf
+    messages, limit = [*messages, *_question(prompts[0])], position_limit(model) or math.inf
     while True:
-        ids = _encode(tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        ids = _encode(tokenizer, messages)
         if len(messages) == 1 or len(ids) + config.max_new_tokens <= limit:
             break
         print(f"(forgotten: {messages[0]['content'][:40]}...; the model holds {limit} positions)", file=sys.stderr)
@@ -209,20 +186,38 @@ def respond(
     return [*messages, {"role": "assistant", "content": text}]
 
 
+def sampling_in_training(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int, chat: bool
+) -> GenerateConfig:
+    """Return the settings of samples from a model in training. Raise UserError if a prompt is too long for it."""
+    limit = position_limit(model)
+    config = GenerateConfig(max_new_tokens=min(60, limit // 2) if limit else 60, seed=seed, chat=chat)
+    for prompt in prompts:
+        ids = _encode(tokenizer, _question(prompt) if chat else prompt, "--sample_prompt")
+        long = f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions"
+        require(not limit or len(ids) + config.max_new_tokens <= limit, f"{long}. Use a shorter one.")
+    return config
+
+
 def draw_sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: SamplingConfig,
-    seed: int,
+    config: GenerateConfig,
     precision: str,
     handle_signals: Callable[[], None],
     prompt: str,
 ) -> str:
-    """Return a continuation of ``prompt``, drawn with ``seed`` by a model in training. Handle signals first."""
+    """Handle signals. Then return ``prompt`` with its continuation, or in a chat with its answer."""
     handle_signals()
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
+    ids = _encode(tokenizer, _question(prompt) if config.chat else prompt)
+    separator, stops = ("\n", end_of_turn(tokenizer)[1]) if config.chat else ("", ())
     with autocast(model.device, precision), uncompiled(model.is_compiled):
-        return generate(model, tokenizer, [prompt], config)[0]
+        return prompt + separator + generate(model, tokenizer, [ids], config, stops=stops)[0]
+
+
+def _question(prompt: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}]
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ from corpus.flags import DataConfig
 from data import Batch, load_data, load_documents, make_loader
 from distributed.parallel import total_norm
 from distributed.world import DistributedConfig, World, silence_other_ranks
-from generate import SamplingConfig, draw_sample
+from generate import draw_sample, sampling_in_training
 from model import ModelConfig, build_model, load_config, load_tokenizer
-from modeling.architectures import Checkpointing, position_limit
+from modeling.architectures import Checkpointing
 from modeling.compile import needs_same_shape
 from modeling.linear_cross_entropy import IGNORED_LABEL
 from modeling.precision import Precision, autocast, prepare_device, resolve_precision, select_device, sum_dtype
@@ -64,7 +64,7 @@ class TrainingConfig:
     patience: Count | None = flag(None, "stop after so many evaluations without a better loss (default: never)")
     save_every: Count = flag(500, "steps between checkpoints; the last step has one, too")
     log_every: Count = flag(10, "steps between records of the training loss")
-    sample_prompt: list[str] = flag([], "prompts to continue at each evaluation, to watch the model learn")
+    sample_prompt: list[str] = flag([], "prompts to continue, or in chats to answer, at each evaluation")
     max_skipped_steps: Annotated[int, Range(least=0)] = flag(0, "steps in a row that may be non-finite and are skipped")
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -231,9 +231,9 @@ def train(config: Config, world: World, signals: Signals) -> None:
     # Gradients are of a sum over a step's tokens. The usual scale is for a mean, so fp16 would overflow at first.
     scale = 2.0 ** (16 - round(math.log2(config.batch_size * config.block_size)))
     scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16")
-    sampling = SamplingConfig(max_new_tokens=min(60, (position_limit(model) or math.inf) // 2))
     plan = Plan(config, world, device, precision, model, tokenizer, train_data, eval_blocks, num_steps, warmup_steps)
-    plan.check_prompts(sampling.max_new_tokens)
+    is_chat = train_documents.has_messages
+    sampling = sampling_in_training(model, tokenizer, config.sample_prompt, config.seed, is_chat)
     print(plan, flush=True)
     if config.dry_run:
         return dry_run(model, optimizer, scaler, train_data, config, precision, world)
@@ -249,7 +249,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     batches = train_data.batches(micro_batch_size, config.batch_size, state.position, *ranks, same_shape)
     eval_loader = make_loader(eval_blocks, micro_batch_size, *ranks, same_shape)
     handle_signals = partial(signals.handle, checkpointer)
-    sample = partial(draw_sample, model, tokenizer, sampling, config.seed, precision, handle_signals)
+    sample = partial(draw_sample, model, tokenizer, sampling, precision, handle_signals)
     signals.defer()
     model.train()
     while True:

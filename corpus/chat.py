@@ -12,7 +12,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from cli.errors import root_cause, warn
+from cli.errors import UserError, root_cause, warn
 
 Piece = tuple[str, bool]  # (text, has_loss)
 Messages = list[dict[str, Any]]
@@ -61,9 +61,7 @@ def render(
     except ValueError as error:
         raise RenderError("the column tools is no JSON list of tools. Rename or remove it.") from error
     try:
-        template = tokenizer.get_chat_template(tools=tools)
-        template = DATE_CALL.sub(lambda call: repr(DAY.strftime(call[1][1:-1])), template)  # faster than the macro
-        template = DATE_MACRO + template if "strftime_now" in template else template
+        template = _dated(tokenizer.get_chat_template(tools=tools))
         (text,) = apply([messages])
     except TEMPLATE_ERRORS as error:
         reason = root_cause(error).rstrip(".")
@@ -84,6 +82,26 @@ def render(
     stop = len(_without(text, end))  # without end-of-text, because tokenize() appends it
     bounds = [0, *(min(bound, stop) for span in spans for bound in span), stop]
     return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
+
+
+def render_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase, flag_name: str) -> str:
+    """Return the text of a conversation up to the answer that comes next, with the date of `render`.
+
+    Raise UserError, which begins with ``flag_name``, if the chat template cannot render it.
+    """
+    try:
+        template = _dated(tokenizer.get_chat_template())
+        options = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
+        return tokenizer.apply_chat_template(messages, **options)
+    except TEMPLATE_ERRORS as error:
+        reason = root_cause(error).rstrip(".")
+        fix = "Use a tokenizer whose template takes a question of the user alone"
+        raise UserError(f"{flag_name}: does not fit the chat template ({reason}). {fix}.") from error
+
+
+def _dated(template: str) -> str:
+    template = DATE_CALL.sub(lambda call: repr(DAY.strftime(call[1][1:-1])), template)  # faster than the macro
+    return DATE_MACRO + template if "strftime_now" in template else template
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str]]:

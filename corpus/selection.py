@@ -27,6 +27,10 @@ class TrainingDocuments:
     seed: int
 
     @property
+    def has_messages(self) -> bool:
+        return all(source.has_messages for source in self.sources)
+
+    @property
     def fingerprint(self) -> str:
         return f"{[source.fingerprint for source in self.sources]} {self.held_out_fraction} {self.seed}"
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 # These must be set before any Hugging Face library is imported: a cache of our own, and no network.
@@ -24,8 +25,9 @@ import processes  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
+from chat_families import CHATML, IM, make_tokenizer  # noqa: E402
 from torch.distributed.checkpoint import HuggingFaceStorageReader  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from corpus.flags import TextConfig  # noqa: E402
 from corpus.records import Documents  # noqa: E402
@@ -151,6 +153,20 @@ def chain_gpt2(vocab_size: int, successors: dict[int, int], otherwise: int) -> G
     for token in range(vocab_size):
         model.lm_head.weight[successors.get(token, otherwise), token] = 1
     return model
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory) -> Path:
+    """Save conversations, and a model that says "Hi", the end of a turn, and then "xxx" without end."""
+    path, tokenizer = tmp_path_factory.mktemp("speaker"), make_tokenizer(CHATML, *IM)
+    said = [tokenizer.convert_tokens_to_ids(token) for token in ("Ċ", "H", "i", "<|im_end|>")]
+    model = chain_gpt2(len(tokenizer), dict(pairwise(said)), otherwise=tokenizer.convert_tokens_to_ids("x"))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    lines = (json.dumps({"messages": talk(f"question {i}", "Hi")}) + "\n" for i in range(9))
+    (path / "chats.jsonl").write_text("".join(lines))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import pty
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -20,7 +21,7 @@ from cli.errors import UserError
 from cli.printer import Printer
 from corpus.chat import CHAT_TEMPLATE
 from corpus.tokenize import end_ids
-from generate import GenerateConfig, SamplingConfig, generate, read_prompts, respond
+from generate import GenerateConfig, SamplingConfig, draw_sample, generate, read_prompts, respond, sampling_in_training
 from modeling.architectures import generate_as_trained, make_causal
 from modeling.loading import load_pretrained
 
@@ -217,6 +218,9 @@ def test_a_turn_that_ends_in_plain_text_ends_there(template, stop, capsys):
     messages = respond(model, speaker, ["a"], config, [], stream=True)
     assert messages[-1] == {"role": "assistant", "content": "Hi"}
     assert capsys.readouterr().out == "Hi\n"
+    model.is_compiled = False
+    in_training = replace(sampling_in_training(model, speaker, ["a"], seed=3, chat=True), greedy=True)
+    assert draw_sample(model, speaker, in_training, "fp32", lambda: None, "a") == "a\nHi"
 
 
 def test_prompts_are_split_at_line_ends_alone(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import pytest
 from conftest import ROOT, make_text, tiny_gpt2, write_jsonl
 from hub_server import HubServer
 
+import train
+from cli.flags import parse
 from cli.replaced import REMOVED
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("data",))
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.splitlines() if line]
 # The flags that make a command short. All other flags stay as written.
 SHORTER = {
     "make train": ' ARGS="--max_steps 2"',
@@ -34,6 +37,19 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 def test_flags_md_is_what_the_script_prints(capsys):
     runpy.run_path(str(ROOT / "docs/flags.py"), run_name="__main__")
     assert capsys.readouterr().out == (ROOT / "docs/flags.md").read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_the_commands_for_many_gpus_are_read_without_fault():
+    """They need a cluster, so their flags are parsed and their shell is checked."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/scale.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands = "".join(blocks).replace("\\\n", " ")
+    subprocess.run(["bash", "-n"], input=commands, text=True, check=True)
+    lines = [line.partition("train.py ")[2] for line in commands.splitlines() if "train.py " in line]
+    assert len(lines) == 5
+    for line in lines:
+        parse(
+            train.Config, "", [str(ROOT / word) if word.startswith("configs/") else word for word in shlex.split(line)]
+        )
 
 
 @pytest.mark.parametrize("path", ["README.md", "Makefile", "docs/*.md", "configs/*.yaml"])
@@ -93,8 +109,8 @@ def project(tmp_path_factory, tokenizer):
     chat = [{"role": role, "content": make_text(9)} for role in ("user", "assistant")]
     (root / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
     (root / "notes").mkdir()
-    for i in range(3):
-        (root / f"notes/{i}.txt").write_text(make_text(500, i), encoding="utf-8")
+    for i, suffix in enumerate(("txt", "md", "md")):
+        (root / f"notes/{i}.{suffix}").write_text(make_text(500, i), encoding="utf-8")
     data = tmp_path_factory.mktemp("data")
     write_jsonl(data / "train.jsonl", 40)
     with HubServer(tmp_path_factory.mktemp("hub")) as hub:
@@ -131,6 +147,7 @@ def test_commands_run_as_written(project):
         done = subprocess.run(command, shell=True, **options, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "pip install" not in done.stdout and "prepare_" not in done.stdout
+        assert "notes.yaml" not in command or "warning" not in done.stderr
         run.append(command)
     assert len(run) == len(COMMANDS) - 2 >= 9
     made = {"quickstart", "notes", "eli5", "scratch", "lora", "titles", "mix", "answers", "chat", "stream", "two"}

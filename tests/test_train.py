@@ -131,6 +131,11 @@ def test_learning_rate_is_the_schedule_of_transformers(schedule, warmup):
         assert learning_rate_at(decay_step, config, warmup_steps, decay_step, num_steps) == pytest.approx(PEAK)
 
 
+@pytest.mark.parametrize(("num_steps", "share", "wanted"), [(1, 0.1, 0), (2, 0.99, 1), (10, 0.1, 1), (15, 0.1, 2)])
+def test_a_fraction_of_warmup_is_shorter_than_any_run(num_steps, share, wanted):
+    assert count_steps(TrainingConfig(max_steps=num_steps, warmup_steps=share), None)[:2] == (num_steps, wanted)
+
+
 def updated(micro_batches, vocab_size, steps=3):
     model = tiny_gpt2(vocab_size)
     optimizer = make_optimizer(model, DECAY)

@@ -122,10 +122,11 @@ class RunLog:
         self._write(step, "nonfinite", values)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
+        """Log a sample. ``text`` begins with its prompt."""
         with self._saving():
             for tracker in self._trackers:
-                tracker.text(step, f"sample: {prompt}", prompt + text)
-        self.say(f"sample: {prompt}{text}")
+                tracker.text(step, f"sample: {prompt}", text)
+        self.say(f"sample: {text}")
 
     def summary(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         given = {key: value for key, value in settings.items() if value not in (None, [], False)}
@@ -253,4 +254,5 @@ def print_paths(directory: Path) -> None:
     print(f"model     {model} ({num_bytes / 1e6:,.1f} MB{'' if shapes else ', an adapter'})")
     print(f"export    {python} export.py --model {quoted} --out DIR {in_bf16 if shapes else '    (a plain model)'}")
     print(f"curves    {python} -m tensorboard.main --logdir {logs}     (or: make tensorboard)")
-    print(f'next      {python} generate.py --model {quoted} --prompt "..."')
+    chat = "     (with --chat: a conversation)" if (model / "chat_template.jinja").exists() else ""
+    print(f'next      {python} generate.py --model {quoted} --prompt "..."{chat}')

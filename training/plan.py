@@ -13,7 +13,6 @@ from cli.errors import require, warn
 from corpus.preview import preview
 from corpus.tokenize import tokenizer_fingerprint
 from distributed.world import World
-from modeling.architectures import position_limit
 from modeling.packing import describe_isolation
 from modeling.precision import device_name
 from training.flops import flops_per_token, peak_flops
@@ -44,10 +43,11 @@ def share_batch(config: Any, world: World) -> None:
 def count_steps(config: Any, train_data: Any) -> tuple[int, int, int]:
     """Return the number of steps, of warmup steps, and of steps before the learning rate begins to fall.
 
-    Raise UserError if the warmup is not shorter than the run.
+    Raise UserError if the warmup is not shorter than the run. A fraction always is.
     """
     num_steps = config.max_steps or math.ceil(train_data.steps_per_epoch(config.batch_size) * config.num_epochs)
-    warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(num_steps * config.warmup_steps)
+    share = min(math.ceil(num_steps * config.warmup_steps), num_steps - 1)
+    warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else share
     given = f"--warmup_steps {config.warmup_steps:.15g}"
     long = f"the warmup has {warmup_steps:.0f} steps, and the run {num_steps}"
     require(warmup_steps < num_steps, f"{given}: {long}. Set a smaller value.")
@@ -102,14 +102,6 @@ class Plan:
             "ranks": world.size,
             "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         }
-
-    def check_prompts(self, max_new_tokens: int) -> None:
-        """Raise UserError if a --sample_prompt and ``max_new_tokens`` exceed the model's positions."""
-        limit = position_limit(self._model) or math.inf
-        for prompt in self._config.sample_prompt:
-            fits = len(self._tokenizer(prompt)["input_ids"]) + max_new_tokens <= limit
-            long = f"--sample_prompt {prompt[:40]}...: too long for a model of {limit} positions"
-            require(fits, f"{long}. Use a shorter one.")
 
     def throughput(self, state: TrainState) -> Throughput:
         """Return the meter of tokens per second and, on a known GPU, of model FLOPs utilization."""

@@ -128,6 +128,8 @@ def test_conversations_and_plain_text_mix(chat_tokenizer, tmp_path):
     (tmp_path / "b.txt").write_text("a text of loss " * 20)
     config = DataConfig(mix=[f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.txt:1"])
     train, _ = load_documents(config, 0)
+    assert not train.has_messages
+    assert load_documents(DataConfig(train_files=[f"{tmp_path}/a.jsonl"]), 0)[0].has_messages
     streams = [tokenize(source, chat_tokenizer) for source in train.sources]
     with_loss = loss_text(concatenate(streams), chat_tokenizer).removesuffix(END).split(END)
     assert with_loss == ["model"] * 4 + ["a text of loss " * 20]

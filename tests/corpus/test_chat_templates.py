@@ -8,7 +8,7 @@ from chat_families import CHATML, FAMILIES, IM, MISTRAL, make_tokenizer
 
 from cli.errors import UserError
 from corpus import chat
-from corpus.chat import RenderError, render
+from corpus.chat import RenderError, render, render_prompt
 from corpus.messages import is_messages, read_messages
 
 THINKING = (  # only the thought of the last answer is kept
@@ -158,6 +158,13 @@ def test_time_is_linear(family, monkeypatch):
 def test_dates_are_fixed():
     template = "{% set form = '%A, %-d.%m.%Y' %}\n {{ strftime_now(form) ~ strftime_now(\"%H:%M it's\") }}"
     assert render(talk("a"), make_tokenizer(template), loss_on="all") == [(" Friday, 26.07.202400:00 it's", True)]
+    assert render_prompt(talk("a"), make_tokenizer(template), "--prompt") == " Friday, 26.07.202400:00 it's"
+
+
+def test_a_template_that_refuses_a_question_alone_is_one_line():
+    template = "{{ raise_exception('system message first.') if messages[0].role != 'system' }}"
+    with pytest.raises(UserError, match=r"^--sample_prompt: does not fit .*system message first\). Use a tokenizer"):
+        render_prompt(talk("a"), make_tokenizer(template), "--sample_prompt")
 
 
 def test_a_template_that_omits_tool_calls_is_refused():

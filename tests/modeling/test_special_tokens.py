@@ -1,13 +1,9 @@
 """A saved model stops in plain transformers, and in every program that reads generation_config.json."""
 
-import json
-from itertools import pairwise
-
 import pytest
 import torch
 from architectures import GUIDE
-from chat_families import CHATML, IM, make_tokenizer
-from conftest import chain_gpt2, run_script, talk
+from conftest import chain_gpt2, run_script
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
 
@@ -18,25 +14,13 @@ from modeling.trained import LoraConfig, add_lora
 QUICK = ("--max_steps", 1, "--learning_rate", 1e-9, "--batch_size", 2, "--block_size", 32, "--precision", "fp32")
 
 
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory):
-    """Save conversations, and a model that says "Hi", the end of a turn, and then "xxx" without end."""
-    path, tokenizer = tmp_path_factory.mktemp("speaker"), make_tokenizer(CHATML, *IM)
-    said = [tokenizer.convert_tokens_to_ids(token) for token in ("Ċ", "H", "i", "<|im_end|>")]
-    model = chain_gpt2(len(tokenizer), dict(pairwise(said)), otherwise=tokenizer.convert_tokens_to_ids("x"))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(path / "model")
-    tokenizer.save_pretrained(path / "model")
-    lines = (json.dumps({"messages": talk(f"question {i}", "Hi")}) + "\n" for i in range(9))
-    (path / "chats.jsonl").write_text("".join(lines))
-    return path
-
-
 @pytest.mark.parametrize("options", [(), ("--lora_rank", 2)])
 def test_a_saved_chat_model_stops_at_the_end_of_a_turn(options, speaker, tmp_path):
     flags = ("--model", speaker / "model", "--train_files", speaker / "chats.jsonl", "--text_column", "messages")
-    done = run_script("train.py", *flags, *QUICK, *options, "--eval_fraction", 0.3, "--output_dir", "run", cwd=tmp_path)
+    flags += (*QUICK, *options, "--eval_fraction", 0.3, "--output_dir", "run", "--sample_prompt", "a")
+    done = run_script("train.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sample: a\nHi\n") == 2 and "with --chat: a conversation" in done.stdout
     saved, tokenizer = str(tmp_path / "run/model"), AutoTokenizer.from_pretrained(tmp_path / "run/model")
     ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
     assert GenerationConfig.from_pretrained(saved).eos_token_id == ends
