@@ -64,6 +64,8 @@ TRAINER = {
     "hub_token": "Set HF_TOKEN, or run hf auth login",
     "hub_private_repo": "Remove it: --push_to_hub creates a private repository",
     "hub_strategy": "Remove it: a run is uploaded at its end",
+    "activation_checkpointing": "Use --gradient_checkpointing full or selective",
+    "activation_checkpointing_kwargs": "Use --gradient_checkpointing full or selective",
     "gradient_checkpointing_kwargs": "Use --gradient_checkpointing full or selective",
     "neftune_noise_alpha": "Remove it: there is no such noise here",
     "label_smoothing_factor": "Remove it: the loss is the cross-entropy, so that its exponential is a perplexity",
