@@ -1,8 +1,8 @@
 """Export a model: merge its adapter into its weights, and choose their dtype.
 
-python export.py --model runs/lora/model --out merged                # an adapter becomes a plain model
-python export.py --model runs/x/model --out small --dtype bf16       # half the bytes
-"""
+    python export.py --model runs/lora/model --out merged --dtype bf16
+
+bf16 takes half the bytes of float32."""
 
 from dataclasses import dataclass
 from pathlib import Path

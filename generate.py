@@ -1,10 +1,10 @@
 """Prompt -> text.
 
-    python generate.py --prompt "The with statement is used"            # the newest finished run under runs/
-    python generate.py --model distilgpt2 --prompt "One" "Two" --greedy --max_new_tokens 40
-    python generate.py --prompts_file prompts.txt --num_samples 3       # one prompt a line; also from stdin
-    python generate.py                                                  # interactive, in a terminal
-    python generate.py --chat                                           # talk with a model of conversations
+    python generate.py --prompt "The with statement"  # the newest finished run
+    python generate.py --model distilgpt2 --prompt "One" "Two" --greedy
+    python generate.py --prompts_file prompts.txt     # one a line; also stdin
+    python generate.py                                # interactive
+    python generate.py --chat                         # talk with a chat model
 
 The texts go to stdout, everything else to stderr. A single text is streamed; several are generated in batches.
 """

@@ -1,7 +1,7 @@
 """Perplexity of any causal language model on any text.
 
     python perplexity.py --model runs/quickstart/model --files notes.txt
-    python perplexity.py --model distilgpt2 --files test.txt --block_size 1024 --stride 512
+    python perplexity.py --model distilgpt2 --files test.txt --stride 64
 
 It prints, one a line: `tokens` (the predicted ones), `loss` (their mean negative log-likelihood in nats), `perplexity`
 (its exponential) and `bits_per_byte`. The last is the summed loss in bits, divided by the UTF-8 bytes of these tokens;

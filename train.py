@@ -1,10 +1,10 @@
 """Fine-tune a causal language model, or train one from scratch. The loop is written out: read `train` top to bottom.
 
     python train.py --config configs/quickstart.yaml
-    python train.py --model distilgpt2 --train_files 'notes/*.txt' --max_steps 500
-    python train.py --model_config configs/gpt2-small.json --tokenizer train:8192 --train_files corpus.jsonl
-    python train.py --config configs/quickstart.yaml --resume               # go on; --dry_run: the plan and one step
-    torchrun --nproc_per_node=8 train.py --config configs/eli5.yaml         # on many devices: docs/scale.md
+    python train.py --config configs/quickstart.yaml --dry_run     # look first
+    python train.py --config configs/quickstart.yaml --resume      # go on
+    python train.py --model distilgpt2 --train_files notes --max_steps 500
+    torchrun --nproc_per_node=8 train.py --config configs/eli5.yaml
 
 Afterwards: python generate.py --prompt "..." and tensorboard --logdir runs
 """

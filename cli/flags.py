@@ -14,8 +14,9 @@ import os
 import re
 import shlex
 import sys
-from argparse import HelpFormatter, RawDescriptionHelpFormatter
+from argparse import HelpFormatter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -133,8 +134,12 @@ def _metavar(hint: Any) -> str | None:
     return next((word for kind, word in METAVARS.items() if kind in parts), None)
 
 
-class _Formatter(RawDescriptionHelpFormatter):
-    """Keep the description's line breaks, and show each default once, if there is one."""
+class _Formatter(HelpFormatter):
+    """Wrap the paragraphs of the description but for code. Show each default once, if there is one."""
+
+    def _fill_text(self, text, width, indent):
+        fill = partial(HelpFormatter._fill_text, self, width=width, indent=indent)
+        return "\n\n".join(part if part.startswith(" ") else fill(part) for part in text.strip().split("\n\n"))
 
     def _get_help_string(self, action):
         hidden = action.default in (None, False) or action.default == [] or action.dest in ("help", "config")

@@ -1,9 +1,14 @@
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
 import torch
 
+import export
+import generate
+import perplexity
+import train
 from cli import errors
 from cli.errors import UserError
 from cli.flags import AnyPath, Count, Range, flag, parse
@@ -115,6 +120,19 @@ def test_help_names_each_flag_and_default_once(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--batch_size N blocks (default: 8)" in text and "--texts PATH ... paths" in text
     assert "--batch-size" not in text and "100% of the updates" in text
+
+
+@pytest.mark.parametrize(
+    "kind", [train.Config, generate.GenerateConfig, perplexity.PerplexityConfig, export.ExportConfig]
+)
+def test_help_fits_a_terminal(kind, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    script = sys.modules[kind.__module__]
+    with pytest.raises(SystemExit):
+        parse(kind, script.__doc__, ["--help"])
+    text = capsys.readouterr().out
+    assert f"\n    python {script.__name__}.py --" in text
+    assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
 def test_what_the_compiler_raises_is_one_line():
