@@ -63,7 +63,7 @@ class Blocks(Dataset):
 
     def __str__(self) -> str:
         learnt = f"learnt: {self.stream.num_loss_tokens:,} of {len(self.stream):,} tokens"
-        return f"{self.stream.num_documents:,} documents, {len(self):,} blocks of {self.block_size}, {learnt}"
+        return f"{self.stream.counted_documents}, {len(self):,} blocks of {self.block_size}, {learnt}"
 
     def first(self, count: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
         return [self.tokens(i) for i in range(min(count, len(self)))]

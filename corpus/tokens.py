@@ -42,6 +42,11 @@ class TokenStream:
         self._run_sources, self._run_starts = starts[first_of_run], self._document_starts[np.append(first_of_run, -1)]
 
     @property
+    def counted_documents(self) -> str:
+        """Return "1 document" or, for example, "1,234 documents"."""
+        return f"{self.num_documents:,} document{'' if self.num_documents == 1 else 's'}"
+
+    @property
     def sha256(self) -> str:
         """Return the SHA-256 of the tokens and their loss mask."""
         return hashlib.sha256(np.ascontiguousarray(self.documents)).hexdigest()

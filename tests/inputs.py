@@ -384,7 +384,7 @@ CASES = [
       )],
     Case("two numbers at once", "--batch_size 0 --seed -1", ("--batch_size 0", "--seed -1")),
     Case("warmup longer than the run", "--warmup_steps 5 --max_steps 5",
-         ("--warmup_steps 5: the warmup has 5 steps, and the run 5",)),
+         ("--warmup_steps 5: the run ends at step 5. Set a smaller value.",)),
     *[Case(f"removed flag {name}", f"--{name} 1", (f"--{name}: no longer a flag", words)) for name, words in (
         ("grad_accum_steps", "--micro_batch_size"), ("oom", "--micro_batch_size"), ("warmup_ratio", "--warmup_steps"),
         ("text_template", "--text_column"), ("max_skips", "--max_skipped_steps"), ("merge_lora", "export.py"))],

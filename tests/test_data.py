@@ -22,7 +22,8 @@ def test_no_token_is_lost(rows, tokenizer, block_size):
     blocks = group_texts(stream, block_size)
     assert all_ids(blocks) == expected_ids(rows, tokenizer)
     assert {len(blocks[i]["input_ids"]) for i in range(len(blocks) - 1)} <= {block_size}
-    assert stream.num_documents == 60
+    assert stream.counted_documents == "60 documents"
+    assert stream.select([0]).counted_documents == "1 document"
     assert stream.num_bytes == sum(len(text.encode()) for text in texts(rows))
 
 

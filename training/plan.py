@@ -49,8 +49,7 @@ def count_steps(config: Any, train_data: Any) -> tuple[int, int, int]:
     share = min(math.ceil(num_steps * config.warmup_steps), num_steps - 1)
     warmup_steps = config.warmup_steps if config.warmup_steps >= 1 else share
     given = f"--warmup_steps {config.warmup_steps:.15g}"
-    long = f"the warmup has {warmup_steps:.0f} steps, and the run {num_steps}"
-    require(warmup_steps < num_steps, f"{given}: {long}. Set a smaller value.")
+    require(warmup_steps < num_steps, f"{given}: the run ends at step {num_steps}. Set a smaller value.")
     warmup_steps = int(warmup_steps)
     stable = {"wsd": max(warmup_steps, round((1 - DECAY) * num_steps)), "constant": num_steps}
     return num_steps, warmup_steps, stable.get(config.schedule, warmup_steps)
@@ -94,7 +93,7 @@ class Plan:
             "parameters": model.num_parameters(),
             "trained_parameters": model.num_parameters(only_trainable=True),
             "training_text": str(train_data.blocks),
-            "eval_text": f"{eval_blocks.stream.num_documents:,} documents, {len(eval_blocks.stream):,} tokens, "
+            "eval_text": f"{eval_blocks.stream.counted_documents}, {len(eval_blocks.stream):,} tokens, "
             f"{len(eval_blocks):,} of {eval_blocks.total:,} blocks",
             "max_steps": num_steps,
             "precision": precision,
