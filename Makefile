@@ -21,6 +21,7 @@ all: install help
 
 help:
 	@echo 'make train                             the quickstart (about 3 minutes on 2 CPU cores)'
+	@echo 'make train CONFIG=configs/notes.yaml   on your own text, in the directory notes'
 	@echo 'make train CONFIG=configs/eli5.yaml    another recipe, see configs/'
 	@echo 'make train ARGS="--max_steps 50"       any flag of train.py, see $(BIN)/python train.py --help'
 	@echo 'make tensorboard                       the curves of all runs, on http://localhost:6006'

@@ -71,7 +71,7 @@ class TrainingConfig:
         whole = self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps)
         keeps_best = not self.patience or self.keep == "best"  # of RunConfig
         peak = self.learning_rate if self.schedule != "constant" else 0.0
-        least = f"--min_learning_rate {self.min_learning_rate}: is above {peak:g} with --schedule {self.schedule}"
+        least = f"--min_learning_rate {self.min_learning_rate}: must be at most {peak:g} in --schedule {self.schedule}"
         return [
             (whole, f"--warmup_steps {self.warmup_steps}: not a whole number. Use 10, or 0.1 for 10% of all steps."),
             (keeps_best, f"--patience {self.patience}: --keep last keeps no best loss. Remove one of them."),
@@ -215,6 +215,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
         train_data, eval_blocks = load_data(config, train_documents, eval_documents, tokenizer, config.seed)
         model_config = load_config(config, tokenizer, config.block_size, bool(config.lora_rank))
     num_steps, warmup_steps, decay_step = count_steps(config, train_data)
+    run.is_chat = train_documents.has_messages
 
     # Resume from the newest checkpoint, unless the run is finished.
     same_run = identity(config, model_config, tokenizer, train_data, eval_blocks)
@@ -232,8 +233,7 @@ def train(config: Config, world: World, signals: Signals) -> None:
     scale = 2.0 ** (16 - round(math.log2(config.batch_size * config.block_size)))
     scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=precision == "fp16")
     plan = Plan(config, world, device, precision, model, tokenizer, train_data, eval_blocks, num_steps, warmup_steps)
-    is_chat = train_documents.has_messages
-    sampling = sampling_in_training(model, tokenizer, config.sample_prompt, config.seed, is_chat)
+    sampling = sampling_in_training(model, tokenizer, config.sample_prompt, config.seed, run.is_chat)
     print(plan, flush=True)
     if config.dry_run:
         return dry_run(model, optimizer, scaler, train_data, config, precision, world)

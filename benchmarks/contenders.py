@@ -328,7 +328,7 @@ def trainer_evaluation(turns: Turns, o: Options) -> None:
     if o.get("keeps_memory"):
         keep_freed_memory()
     blocks = full_blocks(o, o["blocks"])
-    peer = transformers.Trainer(model=fresh_model(o), args=trainer_arguments(o), eval_dataset=blocks)
+    peer = transformers.Trainer(model=fresh_model(o), args=trainer_arguments(o, report_to=[]), eval_dataset=blocks)
     while True:
         turns.boundary()
         # The Trainer divides by all labels, also by the first label of each block, which is never predicted.

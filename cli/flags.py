@@ -135,7 +135,7 @@ def _metavar(hint: Any) -> str | None:
 
 
 class _Formatter(HelpFormatter):
-    """Wrap the paragraphs of the description but for code. Show each default once, if there is one."""
+    """Wrap the paragraphs of the description, except code. Show each default once, if there is one."""
 
     def _fill_text(self, text, width, indent):
         fill = partial(HelpFormatter._fill_text, self, width=width, indent=indent)

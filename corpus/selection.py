@@ -28,6 +28,7 @@ class TrainingDocuments:
 
     @property
     def has_messages(self) -> bool:
+        """Return whether all sources are conversations."""
         return all(source.has_messages for source in self.sources)
 
     @property

@@ -63,7 +63,8 @@ def loading(source: str, what: str, fix: str) -> Iterator[None]:
         elif "trust_remote_code" in reason:
             reason, fix = "it needs its own code, which is never run", "Use a model that transformers itself has."
         elif isinstance(error.__cause__ or error, LocalEntryNotFoundError):
-            reason, fix = "it is not in the cache, and the Hub cannot be reached", "Use another id or fix the network."
+            reason = "there is no such directory, it is not in the cache, and the Hub cannot be reached"
+            fix = "Use another directory or id, or fix the network."
         elif "attn_implementation" in reason or "FlashAttention" in reason:
             fix = "Use another --attn_implementation or remove it."
         elif "named model.safetensors" in reason:

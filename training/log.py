@@ -243,8 +243,8 @@ def _rewrite(run_dir: Path, records: list[dict[str, Any]]) -> None:
     write_file(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
-def print_paths(directory: Path) -> None:
-    """Print the paths of a run's model and curves, and the commands that use them."""
+def print_paths(directory: Path, is_chat: bool) -> None:
+    """Print the paths of a run's model and curves, and the commands that use them, with --chat if ``is_chat``."""
     python, model = Path(sys.executable), directory / "model"
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     python, logs, quoted = (shlex.quote(str(path)) for path in (python, directory.parent, model))
@@ -254,5 +254,4 @@ def print_paths(directory: Path) -> None:
     print(f"model     {model} ({num_bytes / 1e6:,.1f} MB{'' if shapes else ', an adapter'})")
     print(f"export    {python} export.py --model {quoted} --out DIR {in_bf16 if shapes else '    (a plain model)'}")
     print(f"curves    {python} -m tensorboard.main --logdir {logs}     (or: make tensorboard)")
-    chat = "     (with --chat: a conversation)" if (model / "chat_template.jinja").exists() else ""
-    print(f'next      {python} generate.py --model {quoted} --prompt "..."{chat}')
+    print(f'next      {python} generate.py --model {quoted} {"--chat " if is_chat else ""}--prompt "..."')

@@ -152,7 +152,8 @@ def _repetition(shown: dict[str, Any], facts: dict[str, Any], weights: dict[str,
     exactly = ", bit for bit" if facts["is_deterministic"] else " within rounding"
     return f"""{REPETITION}
 
-On {facts["device"]}, with {made_with}, this command makes the same weights{exactly}.
+On {facts["device"]}, with {made_with}, this command makes the same weights{exactly}. It needs the model and
+the text under the names that it has, beside train.py.
 
 ```bash
 {shlex.join(command)}

@@ -24,6 +24,7 @@ SAME_RUN = ("block_size", "pack", "batch_size", "seed", "deduplicate", "freeze")
 SAME_RUN += ("lora_rank", "lora_alpha", "lora_targets", "streaming", "shuffle_buffer", "max_eval_blocks")
 
 Schedule = Literal["linear", "cosine", "wsd", "constant"]  # wsd: warmup, stable, decay (Hu et al. 2024, MiniCPM)
+FEW_TOKENS = 32  # of the evaluation text
 DECAY = 0.2  # the part of a run with wsd in which the learning rate falls
 
 
@@ -101,6 +102,9 @@ class Plan:
             "ranks": world.size,
             "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         }
+        few = f"held out: {len(eval_blocks.stream):,} tokens are too few for a loss that means much"
+        if len(eval_blocks.stream) < FEW_TOKENS:
+            warn(f"{few}. Use a larger --eval_fraction, or --eval_files.")
 
     def throughput(self, state: TrainState) -> Throughput:
         """Return the meter of tokens per second and, on a known GPU, of model FLOPs utilization."""
@@ -126,7 +130,7 @@ class Plan:
             f"{'pretrained' if config.model else 'from scratch'}{part}",
             "training": facts["training_text"] + isolation,
             "held out": facts["eval_text"],
-            "steps": f"{num_steps:,} of {config.batch_size} blocks{at_once}{epochs}, "
+            "steps": f"{num_steps:,}, each of {config.batch_size} blocks{at_once}{epochs}, "
             f"learning rate {config.learning_rate:g}, {self._warmup_steps} to warm up{falls}",
             "device": f"{facts['device']}, {facts['precision']}{', compiled' if self._model.is_compiled else ''}",
             "output": str(config.output_dir),

@@ -64,6 +64,7 @@ class Run:
     def __init__(self, config: Any, world: World):
         self.config, self.world = config, world
         self.directory = Path(config.output_dir)
+        self.is_chat = False  # whether the training text is conversations
         may_restart = world.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         wrong = (
             "torchrun --max-restarts: starts this command again when a rank is lost. Pass --resume, not --overwrite."
@@ -130,7 +131,7 @@ class Run:
             if saved.state.best_step != kept_step:  # the run was killed after a later evaluation, or model/ is gone
                 held, best = (f"of step {step}" if step else "none" for step in (kept_step, saved.state.best_step))
                 warn(f"{self.directory}/model: its weights are {held}, and the best up to the checkpoint are {best}. "
-                     "The next evaluation replaces them.")  # fmt: skip
+                     "The next evaluation replaces them. Copy them first to keep them.")  # fmt: skip
                 saved.state.best_step, saved.state.last_eval_step = None, -1
                 saved.state.evaluations_since_best, saved.state.stopped_early = 0, False
         return saved
@@ -207,7 +208,8 @@ class Run:
             early = f"; stopped early at step {state.step}" if state.stopped_early else ""
             print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {state.best_step}){early}")
             if state.best_loss >= first["loss"]:
-                warn("training did not improve on the model it started from. Use another --learning_rate.")
+                fix = "Use more text, fewer epochs or a lower --learning_rate"
+                warn(f"{self.directory}/model: is no better than the model it started from. {fix}.")
         if signaled:  # everything is saved, and an upload may take long
             sys.exit(signaled)
         if self.world.is_main:
@@ -232,7 +234,7 @@ class Run:
         """Upload if --push_to_hub is given, and print the paths of model and curves."""
         if self.config.push_to_hub:
             print(f"uploaded  {push(self.directory / 'model', self.config.push_to_hub)}")
-        print_paths(self.directory)
+        print_paths(self.directory, self.is_chat)
 
     def _find(self) -> bool:
         """Return whether the directory holds a run. Raise UserError if a new run must not go there."""
@@ -262,8 +264,9 @@ class Run:
         for name in [name for name in before if name in self.identity]:  # transformers versions differ in settings
             if before[name] != self.identity[name] and name not in ("model's transformers_version", "model's dtype"):
                 was, now = (str(value)[:60] for value in (before[name], self.identity[name]))
-                fix = f"Pass the value of {self.directory}/config.yaml, another --output_dir, or --overwrite"
-                raise UserError(f"--resume: {name} was {was} and is now {now}, so this is another run. {fix}.")
+                changed = "has changed" if name.endswith("text") else f"was {was} and is now {now}"
+                fix = f"Restore what {self.directory}/config.yaml names, or pass --overwrite or another --output_dir"
+                raise UserError(f"--resume: {name} {changed}, so this is another run. {fix}.")
 
     def _note_changes(self, saved: dict[str, Any]) -> None:
         self.is_one_command = saved.get("is_one_command", True) and saved.get("machine") == self.machine

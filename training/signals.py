@@ -40,7 +40,8 @@ class Signals:
                 log.say(f"step {step}: saved on {number.name}")
                 continue
             log.close()
-            log.say(f"stopped by {number.name} at step {step}, saved. Use --resume to go on.", is_last=True)
+            go_on = "Use --resume, not --overwrite, to go on"
+            log.say(f"stopped by {number.name} at step {step}, saved. {go_on}.", is_last=True)
             sys.exit(128 + number)
 
     def end(self) -> int | None:

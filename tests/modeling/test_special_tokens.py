@@ -20,7 +20,7 @@ def test_a_saved_chat_model_stops_at_the_end_of_a_turn(options, speaker, tmp_pat
     flags += (*QUICK, *options, "--eval_fraction", 0.3, "--output_dir", "run", "--sample_prompt", "a")
     done = run_script("train.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sample: a\nHi\n") == 2 and "with --chat: a conversation" in done.stdout
+    assert done.stdout.count("sample: a\nHi\n") == 2 and "model --chat --prompt" in done.stdout
     saved, tokenizer = str(tmp_path / "run/model"), AutoTokenizer.from_pretrained(tmp_path / "run/model")
     ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
     assert GenerationConfig.from_pretrained(saved).eos_token_id == ends

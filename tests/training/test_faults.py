@@ -33,6 +33,8 @@ from training.state import TrainState
 
 STEPS = 12
 
+GO_ON = "Use --resume, not --overwrite, to go on."
+
 
 @pytest.fixture(scope="module")
 def directory(model_dir, tmp_path_factory):
@@ -111,7 +113,7 @@ def test_a_stop_inside_an_evaluation_saves_and_the_evaluation_is_made_again(
     time.sleep(0.03)
     process.send_signal(number)
     assert process.wait(20) == code, process.stderr
-    assert process.stdout.splitlines()[-1] == f"stopped by {number.name} at step {step}, saved. Use --resume to go on."
+    assert process.stdout.splitlines()[-1] == f"stopped by {number.name} at step {step}, saved. {GO_ON}"
     assert f"step {step}: evaluation" not in process.stdout
     assert os.listdir(cut / "checkpoints")[-1:] and verify(cut / f"checkpoints/step-{step:06}") is None
     again = run(directory, cut, "--resume")
@@ -402,7 +404,7 @@ def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_says_so(direc
     (*_, last) = sorted(os.listdir(tmp_path / "checkpoints"))
     assert verify(tmp_path / "checkpoints" / last) is None
     step = int(last[5:])
-    assert both or process.stderr == f"stopped by SIGINT at step {step}, saved. Use --resume to go on.\n"
+    assert both or process.stderr == f"stopped by SIGINT at step {step}, saved. {GO_ON}\n"
 
 
 def test_a_closed_stdout_is_no_fault(directory, tmp_path):

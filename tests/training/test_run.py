@@ -72,7 +72,7 @@ def test_what_is_printed(finished):
         r"model +.*tiny-gpt2: gpt2, 0\.0 M parameters, pretrained",
         r"training +4 documents, \d+ blocks of 32, learnt: ([\d,]+) of \1 tokens",
         r"held out +2 documents",
-        r"steps +24 of 8 blocks, 4 at once",
+        r"steps +24, each of 8 blocks, 4 at once",
         r"device +CPU \(\d+ threads\), fp32",
         r"output +runs/small",
         r"step 0: evaluation loss \d+\.\d+, perplexity \d+\.\d+",
@@ -273,7 +273,7 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
     code, words = refusal("--batch_size", 2)
     assert code == 2 and "batch_size was 8 and is now 2" in words
     code, words = refusal("--text_separator", "\n")
-    assert code == 2 and "training text was" in words
+    assert code == 2 and "training text has changed" in words
     code, words = refusal("--model_overrides", '{"resid_pdrop": 0.2}')
     assert code == 2 and "model's resid_pdrop was 0.1 and is now 0.2" in words
     longer = resume("--max_steps", STEPS + 2, "--weight_decay", 0.2)
@@ -305,6 +305,12 @@ def test_resuming_another_run_is_refused_and_a_longer_one_is_not(finished, tmp_p
     assert done.returncode == 0 and "stopped before its first checkpoint; starting over" in done.stdout, done.stderr
     steps = [(r["step"], r["split"]) for r in read_jsonl(tmp_path / "copy/metrics.jsonl")]
     assert steps == [(0, "eval"), (1, "train"), (2, "train"), (3, "train"), (3, "eval")]
+
+
+def test_a_held_out_text_that_is_too_small_is_said(model_dir, jsonl_file, tmp_path):
+    (tmp_path / "few.txt").write_text("a text of loss")
+    done = run_script("train.py", *flags(model_dir, jsonl_file, eval_files="few.txt"), "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0 and re.search(r"warning: held out: \d+ tokens are too few", done.stderr), done.stderr
 
 
 def test_dry_run_writes_nothing(finished, tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_rules_and_betas():
     assert broken(patience=3, keep="last") == ["--patience 3: --keep last keeps no best loss. Remove one of them."]
     for schedule, peak in (("linear", "0.0002"), ("constant", "0")):
         (message,) = broken(schedule=schedule, min_learning_rate=0.1)
-        assert message == f"--min_learning_rate 0.1: is above {peak} with --schedule {schedule}. Lower it."
+        assert message == f"--min_learning_rate 0.1: must be at most {peak} in --schedule {schedule}. Lower it."
     optimizer = make_optimizer(torch.nn.Linear(2, 2), 0.1, 0.95)
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.95)] * 2
 
@@ -137,7 +137,7 @@ def test_flags_of_the_trainer_are_answered():
         parse(Config, "", ["--model", "m", "--train_files", "x", "--bf16", "--per_device_train_batch_size", "4",
                            "--resume_from_checkpoint", "x", "--lr_scheduler_type=cosine"])  # fmt: skip
     lines = str(error.value).splitlines()
-    assert lines[0] == "--bf16: a flag of the Trainer. Use --precision bf16."
+    assert lines[0] == "--bf16: a flag of the Trainer. Use --precision bf16, or fp32 to switch it off."
     assert lines[1].startswith("--per_device_train_batch_size: a flag of the Trainer. Use --batch_size")
     assert lines[2].startswith("--resume_from_checkpoint: a flag of the Trainer. Use --resume: it goes on")
     assert lines[3].startswith("--lr_scheduler_type: a flag of the Trainer. Use --schedule") and len(lines) == 4
