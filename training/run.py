@@ -208,7 +208,7 @@ class Run:
             early = f"; stopped early at step {state.step}" if state.stopped_early else ""
             print(f"held-out perplexity {before:.2f} before, {after:.2f} after (step {state.best_step}){early}")
             if state.best_loss >= first["loss"]:
-                fix = "Use more text, fewer epochs or a lower --learning_rate"
+                fix = "Use more text, or another --num_epochs or --learning_rate"
                 warn(f"{self.directory}/model: is no better than the model it started from. {fix}.")
         if signaled:  # everything is saved, and an upload may take long
             sys.exit(signaled)
