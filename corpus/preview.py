@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from corpus.tokens import token_ids
 
-NUM_DOCUMENTS, NUM_TOKENS = 3, 300  # to show; a longer document is cut
+NUM_DOCUMENTS, NUM_TOKENS = 3, 100  # to show; a longer document is cut
 LEARNT, SPECIAL, OTHER, PLAIN = "\033[32m", "\033[33m", "\033[2m", "\033[0m"  # green, yellow, dim
 
 
