@@ -1,6 +1,7 @@
 """The directory of a run: its lock, its checkpoint to resume from, its first write and its last output."""
 
 import os
+import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -264,7 +265,8 @@ class Run:
         for name in [name for name in before if name in self.identity]:  # transformers versions differ in settings
             if before[name] != self.identity[name] and name not in ("model's transformers_version", "model's dtype"):
                 was, now = (str(value)[:60] for value in (before[name], self.identity[name]))
-                changed = "has changed" if name.endswith("text") else f"was {was} and is now {now}"
+                is_hash = name.endswith(" text") and re.fullmatch(r"[0-9a-f]{64}", str(before[name]))
+                changed = "has changed" if is_hash else f"was {was} and is now {now}"
                 fix = f"Restore what {self.directory}/config.yaml names, or pass --overwrite or another --output_dir"
                 raise UserError(f"--resume: {name} {changed}, so this is another run. {fix}.")
 
