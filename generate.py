@@ -121,7 +121,7 @@ def generate(
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], flag_name: str = "--prompt") -> list[int]:
     """Return the ids of a text or of messages, with the special tokens that belong before it, but none after it.
 
-    Raise UserError, which begins with ``flag_name``, if this is not possible.
+    Raise UserError, which begins with ``flag_name``, if messages do not fit the chat template or there are no ids.
     """
     if not isinstance(prompt, str):
         prompt = render_prompt(prompt, tokenizer, flag_name)
@@ -189,7 +189,7 @@ def respond(
 def sampling_in_training(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int, chat: bool
 ) -> GenerateConfig:
-    """Return the settings of samples from a model in training. Raise UserError if a prompt is too long for it."""
+    """Return the settings with which a model in training draws samples. Raise UserError if a prompt is too long."""
     limit = position_limit(model)
     config = GenerateConfig(max_new_tokens=min(60, limit // 2) if limit else 60, seed=seed, chat=chat)
     for prompt in prompts:

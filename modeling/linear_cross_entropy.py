@@ -59,7 +59,7 @@ def linear_cross_entropy(
     The logits are `transform_logits` of ``hidden @ weight.T + bias``. hidden is (tokens, width), weight (vocabulary,
     width), bias (vocabulary,) or None, targets (tokens,) int64. The cross-entropy is (tokens,) float32 in nats; it is
     0 for targets of -100. Other targets outside of the vocabulary raise IndexError, or on a GPU a device-side assert.
-    The gradients are of hidden, weight and bias, times ``loss_scale``. Each is None if its ``needs_grad`` is false.
+    ``loss_scale`` multiplies the gradients of hidden, weight and bias. One is None if its ``needs_grad`` is false.
 
     Logits exist for ``chunk`` tokens at a time. Between the products with the weight, compiled code reads them twice.
     In eager mode, a CPU computes them in tiles of ``tile`` columns. A tile is still in the cache for its exponentials.

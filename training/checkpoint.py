@@ -239,7 +239,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 
 def prune(directory: Path, keep: int, newest: Path, kept_step: int | None = None) -> None:
-    """Delete old checkpoints. Keep ``newest``, which was just saved, the ``keep - 1`` before it, and ``kept_step``.
+    """Delete all checkpoints but ``newest`` (just saved), the ``keep - 1`` before it, and ``kept_step``.
 
     Later checkpoints are damaged, or the run would have resumed from them. So they are deleted and do not count.
     """

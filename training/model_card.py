@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 def stored_card(name: str) -> ModelCard | None:
     """Return the model card of a Hub id (with an optional @revision) or a directory, or None.
 
-    Change the card of an adapter into a card of the whole model. Leave out the section about its weights.
+    Turn an adapter's card into the card of the whole model, without the section about the adapter's weights.
     """
     repo_id, revision = split_revision(name)
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}

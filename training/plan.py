@@ -44,7 +44,7 @@ def share_batch(config: Any, world: World) -> None:
 def count_steps(config: Any, train_data: Any) -> tuple[int, int, int]:
     """Return the number of steps, of warmup steps, and of steps before the learning rate begins to fall.
 
-    Raise UserError if the warmup is not shorter than the run. A fraction always is.
+    Raise UserError if the warmup is not shorter than the run. A fraction of the run always is.
     """
     num_steps = config.max_steps or math.ceil(train_data.steps_per_epoch(config.batch_size) * config.num_epochs)
     share = min(math.ceil(num_steps * config.warmup_steps), num_steps - 1)

@@ -267,7 +267,7 @@ class Run:
                 was, now = (str(value)[:60] for value in (before[name], self.identity[name]))
                 is_hash = name.endswith(" text") and re.fullmatch(r"[0-9a-f]{64}", str(before[name]))
                 changed = "has changed" if is_hash else f"was {was} and is now {now}"
-                fix = f"Restore what {self.directory}/config.yaml names, or pass --overwrite or another --output_dir"
+                fix = f"Use the text and values of {self.directory}/config.yaml, --overwrite, or another --output_dir"
                 raise UserError(f"--resume: {name} {changed}, so this is another run. {fix}.")
 
     def _note_changes(self, saved: dict[str, Any]) -> None:
